@@ -1,0 +1,85 @@
+r"""Rigid motions and the mean-free subspace.
+
+Positions are ``(..., n_particles, n_dims)`` in nm. A potential without external field is invariant
+under translations, so its Boltzmann factor is normalisable only on the mean-free subspace
+:math:`\{x : \sum_i x_i = 0\}` of dimension :math:`(N-1)D`; every density of this package is a
+density with respect to Lebesgue measure there (Köhler, Klein, Noé 2020, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "align_rotations",
+    "mean_free_basis",
+    "pair_vectors",
+    "random_rotations",
+    "remove_mean",
+    "rotate",
+]
+
+
+def remove_mean(x: Tensor) -> Tensor:
+    """Project onto the mean-free subspace (geometric centroid, not centre of mass)."""
+    return x - x.mean(dim=-2, keepdim=True)
+
+
+def pair_vectors(x: Tensor) -> Tensor:
+    r"""Return :math:`r_{ij} = x_i - x_j`, shape ``(..., n_particles, n_particles, n_dims)``."""
+    return x.unsqueeze(-2) - x.unsqueeze(-3)
+
+
+def mean_free_basis(n_particles: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Orthonormal basis of the mean-free subspace of one axis, ``(n_particles, n_particles - 1)``.
+
+    Columns are the Helmert contrasts, so the result is deterministic.
+    """
+    k = torch.arange(1, n_particles, dtype=dtype)
+    rows = torch.arange(n_particles, dtype=dtype)[:, None]
+    basis = torch.where(rows < k, torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype))
+    basis = torch.where(rows == k, -k.expand(n_particles, -1), basis)
+    return basis / torch.sqrt(k * (k + 1))
+
+
+def random_rotations(
+    n: int,
+    n_dims: int = 3,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw ``n`` proper rotations from the Haar measure of SO(n_dims), ``(n, n_dims, n_dims)``.
+
+    QR decomposition of a Gaussian matrix with the signs of R's diagonal absorbed (Mezzadri 2007).
+    """
+    a = torch.randn(n, n_dims, n_dims, generator=generator, dtype=dtype, device=device)
+    q, r = torch.linalg.qr(a)
+    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+    flip = torch.linalg.det(q) < 0
+    q[flip, :, 0] = -q[flip, :, 0]
+    return q
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Apply ``rotation`` (..., D, D) to positions ``x`` (..., N, D): row vectors times R^T."""
+    return x @ rotation.transpose(-1, -2)
+
+
+def align_rotations(mobile: Tensor, reference: Tensor, *, proper: bool = True) -> Tensor:
+    r"""Rotation R minimising :math:`\sum_i |R\,a_i - b_i|^2` (Kabsch 1976), batched.
+
+    Parameters
+    ----------
+    mobile, reference
+        Mean-free positions ``(..., n_particles, n_dims)``.
+    proper
+        Allow proper rotations only (det R = +1); otherwise reflections too.
+    """
+    u, _, vt = torch.linalg.svd(mobile.transpose(-1, -2) @ reference)
+    if proper:
+        sign = torch.sign(torch.linalg.det(u) * torch.linalg.det(vt))
+        u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
+    return (u @ vt).transpose(-1, -2)

@@ -1,0 +1,58 @@
+r"""What a prior is: an invariant density with an exact chart to Cartesian coordinates.
+
+The flow runs in the prior's *latent coordinates* y (the identity for a Gaussian, whitened internal
+coordinates for a molecule); ``to_cartesian`` maps them to mean-free positions. Densities of y are
+with respect to Lebesgue measure on ``event_shape`` (for a Cartesian Gaussian: on its mean-free
+subspace); ``log_volume`` converts them:
+
+.. math:: \log p(x) = \log p(y) - \mathrm{log\_volume}(y),
+
+where p(x) is normalised on the mean-free subspace of :math:`R^{N D}`, the uniform (Haar)
+distribution of orientations included.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Prior"]
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """An invariant prior; see the module docstring for measures."""
+
+    n_particles: int
+    n_dims: int
+    event_shape: tuple[int, ...]
+
+    def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, *event_shape)`` latent points, float64."""
+        ...
+
+    def latent_log_prob(self, y: Tensor) -> Tensor:
+        """Log density of latent points, ``(n,)``, differentiable."""
+        ...
+
+    def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent to mean-free positions (n, N, D) and ``log_volume`` (n,), differentiable."""
+        ...
+
+    def from_cartesian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions (any centroid, any orientation) to latent points and ``log_volume``."""
+        ...
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw mean-free positions, randomly oriented, ``(n, n_particles, n_dims)``."""
+        ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Normalised log density on the mean-free subspace, ``(n,)``."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able configuration and tensors from which ``from_state`` rebuilds the prior."""
+        ...
