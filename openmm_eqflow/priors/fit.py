@@ -1,0 +1,198 @@
+r"""Fit the internal-coordinate prior to molecular dynamics frames, with or without their forces.
+
+Forces make the fit data-efficient. With :math:`g = \nabla_s \log p(s, \tau)` (the target's score in
+internal coordinates) Stein's identity gives, for any fixed symmetric :math:`\Sigma`,
+
+.. math:: E[s + \Sigma g \mid \tau] = E[s \mid \tau], \qquad
+          \mathrm{Cov}(s|\tau) = \Sigma + E[r (r + \Sigma g)^T], \quad r = s - \mu(\tau).
+
+Both right-hand sides have (almost) no noise when the stiff modes are nearly harmonic and
+:math:`\Sigma` is close to their covariance: control variates from the forces. :math:`\Sigma` is
+taken as the inverse of the regression of g on r.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity
+from openmm_eqflow.zmatrix import ZMatrix
+
+__all__ = ["fit_internal_prior"]
+
+_SOFT_SPREAD = 0.4  # rad: circular spread above which a torsion is described by its own density
+
+
+def _circular(tau: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.polar(torch.ones_like(tau), tau).mean(0)
+    return torch.angle(mean), torch.sqrt(-2 * torch.log(mean.abs().clamp(1e-12, 1.0)))
+
+
+def _coupled_pairs(zmatrix: ZMatrix, soft: Sequence[int]) -> list[tuple[int, int]]:
+    """Soft torsions whose central bonds share an atom."""
+    axes = [{zmatrix.rows[k + 3][1], zmatrix.rows[k + 3][2]} for k in soft]
+    return [(i, j) for i, j in itertools.combinations(range(len(soft)), 2) if axes[i] & axes[j]]
+
+
+def _fourier_modes(
+    n_soft: int, fold: Sequence[int], pairs: Sequence[tuple[int, int]], order: int
+) -> Tensor:
+    modes: list[list[int]] = []
+    for k in range(n_soft):
+        # A folded torsion repeats itself: its first harmonic is `fold`.
+        for m in range(1, (order if fold[k] == 1 else 1) + 1):
+            modes.append([m * fold[k] if j == k else 0 for j in range(n_soft)])
+    for i, j in pairs:
+        if fold[i] != 1 or fold[j] != 1:
+            continue
+        for a, b in itertools.product(range(1, order + 1), range(-order, order + 1)):
+            if b != 0:
+                modes.append([a if k == i else b if k == j else 0 for k in range(n_soft)])
+    return torch.tensor(modes, dtype=torch.float64).reshape(-1, n_soft)
+
+
+def _ridge(features: Tensor, targets: Tensor, penalty: Tensor) -> Tensor:
+    gram = features.T @ features + torch.diag(penalty)
+    return torch.linalg.solve(gram, features.T @ targets)
+
+
+def fit_internal_prior(
+    x: Tensor,
+    bonds: Sequence[tuple[int, int]],
+    masses: Sequence[float],
+    *,
+    gradient: Tensor | None = None,
+    hot: Tensor | None = None,
+    order: int = 3,
+    tail_share: float = 0.1,
+    tail_scale: float = 1.2,
+) -> InternalCoordinatePrior:
+    """Fit to frames of the target temperature.
+
+    Parameters
+    ----------
+    x
+        Frames (n_frames, n_particles, 3) in nm.
+    bonds, masses
+        Molecular graph.
+    gradient
+        du/dx of the frames (kT/nm); with it the stiff coordinates are fitted with far fewer frames.
+    hot
+        Frames of higher temperatures: only the defensive part of the torsion density.
+    order
+        Highest harmonic of the mean function; lowered until the frames can carry it.
+    tail_share, tail_scale
+        Defensive tail of the stiff residuals.
+    """
+    x = x.double()
+    zmatrix = ZMatrix.from_bonds(x.shape[1], bonds, masses=masses)
+    internal = zmatrix.to_internal(x)
+    centre, spread = _circular(internal.torsions)
+    lead = zmatrix.lead
+    soft = [k for k in range(len(lead)) if lead[k] == k and spread[k] > _SOFT_SPREAD]
+    fold = [zmatrix.fold[k] for k in soft]
+    stiff = [k for k in range(len(lead)) if k not in set(soft)]
+    pairs = _coupled_pairs(zmatrix, soft)
+    tau = internal.torsions[:, soft]
+    density = None
+    if soft:
+        hot_tau = None if hot is None else zmatrix.to_internal(hot.double()).torsions[:, soft]
+        density = TorsionDensity.fit(tau, fold=fold, coupled=pairs, extra=hot_tau)
+        pairs = [g.members for g in density.groups if len(g.members) == 2]  # type: ignore[misc]
+    while order > 1 and 12 * len(_fourier_modes(len(soft), fold, pairs, order)) > len(x):
+        order -= 1
+    modes = _fourier_modes(len(soft), fold, pairs, order)
+    n_stiff = 2 * zmatrix.n_particles - 3 + len(stiff)
+    prior = InternalCoordinatePrior(
+        zmatrix,
+        soft=soft,
+        centre=centre[stiff],
+        modes=modes,
+        coefficients=torch.zeros(1 + 2 * len(modes), n_stiff),
+        cholesky=torch.eye(n_stiff),
+        torsions=density,
+        tail_share=tail_share,
+        tail_scale=tail_scale,
+    )
+    s = prior.stiff_vector(internal)
+    features = prior.features(tau)
+    penalty = 1e-4 * len(x) * torch.cat([torch.zeros(1), *(2 * [(modes**2).sum(1)])]).double()
+    prior.coefficients = _ridge(features, s, penalty)
+    residual = s - features @ prior.coefficients
+    if gradient is None:
+        covariance = _shrunk_covariance(residual, features.shape[1])
+    else:
+        score = _stiff_score(prior, s, tau, gradient.double(), x)
+        covariance = torch.eye(n_stiff, dtype=torch.float64)
+        for _ in range(2):
+            sigma = _score_covariance(residual, score)
+            controlled = s + score @ sigma
+            prior.coefficients = _ridge(features, controlled, penalty)
+            residual = s - features @ prior.coefficients
+            correction = residual.T @ (residual + score @ sigma) / len(x)
+            covariance = sigma + 0.5 * (correction + correction.T)
+        covariance = _positive(covariance, sigma)
+    prior.cholesky = torch.linalg.cholesky(covariance)
+    return prior
+
+
+def _stiff_score(
+    prior: InternalCoordinatePrior, s: Tensor, tau: Tensor, gradient: Tensor, x: Tensor
+) -> Tensor:
+    r"""Gradient of :math:`-u + \log|dx/d(s,\tau)|` with respect to s at fixed tau (chunked)."""
+    scores = []
+    for sc, tc, gc, xc in zip(*(v.split(4096) for v in (s, tau, gradient, x)), strict=True):
+        point = sc.detach().requires_grad_(True)
+        y, log_volume = prior.zmatrix.from_internal(prior.internal_from_stiff(point, tc))
+        # Forces come in the frame of the simulation, the chart in its own: rotate.
+        from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
+
+        rotation = align_rotations(remove_mean(xc), y.detach())
+        pulled = (y * rotate(gc, rotation)).sum() - log_volume.sum()
+        scores.append(-torch.autograd.grad(pulled, point)[0])
+    return torch.cat(scores)
+
+
+def _score_covariance(residual: Tensor, score: Tensor) -> Tensor:
+    """Inverse of the symmetrised regression of -score on the residual, kept positive definite."""
+    scale = residual.std(0)
+    r, g = residual / scale, score * scale
+    second = r.T @ r / len(r) + 1e-3 * torch.eye(r.shape[1], dtype=r.dtype)
+    precision = -torch.linalg.solve(second, r.T @ g / len(r))
+    precision = 0.5 * (precision + precision.T)
+    values, vectors = torch.linalg.eigh(precision)
+    values = values.clamp(min=1e-2)
+    sigma = (vectors / values) @ vectors.T
+    return sigma * scale[:, None] * scale
+
+
+def _positive(covariance: Tensor, fallback: Tensor) -> Tensor:
+    """Blend towards ``fallback`` (positive definite) until positive definite."""
+    for share in np.linspace(0.0, 1.0, 11):
+        blend = (1 - share) * covariance + share * fallback
+        factor, info = torch.linalg.cholesky_ex(blend)
+        diagonal = torch.diagonal(factor)
+        if info == 0 and bool((diagonal > 1e-6 * torch.diagonal(blend).sqrt()).all()):
+            return blend
+    return fallback
+
+
+def _shrunk_covariance(residual: Tensor, n_features: int) -> Tensor:
+    """Ledoit-Wolf type shrinkage of correlations towards the diagonal (Schäfer, Strimmer 2005)."""
+    n = len(residual)
+    scale = torch.sqrt((residual**2).sum(0) / max(n - n_features, 1))
+    r = residual / scale
+    corr = r.T @ r / n
+    variance = ((r**2).T @ (r**2) / n - corr**2) / max(n - 1, 1)
+    off = ~torch.eye(len(corr), dtype=torch.bool)
+    shrink = float((variance[off].sum() / (corr[off] ** 2).sum()).clamp(0, 1))
+    corr = torch.where(off, (1 - shrink) * corr, torch.ones_like(corr))
+    return corr * scale[:, None] * scale
