@@ -1,0 +1,87 @@
+"""Flows and targets with closed-form densities, for tests of moves without OpenMM."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from openmm_eqflow.geometry import remove_mean
+
+
+class GaussianFlow:
+    """Isotropic Gaussian of the given width on the mean-free subspace."""
+
+    def __init__(self, width: float, n_particles: int, n_dims: int) -> None:
+        self.width, self.shape = width, (n_particles, n_dims)
+        self.n_calls: list[int] = []
+
+    def sample_and_log_prob(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        self.n_calls.append(n)
+        x = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
+        x = remove_mean(self.width * x)
+        return x, self.log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        dim = (self.shape[0] - 1) * self.shape[1]
+        square = remove_mean(x).square().sum(dim=(1, 2)) / self.width**2
+        return -0.5 * (square + dim * math.log(2 * math.pi * self.width**2))
+
+
+class WrongFlow:
+    """Power control: the same draws, log q dropped (factor 0) or of the wrong sign (-1)."""
+
+    def __init__(self, flow: GaussianFlow, factor: float) -> None:
+        self.flow, self.factor = flow, factor
+
+    def sample_and_log_prob(
+        self, n: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, log_q = self.flow.sample_and_log_prob(n, generator)
+        return x, self.factor * log_q
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.factor * self.flow.log_prob(x)
+
+
+class TwoBasins:
+    r"""Two particles on a line, y = (x_1 - x_2) / sqrt 2: a skewed mixture of two Gaussians.
+
+    u is shifted by a constant, so log Z is not 0; left of y = -3 the target has no mass.
+    """
+
+    weights, means, sds = (0.8, 0.2), (-0.7, 1.6), (0.35, 0.5)
+    log_z = 1.7
+
+    def __init__(self, kT: float = 2.5) -> None:
+        self.kT = kT
+        self.n_evaluated = 0
+
+    def reduced_potential(self, x: Tensor) -> Tensor:
+        self.n_evaluated += x.shape[0]
+        y = self.coordinate(x)
+        terms = [
+            math.log(w / s) - 0.5 * ((y - m) / s) ** 2
+            for w, m, s in zip(self.weights, self.means, self.sds, strict=True)
+        ]
+        log_p = torch.logsumexp(torch.stack(terms), dim=0) - 0.5 * math.log(2 * math.pi)
+        return torch.where(y > -3.0, -log_p - self.log_z, torch.inf)
+
+    @staticmethod
+    def coordinate(x: Tensor) -> Tensor:
+        return (x[:, 0, 0] - x[:, 1, 0]) / math.sqrt(2.0)
+
+    @property
+    def mean(self) -> float:
+        return sum(w * m for w, m in zip(self.weights, self.means, strict=True))
+
+    @property
+    def right_population(self) -> float:
+        """P(y > 0.45), by the normal distribution function."""
+        return sum(
+            w * 0.5 * math.erfc((0.45 - m) / (s * math.sqrt(2.0)))
+            for w, m, s in zip(self.weights, self.means, self.sds, strict=True)
+        )
