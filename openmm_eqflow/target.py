@@ -1,0 +1,307 @@
+r"""The Boltzmann density of an OpenMM System as a target for flows.
+
+.. math:: p(x) \propto e^{-u(x)}\,\mathbb 1[x \in \text{sector}], \qquad u(x) = U(x) / kT,
+
+a density on the mean-free subspace (an OpenMM potential without external field is invariant under
+rigid motions, so it is normalisable only there; Köhler, Klein, Noé 2020). The *sector* is that of
+the reference positions: every stereocentre has their sign. Mirror images have the same energy, so
+without the indicator a Metropolis test would accept the wrong enantiomer.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from openmm import app, unit
+from torch import Tensor
+
+from openmm_eqflow.energies.base import EnergyEvaluator, FloatArray
+from openmm_eqflow.energies.context_pool import ContextPool, probe_positions
+from openmm_eqflow.energies.support import check_invariance, check_system
+from openmm_eqflow.symmetry import Symmetry, chirality_signs, find_symmetry
+
+__all__ = ["BoltzmannTarget"]
+
+
+class BoltzmannTarget:
+    r"""Batched reduced potential of a System at a temperature.
+
+    Parameters
+    ----------
+    system
+        OpenMM System without constraints, box, barostat, virtual sites, Drude particles or
+        external force; anything else is refused by name.
+    topology
+        Its topology (for the bond graph).
+    temperature
+        Quantity.
+    positions
+        Reference ``(n_particles, n_dims or 3)``, nm or Quantity: fixes the chirality sector.
+    n_dims
+        2 for planar systems: z = 0 is inserted for the energies and never seen outside.
+    evaluator
+        ``"auto"`` for the fastest by a short timing, or any :class:`EnergyEvaluator`.
+    platform, n_workers
+        For the Contexts; see :class:`~openmm_eqflow.energies.context_pool.ContextPool`.
+    check_chirality
+        False lets every enantiomer count.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        The System has no density on the mean-free subspace; the message says what to change.
+    ValueError
+        Stereocentres but no reference positions, or an argument of the wrong shape or kind.
+
+    Examples
+    --------
+    >>> target = BoltzmannTarget(system, topology, 300 * unit.kelvin, positions)  # doctest: +SKIP
+    >>> u, du_dx = target.reduced_potential_and_gradient(x)                       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        system: openmm.System,
+        topology: app.Topology,
+        temperature: unit.Quantity,
+        positions: Any = None,
+        n_dims: int = 3,
+        evaluator: str | EnergyEvaluator = "auto",
+        platform: str = "auto",
+        n_workers: int | None = None,
+        check_chirality: bool = True,
+    ) -> None:
+        if n_dims not in (2, 3):
+            msg = f"n_dims is {n_dims}, expected 2 or 3"
+            raise ValueError(msg)
+        if isinstance(evaluator, str) and evaluator != "auto":
+            msg = f"evaluator is {evaluator!r}, expected 'auto' or an EnergyEvaluator object"
+            raise ValueError(msg)
+        if topology is not None and topology.getNumAtoms() != system.getNumParticles():
+            msg = (
+                f"the topology has {topology.getNumAtoms()} atoms, the System "
+                f"{system.getNumParticles()} particles: pass the topology it was made from"
+            )
+            raise ValueError(msg)
+        check_system(system)
+        self.system = system
+        self.topology = topology
+        self.n_particles: int = system.getNumParticles()
+        self.n_dims = n_dims
+        self._system_xml: str = openmm.XmlSerializer.serialize(system)
+        self.system_hash: str = hashlib.sha256(self._system_xml.encode()).hexdigest()
+        self._set_temperature(temperature)
+        self.symmetry: Symmetry = find_symmetry(system, topology)
+        self.positions = self._reference(positions)
+        self._signs = self._reference_signs(check_chirality)
+        probe = self._probe()
+        check_invariance(system, probe, n_dims)
+        if isinstance(evaluator, str):
+            evaluator = ContextPool(
+                system, platform=platform, n_workers=n_workers, positions=probe
+            )
+        self.evaluator: EnergyEvaluator = evaluator
+        self.n_evaluated = 0
+        self.n_invalid = 0
+
+    @property
+    def check_chirality(self) -> bool:
+        """Whether a sector is enforced."""
+        return self._signs is not None
+
+    def reduced_potential(self, x: Tensor) -> Tensor:
+        r"""Return :math:`u(x)`, float64 ``(n,)``, of ``(n, n_particles, n_dims)`` nm.
+
+        +inf where the energy is invalid or the chirality is not that of the reference; both are
+        counted in ``n_invalid``. Differentiable: the gradient is minus the force over kT.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            u: Tensor = _ReducedPotential.apply(x, self)  # type: ignore[no-untyped-call]
+            return u
+        return self._evaluate(x, gradient=False)[0]
+
+    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return u and :math:`\partial u / \partial x` (1/nm, zero where u is +inf), float64."""
+        u, gradient = self._evaluate(x, gradient=True)
+        if gradient is None:
+            msg = "the evaluator returned no forces"
+            raise ValueError(msg)
+        return u, gradient
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Unnormalised log density -u on the mean-free subspace."""
+        return -self.reduced_potential(x)
+
+    def in_sector(self, x: Tensor) -> Tensor:
+        """Whether every stereocentre has the reference's sign, bool ``(n,)``."""
+        if self._signs is None:
+            return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+        signs = chirality_signs(x.detach(), self.symmetry.stereocentres)
+        return (signs == self._signs.to(signs)).all(dim=-1)
+
+    def at_temperature(self, temperature: unit.Quantity) -> BoltzmannTarget:
+        """Return the same target at another temperature, sharing the evaluator."""
+        other = copy.copy(self)
+        other._set_temperature(temperature)
+        other.n_evaluated = other.n_invalid = 0
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write System, topology, temperature and reference positions as one JSON file."""
+        record = {
+            "format": "openmm_eqflow.target/1",
+            "system": self._system_xml,
+            "system_hash": self.system_hash,
+            "topology": _topology_record(self.topology),
+            "temperature_K": self.temperature.value_in_unit(unit.kelvin),
+            "positions_nm": None if self.positions is None else self.positions.tolist(),
+            "n_dims": self.n_dims,
+            "check_chirality": self.check_chirality,
+        }
+        Path(path).write_text(json.dumps(record))
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> BoltzmannTarget:
+        """Rebuild a saved target; ``options`` are evaluator, platform and n_workers."""
+        record = json.loads(Path(path).read_text())
+        return cls(
+            openmm.XmlSerializer.deserialize(record["system"]),
+            _topology_from_record(record["topology"]),
+            record["temperature_K"] * unit.kelvin,
+            record["positions_nm"],
+            n_dims=record["n_dims"],
+            check_chirality=record["check_chirality"],
+            **options,
+        )
+
+    def close(self) -> None:
+        """Release the evaluator (shared by ``at_temperature``)."""
+        self.evaluator.close()
+
+    def __enter__(self) -> BoltzmannTarget:
+        """Return the target."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the target."""
+        self.close()
+
+    def _set_temperature(self, temperature: unit.Quantity) -> None:
+        if not unit.is_quantity(temperature):
+            msg = f"temperature is {temperature!r}, expected a Quantity such as 300 * unit.kelvin"
+            raise ValueError(msg)
+        kT = (unit.MOLAR_GAS_CONSTANT_R * temperature).value_in_unit(unit.kilojoule_per_mole)
+        if not kT > 0:
+            msg = f"temperature is {temperature}, expected a positive one"
+            raise ValueError(msg)
+        self.temperature = temperature
+        self.kT: float = float(kT)
+
+    def _reference(self, positions: Any) -> FloatArray | None:
+        if positions is None:
+            return None
+        if unit.is_quantity(positions):
+            positions = positions.value_in_unit(unit.nanometer)
+        array = np.array([[float(c) for c in p] for p in positions])
+        if array.ndim != 2 or array.shape[0] != self.n_particles or array.shape[1] < self.n_dims:
+            msg = (
+                f"positions have shape {array.shape}, expected ({self.n_particles}, {self.n_dims})"
+            )
+            raise ValueError(msg)
+        return array[:, : self.n_dims].copy()
+
+    def _reference_signs(self, check_chirality: bool) -> Tensor | None:
+        centres = self.symmetry.stereocentres
+        if not check_chirality or not centres or self.n_dims == 2:
+            return None
+        if self.positions is None:
+            msg = (
+                f"the System has {len(centres)} stereocentre(s) (particles "
+                f"{[c.centre for c in centres]}) and no reference positions: pass positions, or "
+                "check_chirality=False to let every enantiomer count"
+            )
+            raise ValueError(msg)
+        return chirality_signs(torch.from_numpy(self.positions)[None], centres)[0]
+
+    def _probe(self) -> FloatArray:
+        probe = probe_positions(self.n_particles)
+        if self.positions is not None:
+            probe = np.zeros((self.n_particles, 3))
+            probe[:, : self.n_dims] = self.positions
+        elif self.n_dims == 2:
+            probe[:, 2] = 0.0
+        return probe
+
+    def _evaluate(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        x = x.detach()
+        array = x.to("cpu", torch.float64).numpy()
+        if array.ndim != 3 or array.shape[1:] != (self.n_particles, self.n_dims):
+            msg = f"x has shape {tuple(array.shape)}, expected (n, {self.n_particles}, {self.n_dims})"
+            raise ValueError(msg)
+        if self.n_dims == 2:
+            array = np.concatenate([array, np.zeros((*array.shape[:2], 1))], axis=-1)
+        forces = None
+        if gradient:
+            energies, forces = self.evaluator.energies_and_forces(array)
+        else:
+            energies = self.evaluator.energies(array)
+        u = torch.from_numpy(energies).to(x.device) / self.kT
+        wrong = ~self.in_sector(x)
+        u[wrong] = torch.inf
+        self.n_evaluated += len(u)
+        self.n_invalid += int(torch.isinf(u).sum())
+        if forces is None:
+            return u, None
+        du_dx = torch.from_numpy(forces[..., : self.n_dims]).to(x.device) / -self.kT
+        du_dx[wrong] = 0.0
+        return u, du_dx
+
+
+class _ReducedPotential(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: BoltzmannTarget) -> Tensor:  # type: ignore[override]
+        u, gradient = target.reduced_potential_and_gradient(x)
+        ctx.save_for_backward(gradient.to(x.dtype))
+        return u
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return grad_u[:, None, None].to(gradient) * gradient, None
+
+
+def _topology_record(topology: app.Topology | None) -> dict[str, Any] | None:
+    if topology is None:
+        return None
+    return {
+        "chains": [c.id for c in topology.chains()],
+        "residues": [[r.name, r.id, r.chain.index] for r in topology.residues()],
+        "atoms": [
+            [a.name, None if a.element is None else a.element.symbol, a.residue.index]
+            for a in topology.atoms()
+        ],
+        "bonds": [[a.index, b.index] for a, b in topology.bonds()],
+    }
+
+
+def _topology_from_record(record: dict[str, Any] | None) -> app.Topology | None:
+    if record is None:
+        return None
+    topology = app.Topology()
+    chains = [topology.addChain(c) for c in record["chains"]]
+    residues = [topology.addResidue(n, chains[c], i) for n, i, c in record["residues"]]
+    atoms = [
+        topology.addAtom(n, e and app.Element.getBySymbol(e), residues[r])
+        for n, e, r in record["atoms"]
+    ]
+    for a, b in record["bonds"]:
+        topology.addBond(atoms[a], atoms[b])
+    return topology
