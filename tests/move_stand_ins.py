@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.vector_fields.base import register_vector_field
 
 
 class GaussianFlow:
@@ -85,3 +88,40 @@ class TwoBasins:
             w * 0.5 * math.erfc((0.45 - m) / (s * math.sqrt(2.0)))
             for w, m, s in zip(self.weights, self.means, self.sds, strict=True)
         )
+
+
+@register_vector_field
+class BendField(nn.Module):
+    """Two particles on a line: dy/dt = a sin(y) + b for y = (x_1 - x_2) / sqrt 2."""
+
+    exact_divergence = True
+    event_shape = (2, 1)
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"a": a, "b": b}
+        self.a = nn.Parameter(torch.tensor(a, dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor(b, dtype=torch.float64))
+
+    def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        r = TwoBasins.coordinate(y)
+        speed = (self.a * torch.sin(r) + self.b) / math.sqrt(2.0)
+        return torch.stack([speed, -speed], dim=1)[:, :, None], self.a * torch.cos(r)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.with_divergence(t, y)[0]
+
+
+class WrongLatentFlow:
+    """Power control of latent moves: the right map with factor * log q."""
+
+    def __init__(self, flow: EquivariantFlow, factor: float) -> None:
+        self.flow, self.prior, self.factor = flow, flow.prior, factor
+
+    def transform(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_q = self.flow.transform(z)
+        return x, self.factor * log_q
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_q = self.flow.inverse(x)
+        return z, self.factor * log_q
