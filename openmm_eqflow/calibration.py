@@ -1,0 +1,252 @@
+r"""How reference data are sampled: masses, time step, platform and temperature ladder.
+
+The configurational Boltzmann density does not depend on the masses, so they are chosen for speed.
+Hydrogens get 6 u: with the heavy atoms unchanged the fastest vibration is then a carbonyl stretch,
+at half the frequency of a real N-H bond.
+
+The time step is a constant over omega_max, the largest eigenfrequency of the mass-weighted Hessian
+over a few configurations. LangevinMiddle samples a harmonic mode exactly at any stable step (below
+2 / omega; Zhang et al. 2019, J. Phys. Chem. A 123, 6056), so only anharmonicity is left as an
+error. 1 fs with real hydrogens is 0.62 / omega. Alanine dipeptide, OBC, 300 K, 5 ns each, mean
+reduced energies with one standard error:
+
+========== ======= ======= ========= ========= ==========
+hydrogen u step fs omega*t bonds     angles    total
+========== ======= ======= ========= ========= ==========
+real       1       0.62    11.68(5)  14.85(5)  -23.81(8)
+6          2       0.66    11.58(5)  14.89(5)  -23.86(8)
+6          3       1.00    11.65(5)  14.90(6)  -23.85(9)
+12         3       0.97    11.61(5)  14.85(6)  -23.85(9)
+12         4       1.30    11.65(5)  14.85(6)  -23.79(9)
+========== ======= ======= ========= ========= ==========
+
+0.9 is used for molecules (2.7 fs here) and 0.66 where repulsive walls set the frequency.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import openmm
+from numpy.typing import NDArray
+from openmm import unit
+
+from openmm_eqflow.errors import EnergyError
+from openmm_eqflow.ladder import choose_ladder
+from openmm_eqflow.library import MolecularSystem
+from openmm_eqflow.sampling_plan import (
+    ReferenceSettings,
+    SamplingPlan,
+    make_context,
+    sampling_system,
+)
+from openmm_eqflow.thermo import energy_in_kj_mol, kelvin, masses_in_dalton, positions_in_nm
+
+__all__ = ["make_plan"]
+
+FloatArray = NDArray[np.float64]
+_HYDROGEN_MASS = 6.0
+_STEP_TIMES_FREQUENCY = {"molecule": 0.9, "cluster": 0.66, "harmonic": 0.66}
+_CALIBRATION_TEMPERATURES = 5
+_CALIBRATION_SAMPLES = 150
+# Below this size a GPU step is all launch latency and a CPU core wins by a factor of several.
+_GPU_PARTICLES = 100
+_CHUNK_SECONDS = 6.0
+
+
+def make_plan(
+    system: MolecularSystem,
+    settings: ReferenceSettings,
+    *,
+    system_hash: str,
+    torsions: tuple[tuple[int, int, int, int], ...],
+    seed: int,
+    n_walkers: int,
+) -> tuple[SamplingPlan, openmm.System, FloatArray]:
+    """Choose masses, time step, platform and ladder by short runs (a few seconds).
+
+    Returns
+    -------
+    plan, sampling System, starting positions ``(n_temperatures, n_particles, 3)`` in nm
+    """
+    started = time.monotonic()
+    target = kelvin(system.temperature)
+    hottest = target * settings.max_temperature_ratio
+    masses = masses_in_dalton(system.system)
+    for index, atom in enumerate(system.topology.atoms()):
+        if atom.element is not None and atom.element.atomic_number == 1:
+            masses[index] = _HYDROGEN_MASS
+    copy = sampling_system(system.system, masses)
+    x = _minimise(copy, positions_in_nm(system.positions))
+    timestep = settings.timestep_fs or (
+        _STEP_TIMES_FREQUENCY[system.kind] * _frequency_period(copy, x, masses, hottest)
+    )
+    platform, rate = _fastest_platform(copy, x, target, timestep)
+    temperatures, starts, swap_rate = _calibrate(
+        copy, x, platform, timestep, settings, target, hottest
+    )
+    steps_per_frame = settings.steps_per_swap * settings.swaps_per_frame * len(temperatures)
+    plan = SamplingPlan(
+        system_hash=system_hash,
+        n_dims=system.n_dims,
+        temperatures=temperatures,
+        masses=tuple(float(mass) for mass in masses),
+        timestep_fs=timestep,
+        friction_per_ps=settings.friction_per_ps,
+        platform=platform,
+        steps_per_swap=settings.steps_per_swap,
+        swaps_per_frame=settings.swaps_per_frame,
+        equilibration_frames=settings.equilibration_frames,
+        frames_per_chunk=int(np.clip(_CHUNK_SECONDS * rate / steps_per_frame, 1, 5000)),
+        seed=seed,
+        n_walkers=n_walkers,
+        torsions=torsions,
+        expected_swap_rate=swap_rate,
+        steps_per_second=rate,
+        setup_seconds=time.monotonic() - started,
+    )
+    return plan, copy, starts
+
+
+def _minimise(system: openmm.System, x: FloatArray) -> FloatArray:
+    context = make_context(
+        system, "Reference", temperature=1.0, timestep_fs=1.0, friction_per_ps=1.0
+    )
+    context.setPositions(x)
+    openmm.LocalEnergyMinimizer.minimize(context, 1.0, 1000)
+    state = context.getState(positions=True, energy=True)
+    energy = energy_in_kj_mol(state.getPotentialEnergy())
+    if not np.isfinite(energy):
+        raise EnergyError(
+            f"the starting structure has energy {energy} kJ/mol even after minimisation; "
+            "check for overlapping atoms in the coordinates file"
+        )
+    minimum = positions_in_nm(state.getPositions(asNumpy=True))
+    result: FloatArray = minimum - minimum.mean(axis=0)
+    return result
+
+
+def _largest_frequency(context: openmm.Context, x: FloatArray, masses: FloatArray) -> float:
+    """Square root of the largest eigenvalue of the mass-weighted Hessian, rad/ps."""
+    step = 1e-5
+
+    def forces(shifted: FloatArray) -> FloatArray:
+        context.setPositions(shifted)
+        raw = context.getState(forces=True).getForces(asNumpy=True)
+        value: FloatArray = raw.value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
+        return value.ravel()
+
+    rows = []
+    for index in range(x.size):
+        shift = np.zeros(x.size)
+        shift[index] = step
+        shift = shift.reshape(x.shape)
+        rows.append((forces(x - shift) - forces(x + shift)) / (2.0 * step))
+    hessian = np.array(rows)
+    weights = 1.0 / np.sqrt(np.repeat(masses, 3))
+    hessian = 0.5 * (hessian + hessian.T) * weights[:, None] * weights[None, :]
+    return float(np.sqrt(max(np.linalg.eigvalsh(hessian)[-1], 0.0)))
+
+
+def _frequency_period(
+    system: openmm.System, x: FloatArray, masses: FloatArray, hottest: float
+) -> float:
+    """1 / omega_max in fs, over the minimum and a few hot configurations."""
+    context = make_context(
+        system, "Reference", temperature=hottest, timestep_fs=1.0, friction_per_ps=1.0
+    )
+    largest = _largest_frequency(context, x, masses)
+    # Repulsive walls are steeper where hot particles collide than at the minimum: look there too,
+    # with a step that is safe at twice the minimum's frequency.
+    context.getIntegrator().setStepSize(0.3 / largest * unit.picosecond)
+    context.setPositions(x)
+    context.setVelocitiesToTemperature(hottest * unit.kelvin, 1)
+    for _ in range(4):
+        context.getIntegrator().step(400)
+        hot = positions_in_nm(context.getState(positions=True).getPositions(asNumpy=True))
+        largest = max(largest, _largest_frequency(context, hot, masses))
+        context.setPositions(hot)
+    return 1e3 / largest
+
+
+def _fastest_platform(
+    system: openmm.System, x: FloatArray, temperature: float, timestep: float
+) -> tuple[str, float]:
+    """Name and steps per second of the fastest platform, by running it for a moment."""
+    names = [
+        openmm.Platform.getPlatform(i).getName() for i in range(openmm.Platform.getNumPlatforms())
+    ]
+    if system.getNumParticles() < _GPU_PARTICLES:
+        names = [name for name in names if name in ("Reference", "CPU")]
+    rates: dict[str, float] = {}
+    for name in names:
+        try:
+            context = make_context(
+                system, name, temperature=temperature, timestep_fs=timestep, friction_per_ps=1.0
+            )
+            context.setPositions(x)
+            context.getIntegrator().step(20)
+            started = time.perf_counter()
+            n_steps = 0
+            while time.perf_counter() - started < 0.15:
+                context.getIntegrator().step(50)
+                context.getState(energy=True)
+                n_steps += 50
+            rates[name] = n_steps / (time.perf_counter() - started)
+        except openmm.OpenMMException:
+            # A GPU platform may be installed where no device is.
+            continue
+    if not rates:
+        raise EnergyError(f"no OpenMM platform could run this System (tried {names})")
+    best = max(rates, key=lambda name: rates[name])
+    return best, rates[best]
+
+
+def _calibrate(
+    system: openmm.System,
+    x: FloatArray,
+    platform: str,
+    timestep: float,
+    settings: ReferenceSettings,
+    target: float,
+    hottest: float,
+) -> tuple[tuple[float, ...], FloatArray, float]:
+    """Mean and spread of the energy along temperature, and the ladder that follows from them."""
+    grid = np.geomspace(target, hottest, _CALIBRATION_TEMPERATURES)
+    if hottest == target:
+        grid = grid[:1]
+    means, spreads, finals = [], [], []
+    for temperature in grid:
+        context = make_context(
+            system,
+            platform,
+            temperature=float(temperature),
+            timestep_fs=timestep,
+            friction_per_ps=settings.friction_per_ps,
+        )
+        context.setPositions(x)
+        context.setVelocitiesToTemperature(float(temperature) * unit.kelvin, 1)
+        context.getIntegrator().step(2500)
+        samples = []
+        for _ in range(_CALIBRATION_SAMPLES if len(grid) > 1 else 0):
+            context.getIntegrator().step(50)
+            state = context.getState(energy=True)
+            samples.append(energy_in_kj_mol(state.getPotentialEnergy()))
+        if samples:
+            means.append(float(np.mean(samples)))
+            spreads.append(float(np.std(samples)))
+        x = positions_in_nm(context.getState(positions=True).getPositions(asNumpy=True))
+        x = x - x.mean(axis=0)
+        finals.append(x)
+    if len(grid) == 1:
+        return (target,), np.array(finals), 1.0
+    temperatures, rate = choose_ladder(
+        grid,
+        np.array(means),
+        np.array(spreads),
+        swap_rate=settings.swap_rate,
+        max_temperatures=int(settings.max_temperatures),
+    )
+    nearest = [int(np.argmin(np.abs(grid - temperature))) for temperature in temperatures]
+    return temperatures, np.array([finals[index] for index in nearest]), rate
