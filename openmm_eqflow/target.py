@@ -23,7 +23,8 @@ from openmm import app, unit
 from torch import Tensor
 
 from openmm_eqflow.energies.base import EnergyEvaluator, FloatArray
-from openmm_eqflow.energies.context_pool import ContextPool, probe_positions
+from openmm_eqflow.energies.choose import fastest_evaluator
+from openmm_eqflow.energies.context_pool import probe_positions
 from openmm_eqflow.energies.support import check_invariance, check_system
 from openmm_eqflow.symmetry import Symmetry, chirality_signs, find_symmetry
 
@@ -104,7 +105,7 @@ class BoltzmannTarget:
         probe = self._probe()
         check_invariance(system, probe, n_dims)
         if isinstance(evaluator, str):
-            evaluator = ContextPool(
+            evaluator = fastest_evaluator(
                 system, platform=platform, n_workers=n_workers, positions=probe
             )
         self.evaluator: EnergyEvaluator = evaluator
