@@ -29,7 +29,7 @@ class FlowDensity(Protocol):
     """The part of a flow a global move needs; densities as in ``EquivariantFlow``."""
 
     def sample_and_log_prob(
-        self, n: int, generator: torch.Generator | None = None
+        self, n: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean-free positions ``(n, N, D)`` and their log q ``(n,)``."""
         ...

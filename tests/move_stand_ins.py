@@ -21,7 +21,7 @@ class GaussianFlow:
         self.n_calls: list[int] = []
 
     def sample_and_log_prob(
-        self, n: int, generator: torch.Generator | None = None
+        self, n: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         self.n_calls.append(n)
         x = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
@@ -41,9 +41,9 @@ class WrongFlow:
         self.flow, self.factor = flow, factor
 
     def sample_and_log_prob(
-        self, n: int, generator: torch.Generator | None = None
+        self, n: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, log_q = self.flow.sample_and_log_prob(n, generator)
+        x, log_q = self.flow.sample_and_log_prob(n, generator=generator)
         return x, self.factor * log_q
 
     def log_prob(self, x: Tensor) -> Tensor:
