@@ -98,7 +98,9 @@ class EquivariantFlow:
         """
         y, ladj = rk4(self._field, z, self.grid)
         x, log_volume = self.prior.to_cartesian(y)
-        return x, self.prior.latent_log_prob(z) - ladj - log_volume
+        log_q = self.prior.latent_log_prob(z) - ladj - log_volume
+        # Outside the chart there is no configuration: log q = +inf makes the weight zero.
+        return x, torch.where(torch.isfinite(log_q), log_q, torch.inf)
 
     def latent_and_log_prob(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, D), any centroid and orientation, to latent points and log q."""
@@ -122,7 +124,7 @@ class EquivariantFlow:
     ) -> tuple[Tensor, Tensor]:
         """Samples (n, N, D) float64 and log q (n,) float64; memory bounded by ``chunk_size``.
 
-        A sample whose internal coordinates leave the chart has log q = nan: weight zero.
+        A sample whose internal coordinates leave the chart has log q = +inf: weight zero.
         """
         parts = []
         with torch.no_grad():

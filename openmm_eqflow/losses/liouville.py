@@ -19,92 +19,15 @@ small; it never biases the field it converges to.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor
 
-from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.losses.pool import Pool, PoolFeeder, join_pools
 from openmm_eqflow.vector_fields.base import VectorField
 
-__all__ = ["LiouvilleLoss", "Pool", "Target", "build_pool", "latent_target"]
+__all__ = ["LiouvilleLoss"]
 
 _N_TIMES = 33
-
-
-class Target(Protocol):
-    """What the loss needs of a Boltzmann target."""
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """U (n,) and du/dx (n, N, D)."""
-        ...
-
-
-class Pool(NamedTuple):
-    """Points with scores: y, grad log p0, grad log p1 (n, d); log w (n,); from the prior? (n,)."""
-
-    y: Tensor
-    score_prior: Tensor
-    score_target: Tensor
-    log_weight: Tensor
-    from_prior: Tensor
-
-
-def latent_target(prior: Prior, target: Target, y: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Log density of the target in the chart and its gradient.
-
-    .. math:: \log p_1(y) = -u(x(y)) + \mathrm{log\_volume}(y)
-    """
-    point = y.detach().requires_grad_(True)
-    with torch.enable_grad():
-        x, log_volume = prior.to_cartesian(point)
-        finite = torch.isfinite(log_volume.detach())
-        u, du = target.reduced_potential_and_gradient(x.detach())
-        inner = (x * du).sum((1, 2))
-        log_p = torch.where(finite, log_volume - inner, torch.zeros_like(inner)).sum()
-        gradient = torch.autograd.grad(log_p, point)[0]
-    value = torch.where(finite, log_volume.detach() - u, torch.full_like(u, -torch.inf))
-    return value, gradient
-
-
-def build_pool(
-    prior: Prior,
-    target: Target,
-    *,
-    n_prior: int,
-    frames: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    chunk: int = 4096,
-    window: tuple[float, float] = (-30.0, 30.0),
-) -> Pool:
-    """Evaluate a training pool: ``n_prior`` fresh prior samples and reference ``frames``.
-
-    Points whose log weight lies outside ``window`` around the median (clashes: their gradients are
-    astronomically large) are left out of the *training* pool; no weight is ever left out of an
-    estimate.
-    """
-    sources: list[tuple[Tensor, bool]] = []
-    if n_prior:
-        sources.append((prior.sample_latent(n_prior, generator=generator), True))
-    if frames is not None and len(frames):
-        sources.append((prior.from_cartesian(frames.double())[0], False))
-    rows = []
-    for y_all, is_prior in sources:
-        for y in y_all.split(chunk):
-            log_p1, g1 = latent_target(prior, target, y)
-            point = y.detach().requires_grad_(True)
-            with torch.enable_grad():
-                log_p0 = prior.latent_log_prob(point)
-                g0 = torch.autograd.grad(log_p0.sum(), point)[0]
-            log_w = log_p1 - log_p0.detach()
-            rows.append((y, g0, g1, log_w, torch.full((len(y),), is_prior)))
-    y, g0, g1, log_w, origin = (torch.cat(column) for column in zip(*rows, strict=True))
-    keep = torch.isfinite(log_w) & torch.isfinite(g1).all(1) & torch.isfinite(g0).all(1)
-    median = log_w[keep].median()
-    keep &= (log_w > median + window[0]) & (log_w < median + window[1])
-    return Pool(
-        y[keep].float(), g0[keep].float(), g1[keep].float(), log_w[keep].double(), origin[keep]
-    )
 
 
 def _log_z(log_weight: Tensor, from_prior: Tensor) -> Tensor:
@@ -126,14 +49,18 @@ def _log_z(log_weight: Tensor, from_prior: Tensor) -> Tensor:
 
 
 class LiouvilleLoss:
-    """Mean Huber-damped squared residual over a pool; see the module docstring.
+    """Mean Huber-damped squared residual over a growing pool; see the module docstring.
 
     Parameters
     ----------
     field
         Chart field (weights are what is trained).
     pool
-        From :func:`build_pool`.
+        From :func:`~openmm_eqflow.losses.pool.build_pool`.
+    held_out
+        A pool of other points, for :meth:`validation`.
+    feeder
+        Source of fresh chunks; one is taken every ``grow_every`` steps.
     damping
         Residuals beyond this many kT count linearly.
     breadth
@@ -141,10 +68,31 @@ class LiouvilleLoss:
     """
 
     def __init__(
-        self, field: VectorField, pool: Pool, *, damping: float = 4.0, breadth: float = 0.1
+        self,
+        field: VectorField,
+        pool: Pool,
+        *,
+        held_out: Pool | None = None,
+        feeder: PoolFeeder | None = None,
+        grow_every: int = 100,
+        damping: float = 4.0,
+        breadth: float = 0.1,
     ) -> None:
         self.field, self.damping, self.breadth = field, damping, breadth
+        self.feeder, self.grow_every, self.n_grown = feeder, grow_every, 0
+        self.held_out = None if held_out is None else LiouvilleLoss(field, held_out, breadth=0.0)
         self.set_pool(pool)
+
+    def grow(self, step: int) -> None:
+        """Take the chunks that are due at ``step`` (all earlier ones too, after a resume)."""
+        fresh = []
+        while self.feeder is not None and self.n_grown < step // self.grow_every:
+            chunk = self.feeder.next()
+            self.n_grown += 1
+            if chunk is not None:
+                fresh.append(chunk)
+        if fresh:
+            self.set_pool(join_pools(self.pool, *fresh))
 
     def set_pool(self, pool: Pool) -> None:
         """Replace the pool and its time-dependent weights."""
@@ -202,7 +150,15 @@ class LiouvilleLoss:
         )
         return div + (v * score).sum(1) + self.relative[index] - mean
 
-    def __call__(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Scalar loss."""
         r = self.residual(*self.draw(batch_size, generator))
         return 2 * torch.nn.functional.huber_loss(r, torch.zeros_like(r), delta=self.damping)
+
+    def validation(self, n: int, generator: torch.Generator) -> Tensor:
+        """Undamped mean squared residual over ``n`` draws from the held-out pool."""
+        held_out = self.held_out
+        if held_out is None:
+            return self(n, generator)
+        r = held_out.residual(*held_out.draw(n, generator))
+        return r.square().mean()

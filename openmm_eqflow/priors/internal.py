@@ -147,13 +147,14 @@ class InternalCoordinatePrior:
     def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, 3), mean-free in the root frame, and ``log_volume`` (n,).
 
-        Points whose bonds or angles leave the chart (b <= 0, sin theta <= 0) get
-        ``log_volume = nan``: they have no configuration and their weight is zero.
+        Points that leave the chart (b <= 0, sin theta <= 0, a stiff torsion more than half a turn
+        from its centre) get ``log_volume = nan``: their weight is zero.
         """
         z, tau = self.split(y)
         s = self.features(tau) @ self.coefficients.to(y) + z @ self.cholesky.to(y).T
         x, log_volume = self.zmatrix.from_internal(self.internal_from_stiff(s, tau))
-        return x, log_volume + self._log_det().to(y)
+        turned = (s[:, 2 * self.n_particles - 3 :].abs() >= math.pi).any(1)
+        return x, torch.where(turned, torch.nan, log_volume + self._log_det().to(y))
 
     def _log_det(self) -> Tensor:
         return torch.log(torch.diagonal(self.cholesky)).sum()

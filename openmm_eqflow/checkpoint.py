@@ -1,0 +1,153 @@
+"""Flows on disk: safetensors for numbers, JSON for words, SHA-256 over both. No pickle anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from openmm_eqflow.atomic import atomic_path, write_json
+from openmm_eqflow.errors import CheckpointError
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.vector_fields import build_vector_field
+
+__all__ = ["file_sha256", "load_flow", "load_tensors", "save_flow", "save_tensors"]
+
+FORMAT = "openmm_eqflow.flow/1"
+_PRIORS: dict[str, Any] = {
+    "MeanFreeGaussian": MeanFreeGaussian,
+    "InternalCoordinatePrior": InternalCoordinatePrior,
+}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None
+) -> None:
+    """Write named tensors and a JSON-able dictionary as one safetensors file, atomically."""
+    plain = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+    with atomic_path(path) as temporary:
+        safetensors.torch.save_file(plain, temporary, {"json": json.dumps(metadata or {})})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, truncated or foreign file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get("json", "{}"))
+            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): the file is missing, truncated or not a "
+            "safetensors file; delete it and run the stage again"
+        ) from error
+
+
+def save_flow(
+    flow: EquivariantFlow, stem: str | Path, metadata: dict[str, Any] | None = None
+) -> Path:
+    """Write ``stem``.safetensors and ``stem``.json; return the path of the former.
+
+    The JSON names prior, field, grid, audit and the SHA-256 of the numbers, so that neither file
+    can be altered or exchanged unnoticed.
+
+    Parameters
+    ----------
+    flow
+        Any flow of this package.
+    stem
+        Path without suffix, such as ``run/flow``.
+    metadata
+        JSON-able facts to keep: system hash, temperature, recipe, metrics.
+    """
+    stem = Path(stem)
+    prior_config, prior_tensors = flow.prior.state()
+    tensors = {f"prior.{k}": v for k, v in prior_tensors.items()}
+    tensors |= {f"field.{k}": v for k, v in flow.module.state_dict().items()}
+    path = stem.with_suffix(".safetensors")
+    save_tensors(path, tensors)
+    record = {
+        "format": FORMAT,
+        "sha256": file_sha256(path),
+        "prior": {"kind": type(flow.prior).__name__, "config": prior_config},
+        "vector_field": {
+            "kind": type(flow.vector_field).__name__,
+            "config": flow.vector_field.config,
+        },
+        "grid": list(flow.grid),
+        "chunk_size": flow.chunk_size,
+        "audit": flow.audit_report,
+        "metadata": metadata or {},
+    }
+    write_json(stem.with_suffix(".json"), record)
+    flow.metadata = dict(metadata or {})
+    flow.source = (str(path), record["sha256"])
+    return path
+
+
+def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> EquivariantFlow:
+    """Load a flow from ``path`` (with or without suffix).
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, truncated, altered (hash) or of another format.
+    """
+    stem = Path(path)
+    weights, words = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    for needed in (weights, words):
+        if not needed.is_file():
+            raise CheckpointError(f"{needed} does not exist; train a flow first, or give its path")
+    try:
+        record = json.loads(words.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{words} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise CheckpointError(f"{words} is not of format {FORMAT}; retrain with this version")
+    digest = file_sha256(weights)
+    if digest != record["sha256"]:
+        raise CheckpointError(
+            f"{weights} was altered or truncated: SHA-256 {digest[:12]}..., {words.name} expects "
+            f"{record['sha256'][:12]}...; restore both files or train again"
+        )
+    tensors, _ = load_tensors(weights)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    prior: Prior = _PRIORS[record["prior"]["kind"]].from_state(
+        record["prior"]["config"], part("prior.")
+    )
+    field = build_vector_field(
+        record["vector_field"]["kind"], record["vector_field"]["config"]
+    )
+    field.load_state_dict(part("field."))
+    flow = EquivariantFlow(
+        prior,
+        field.to(device).eval(),  # type: ignore[arg-type]
+        grid=tuple(record["grid"]),
+        chunk_size=record["chunk_size"],
+    )
+    flow.audit_report = record["audit"]
+    flow.metadata = record["metadata"]
+    flow.source = (str(weights), digest)
+    return flow

@@ -1,0 +1,150 @@
+r"""Training pools: points of the chart with the scores of prior and target, made in the background.
+
+Energies and forces dominate the cost of a pool, and OpenMM and numba release the interpreter lock, so
+a feeder thread makes fresh chunks on one core while the network trains on the other. Chunk k depends
+on the seed and on k only, and is consumed at a fixed step: a resumed run sees the same data.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from openmm_eqflow.priors.base import Prior
+
+__all__ = ["Pool", "PoolFeeder", "Target", "build_pool", "join_pools", "latent_target"]
+
+
+class Target(Protocol):
+    """What the loss needs of a Boltzmann target."""
+
+    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """U (n,) and du/dx (n, N, D)."""
+        ...
+
+
+class Pool(NamedTuple):
+    """Points with scores: y, grad log p0, grad log p1 (n, d); log w (n,); from the prior? (n,)."""
+
+    y: Tensor
+    score_prior: Tensor
+    score_target: Tensor
+    log_weight: Tensor
+    from_prior: Tensor
+
+
+def latent_target(prior: Prior, target: Target, y: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Log density of the target in the chart and its gradient.
+
+    .. math:: \log p_1(y) = -u(x(y)) + \mathrm{log\_volume}(y)
+    """
+    point = y.detach().requires_grad_(True)
+    with torch.enable_grad():
+        x, log_volume = prior.to_cartesian(point)
+        finite = torch.isfinite(log_volume.detach())
+        u, du = target.reduced_potential_and_gradient(x.detach())
+        inner = (x * du).sum((1, 2))
+        log_p = torch.where(finite, log_volume - inner, torch.zeros_like(inner)).sum()
+        gradient = torch.autograd.grad(log_p, point)[0]
+    value = torch.where(finite, log_volume.detach() - u, torch.full_like(u, -torch.inf))
+    return value, gradient
+
+
+def build_pool(
+    prior: Prior,
+    target: Target,
+    *,
+    n_prior: int,
+    frames: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk: int = 4096,
+    window: tuple[float, float] = (-30.0, 30.0),
+) -> Pool:
+    """Evaluate a training pool: ``n_prior`` fresh prior samples and reference ``frames``.
+
+    Points whose log weight lies outside ``window`` around the median (clashes: their gradients are
+    astronomically large) are left out of the *training* pool; no weight is ever left out of an
+    estimate.
+    """
+    sources: list[tuple[Tensor, bool]] = []
+    if n_prior:
+        sources.append((prior.sample_latent(n_prior, generator=generator), True))
+    if frames is not None and len(frames):
+        sources.append((prior.from_cartesian(frames.double())[0], False))
+    rows = []
+    for y_all, is_prior in sources:
+        for y in y_all.split(chunk):
+            log_p1, g1 = latent_target(prior, target, y)
+            point = y.detach().requires_grad_(True)
+            with torch.enable_grad():
+                log_p0 = prior.latent_log_prob(point)
+                g0 = torch.autograd.grad(log_p0.sum(), point)[0]
+            log_w = log_p1 - log_p0.detach()
+            rows.append((y, g0, g1, log_w, torch.full((len(y),), is_prior)))
+    y, g0, g1, log_w, origin = (torch.cat(column) for column in zip(*rows, strict=True))
+    keep = torch.isfinite(log_w) & torch.isfinite(g1).all(1) & torch.isfinite(g0).all(1)
+    median = log_w[keep].median()
+    keep &= (log_w > median + window[0]) & (log_w < median + window[1])
+    return Pool(
+        y[keep].float(), g0[keep].float(), g1[keep].float(), log_w[keep].double(), origin[keep]
+    )
+
+
+def join_pools(*pools: Pool) -> Pool:
+    """Concatenate pools."""
+    return Pool(*(torch.cat(columns) for columns in zip(*pools, strict=True)))
+
+
+class PoolFeeder:
+    """Makes chunks of prior points ahead of their use, in one background thread.
+
+    Parameters
+    ----------
+    prior, target
+        As for :func:`build_pool`.
+    chunk
+        Points per chunk.
+    n_chunks
+        How many chunks there will be in all.
+    seed
+        Chunk k uses the stream ``seed + k``.
+    """
+
+    def __init__(
+        self, prior: Prior, target: Target, *, chunk: int, n_chunks: int, seed: int
+    ) -> None:
+        self.prior, self.target = prior, target
+        self.chunk, self.n_chunks, self.seed = chunk, n_chunks, seed
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="pool-feeder")
+        self._stop = threading.Event()
+        self._pending: dict[int, Future[Pool]] = {}
+        self._next = 0
+
+    def _make(self, k: int) -> Pool:
+        generator = torch.Generator().manual_seed(self.seed + k)
+        return build_pool(self.prior, self.target, n_prior=self.chunk, generator=generator)
+
+    def next(self) -> Pool | None:
+        """Return the next chunk (waiting for it if need be), or None when all were handed out."""
+        if self._next >= self.n_chunks:
+            return None
+        self.prefetch()
+        pool = self._pending.pop(self._next).result()
+        self._next += 1
+        self.prefetch()
+        return pool
+
+    def prefetch(self, ahead: int = 3) -> None:
+        """Start making the coming chunks."""
+        for k in range(self._next, min(self._next + ahead, self.n_chunks)):
+            if k not in self._pending and not self._stop.is_set():
+                self._pending[k] = self._executor.submit(self._make, k)
+
+    def close(self) -> None:
+        """Stop the thread; a chunk under way is finished first."""
+        self._stop.set()
+        self._executor.shutdown(wait=True, cancel_futures=True)
