@@ -139,11 +139,10 @@ def _largest_frequency(context: openmm.Context, x: FloatArray, masses: FloatArra
 
     rows = []
     for index in range(x.size):
-        shift = np.zeros(x.size)
-        shift[index] = step
-        shift = shift.reshape(x.shape)
+        shift = np.zeros(x.shape)
+        shift.flat[index] = step
         rows.append((forces(x - shift) - forces(x + shift)) / (2.0 * step))
-    hessian = np.array(rows)
+    hessian: FloatArray = np.array(rows)
     weights = 1.0 / np.sqrt(np.repeat(masses, 3))
     hessian = 0.5 * (hessian + hessian.T) * weights[:, None] * weights[None, :]
     return float(np.sqrt(max(np.linalg.eigvalsh(hessian)[-1], 0.0)))

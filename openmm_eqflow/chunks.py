@@ -83,7 +83,7 @@ def walker_directory(directory: Path, walker: int) -> Path:
 def chunk_paths(directory: Path, walker: int) -> list[Path]:
     """Finished chunks in order; stops at the first gap, so later files cannot be misread."""
     folder = walker_directory(directory, walker)
-    paths = []
+    paths: list[Path] = []
     while (path := folder / f"chunk-{len(paths):05d}.npz").is_file():
         paths.append(path)
     return paths

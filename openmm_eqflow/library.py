@@ -277,7 +277,7 @@ def _build(content: Mapping[str, Any], directory: Path) -> MolecularSystem:
 
 
 def _existing(directory: Path, content: Mapping[str, Any], key: str) -> Path:
-    path = directory / content[key]
+    path = directory / str(content[key])
     if not path.is_file():
         raise ConfigurationError(
             f"{directory / SYSTEM_FILE}: key {key!r} names {content[key]!r}, which is not a file"

@@ -30,6 +30,7 @@ from openmm_eqflow.atomic import atomic_path, write_json, write_npz, write_text
 from openmm_eqflow.calibration import make_plan
 from openmm_eqflow.chunks import Chunk, chunk_paths, last_state, read_chunk
 from openmm_eqflow.convergence import assess, features
+from openmm_eqflow.energies.support import check_system
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.library import MolecularSystem
 from openmm_eqflow.sampling_plan import ReferenceSettings, SamplingPlan
@@ -76,12 +77,14 @@ class ReferenceData:
     @property
     def positions(self) -> NDArray[np.float32]:
         """Frames at the target temperature, ``(n_frames, n_particles, n_dims)`` nm."""
-        return self.all_positions[0]
+        target: NDArray[np.float32] = self.all_positions[0]
+        return target
 
     @property
     def energies(self) -> NDArray[np.float64]:
         """Potential energies of ``positions`` in kJ/mol."""
-        return self.all_energies[0]
+        target: NDArray[np.float64] = self.all_energies[0]
+        return target
 
     @property
     def reduced_energies(self) -> NDArray[np.float64]:
@@ -180,6 +183,7 @@ def _plan(system: MolecularSystem, folder: Path, *, n_walkers: int, seed: int) -
                     "use another directory"
                 )
         return plan
+    check_system(system.system)
     where = system.directory / "system.yaml"
     settings = ReferenceSettings.from_mapping(dict(system.settings.get("reference", {})), where)
     if folder.exists():
