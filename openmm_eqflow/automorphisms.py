@@ -69,7 +69,7 @@ def orbits(n_particles: int, generators: Sequence[Sequence[int]]) -> tuple[int, 
 def automorphism_generators(
     terms: ForceTerms, rank: Mapping[int, int]
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Generators and order of the automorphisms that also preserve ``rank``."""
+    """Find generators and order of the automorphisms that also preserve ``rank``."""
     search = _Search(terms)
     start = _compress([(c, rank[p]) for p, c in enumerate(terms.colours)])
     colours, _ = search.refine(start)

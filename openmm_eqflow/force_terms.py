@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import openmm
 from openmm import unit
 
@@ -83,9 +84,13 @@ def force_terms(system: openmm.System) -> ForceTerms:
                 surface, *particles = force.getTorsionParameters(i)
                 _add(out, (index, "cmap", surface), particles, ordered=True)
         elif name == "CustomCompoundBondForce":
+            ordered: dict[Hashable, bool] = {}
             for i in range(force.getNumBonds()):
                 particles, parameters = force.getBondParameters(i)
-                _add(out, (index, "compound", _key(parameters)), particles, ordered=True)
+                kind = (index, "compound", _key(parameters))
+                if kind not in ordered:
+                    ordered[kind] = not _reads_backwards(force, parameters)
+                _add(out, kind, particles, ordered=ordered[kind])
         elif name == "CustomExternalForce":
             seen = {}
             for i in range(force.getNumParticles()):
@@ -97,6 +102,44 @@ def force_terms(system: openmm.System) -> ForceTerms:
             for p in range(len(out.colours)):
                 out.colours[p] += (p,)
     return out
+
+
+def _reads_backwards(force: Any, parameters: Any) -> bool:
+    """Whether a compound bond has the same energy with its particles in reverse order.
+
+    Its expression can be anything, so OpenMM is asked, at three random placements.
+    """
+    alone = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(force))
+    single = openmm.CustomCompoundBondForce(
+        alone.getNumParticlesPerBond(), alone.getEnergyFunction()
+    )
+    for i in range(alone.getNumPerBondParameters()):
+        single.addPerBondParameter(alone.getPerBondParameterName(i))
+    for i in range(alone.getNumGlobalParameters()):
+        single.addGlobalParameter(
+            alone.getGlobalParameterName(i), alone.getGlobalParameterDefaultValue(i)
+        )
+    for i in range(alone.getNumTabulatedFunctions()):
+        table = openmm.XmlSerializer.clone(alone.getTabulatedFunction(i))
+        single.addTabulatedFunction(alone.getTabulatedFunctionName(i), table)
+    n = single.getNumParticlesPerBond()
+    single.addBond(list(range(n)), parameters)
+    system = openmm.System()
+    for _ in range(n):
+        system.addParticle(1.0)
+    system.addForce(single)
+    integrator = openmm.VerletIntegrator(1e-3)
+    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    rng = np.random.default_rng(0)
+    for scale in (0.2, 0.5, 2.0):
+        x = scale * rng.normal(size=(n, 3))
+        energies = []
+        for positions in (x, x[::-1].copy()):
+            context.setPositions(positions)
+            energies.append(context.getState(getEnergy=True).getPotentialEnergy()._value)
+        if not abs(energies[0] - energies[1]) <= 1e-10 * (1.0 + abs(energies[0])):
+            return False
+    return True
 
 
 def _read_listed(out: ForceTerms, index: int, name: str, force: Any) -> None:

@@ -24,9 +24,12 @@ from torch import Tensor
 
 from openmm_eqflow.energies.base import EnergyEvaluator, FloatArray
 from openmm_eqflow.energies.choose import fastest_evaluator
-from openmm_eqflow.energies.context_pool import probe_positions
+from openmm_eqflow.energies.platforms import probe_positions
 from openmm_eqflow.energies.support import check_invariance, check_system
+from openmm_eqflow.energies.torch_port import TorchEnergy
 from openmm_eqflow.symmetry import Symmetry, chirality_signs, find_symmetry
+from openmm_eqflow.thermo import kt_in_kj_mol
+from openmm_eqflow.topology_record import topology_from_record, topology_record
 
 __all__ = ["BoltzmannTarget"]
 
@@ -160,7 +163,7 @@ class BoltzmannTarget:
             "format": "openmm_eqflow.target/1",
             "system": self._system_xml,
             "system_hash": self.system_hash,
-            "topology": _topology_record(self.topology),
+            "topology": topology_record(self.topology),
             "temperature_K": self.temperature.value_in_unit(unit.kelvin),
             "positions_nm": None if self.positions is None else self.positions.tolist(),
             "n_dims": self.n_dims,
@@ -174,7 +177,7 @@ class BoltzmannTarget:
         record = json.loads(Path(path).read_text())
         return cls(
             openmm.XmlSerializer.deserialize(record["system"]),
-            _topology_from_record(record["topology"]),
+            topology_from_record(record["topology"]),
             record["temperature_K"] * unit.kelvin,
             record["positions_nm"],
             n_dims=record["n_dims"],
@@ -195,15 +198,8 @@ class BoltzmannTarget:
         self.close()
 
     def _set_temperature(self, temperature: unit.Quantity) -> None:
-        if not unit.is_quantity(temperature):
-            msg = f"temperature is {temperature!r}, expected a Quantity such as 300 * unit.kelvin"
-            raise ValueError(msg)
-        kT = (unit.MOLAR_GAS_CONSTANT_R * temperature).value_in_unit(unit.kilojoule_per_mole)
-        if not kT > 0:
-            msg = f"temperature is {temperature}, expected a positive one"
-            raise ValueError(msg)
+        self.kT: float = kt_in_kj_mol(temperature)
         self.temperature = temperature
-        self.kT: float = float(kT)
 
     def _reference(self, positions: Any) -> FloatArray | None:
         if positions is None:
@@ -241,28 +237,33 @@ class BoltzmannTarget:
         return probe
 
     def _evaluate(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        x = x.detach()
-        array = x.to("cpu", torch.float64).numpy()
-        if array.ndim != 3 or array.shape[1:] != (self.n_particles, self.n_dims):
-            msg = f"x has shape {tuple(array.shape)}, expected (n, {self.n_particles}, {self.n_dims})"
+        if x.ndim != 3 or x.shape[1:] != (self.n_particles, self.n_dims):
+            expected = f"(n, {self.n_particles}, {self.n_dims})"
+            msg = f"x has shape {tuple(x.shape)}, expected {expected}"
             raise ValueError(msg)
-        if self.n_dims == 2:
-            array = np.concatenate([array, np.zeros((*array.shape[:2], 1))], axis=-1)
-        forces = None
-        if gradient:
-            energies, forces = self.evaluator.energies_and_forces(array)
-        else:
-            energies = self.evaluator.energies(array)
-        u = torch.from_numpy(energies).to(x.device) / self.kT
+        x = x.detach().to(torch.float64)
+        full = torch.nn.functional.pad(x, (0, 3 - self.n_dims))
+        energies, forces = self._energies(full, gradient=gradient)
+        u = energies / self.kT
         wrong = ~self.in_sector(x)
         u[wrong] = torch.inf
         self.n_evaluated += len(u)
         self.n_invalid += int(torch.isinf(u).sum())
         if forces is None:
             return u, None
-        du_dx = torch.from_numpy(forces[..., : self.n_dims]).to(x.device) / -self.kT
+        du_dx = forces[..., : self.n_dims] / -self.kT
         du_dx[wrong] = 0.0
         return u, du_dx
+
+    def _energies(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Energies and forces in kJ/mol on the device of x."""
+        if x.device.type != "cpu" and isinstance(self.evaluator, TorchEnergy):
+            return self.evaluator.to(x.device).energies_and_forces_tensor(x, forces=gradient)
+        array = x.cpu().numpy()
+        if gradient:
+            energies, forces = self.evaluator.energies_and_forces(array)
+            return torch.from_numpy(energies).to(x.device), torch.from_numpy(forces).to(x.device)
+        return torch.from_numpy(self.evaluator.energies(array)).to(x.device), None
 
 
 class _ReducedPotential(torch.autograd.Function):
@@ -277,32 +278,3 @@ class _ReducedPotential(torch.autograd.Function):
     def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return grad_u[:, None, None].to(gradient) * gradient, None
-
-
-def _topology_record(topology: app.Topology | None) -> dict[str, Any] | None:
-    if topology is None:
-        return None
-    return {
-        "chains": [c.id for c in topology.chains()],
-        "residues": [[r.name, r.id, r.chain.index] for r in topology.residues()],
-        "atoms": [
-            [a.name, None if a.element is None else a.element.symbol, a.residue.index]
-            for a in topology.atoms()
-        ],
-        "bonds": [[a.index, b.index] for a, b in topology.bonds()],
-    }
-
-
-def _topology_from_record(record: dict[str, Any] | None) -> app.Topology | None:
-    if record is None:
-        return None
-    topology = app.Topology()
-    chains = [topology.addChain(c) for c in record["chains"]]
-    residues = [topology.addResidue(n, chains[c], i) for n, i, c in record["residues"]]
-    atoms = [
-        topology.addAtom(n, e and app.Element.getBySymbol(e), residues[r])
-        for n, e, r in record["atoms"]
-    ]
-    for a, b in record["bonds"]:
-        topology.addBond(atoms[a], atoms[b])
-    return topology

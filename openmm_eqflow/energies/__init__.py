@@ -1,1 +1,1 @@
-
+"""Batched potential energies of OpenMM Systems."""

@@ -1,14 +1,14 @@
 r"""What an energy evaluator is, and when an energy counts as failed.
 
-Every evaluator works on batches ``(n, n_particles, 3)`` in nm and returns kJ/mol. One rule, applied
-by all of them alike, decides validity: an energy is *invalid* when the positions, the energy or a
+Evaluators work on batches ``(n, n_particles, 3)`` in nm and return kJ/mol. One rule, applied by
+all of them alike, decides validity: an energy is *invalid* when the positions, the energy or a
 force component are not finite, or when
 
 .. math:: |U| \ge 10^{15}\ \mathrm{kJ/mol},
 
 where one unit in the last place of a double is 0.1 kJ/mol, so the number no longer resolves kT.
-Invalid energies become :math:`+\infty` with zero force, and are counted: a failed energy must never
-be 0 nor the previous value, or Metropolis would accept it.
+Invalid energies become :math:`+\infty` with zero force, and are counted: a failed energy must
+never be 0 nor the previous value, or Metropolis would accept it.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ import numpy as np
 
 from openmm_eqflow.energies.base import FloatArray
 from openmm_eqflow.energies.custom_terms import GBStage, GeneralGBTerm
-from openmm_eqflow.energies.expressions import Program
+from openmm_eqflow.energies.programs import Program
 from openmm_eqflow.energies.terms import (
     AngleTerm,
     BondTerm,
     FourierTorsionTerm,
     GBSATerm,
     IndexArray,
+    MapTerm,
     PairTerm,
     ProgramTerm,
 )
@@ -35,12 +36,13 @@ def compile_term(term: object) -> Kernel | None:
     """Return the kernel of a term, or None if there is none (torch then evaluates it)."""
     if not HAVE_NUMBA:
         return None
-    from openmm_eqflow.energies import kernels_bonded, kernels_gb, kernels_program
+    from openmm_eqflow.energies import kernels_bonded, kernels_gb, kernels_map, kernels_program
 
     table: dict[type, tuple[Any, tuple[str, ...]]] = {
         BondTerm: (kernels_bonded.bond_kernel, ("index", "length", "k")),
         AngleTerm: (kernels_bonded.angle_kernel, ("index", "angle", "k")),
         FourierTorsionTerm: (kernels_bonded.torsion_kernel, ("index", "cosine", "sine")),
+        MapTerm: (kernels_map.map_kernel, ("index", "coefficients")),
         PairTerm: (kernels_bonded.pair_kernel, ("index", "charge", "a", "b")),
         GBSATerm: (
             kernels_gb.gbsa_kernel,
@@ -94,7 +96,7 @@ class _Tape:
 
 
 def _encode(program: Program, constants: dict[str, FloatArray], n_terms: int) -> _Tape:
-    """Number the operations the output depends on."""
+    """Return the operations the output depends on, numbered."""
     from openmm_eqflow.energies.kernels_tape import CODES
 
     needed = {program.output}

@@ -18,16 +18,21 @@ import numpy as np
 import openmm
 
 from openmm_eqflow.energies.base import FloatArray, check_batch, mask_invalid
+from openmm_eqflow.energies.platforms import (
+    available_platforms,
+    evaluation_rate,
+    fastest_platform,
+    probe_positions,
+)
 from openmm_eqflow.energies.process_worker import ProcessContext, WorkerLostError
 from openmm_eqflow.energies.worker import LocalContext
 from openmm_eqflow.errors import EnergyError
 
-__all__ = ["ContextPool", "available_platforms", "fastest_platform", "probe_positions"]
+__all__ = ["ContextPool"]
 
 #: Seconds of work per chunk: long against the exchange (about 0.1 ms), short against a batch.
 _CHUNK_SECONDS = 0.02
 _TIMING_SECONDS = 0.03
-_GPU_PLATFORMS = ("CUDA", "HIP", "OpenCL")
 
 
 class ContextPool:
@@ -205,7 +210,7 @@ class ContextPool:
         self._idle = SimpleQueue()
         for context in self._contexts:
             self._idle.put(context)
-        rate = _rate(self._contexts[0], self._probe)
+        rate = evaluation_rate(self._contexts[0], self._probe)
         self._chunk = int(np.clip(rate * _CHUNK_SECONDS, 1, 1024))
 
     def _thread_context(self) -> LocalContext | ProcessContext:
@@ -217,7 +222,7 @@ class ContextPool:
     def _choose_mode(self) -> str:
         """Threads, unless they scale badly here and processes turn out faster."""
         self._open("threads")
-        alone = _rate(self._contexts[0], self._probe)
+        alone = evaluation_rate(self._contexts[0], self._probe)
         threads = self._pool_rate(alone)
         if self.n_workers == 1 or threads > 0.75 * self.n_workers * alone:
             return "threads"
@@ -248,55 +253,3 @@ class ContextPool:
 def _start(context: LocalContext | ProcessContext) -> None:
     if isinstance(context, ProcessContext):
         context.start()
-
-
-def _rate(context: LocalContext | ProcessContext, probe: FloatArray) -> float:
-    """Energy + force evaluations per second, timed over at least ``_TIMING_SECONDS``."""
-    x = np.repeat(probe[None], 4, axis=0)
-    context.compute(x[:1], True)
-    n, start, elapsed = 0, time.perf_counter(), 0.0
-    while elapsed < _TIMING_SECONDS:
-        context.compute(x, True)
-        n += len(x)
-        elapsed = time.perf_counter() - start
-    return n / elapsed
-
-
-def probe_positions(n_particles: int, spacing: float = 0.25) -> FloatArray:
-    """Positions ``(n_particles, 3)`` on a slightly disordered cubic lattice, in nm."""
-    side = int(np.ceil(n_particles ** (1 / 3)))
-    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-    jitter = np.random.default_rng(0).uniform(-0.1, 0.1, (n_particles, 3))
-    positions: FloatArray = spacing * (grid[:n_particles] + jitter)
-    return positions
-
-
-def available_platforms() -> list[str]:
-    """Names of the OpenMM platforms of this installation."""
-    n = openmm.Platform.getNumPlatforms()
-    return [openmm.Platform.getPlatform(i).getName() for i in range(n)]
-
-
-def fastest_platform(system_xml: str, probe: FloatArray) -> str:
-    """Platform with the highest rate of energies with forces, one Context, short timing.
-
-    For small molecules that is often Reference, so the choice is measured, not made by name.
-
-    Raises
-    ------
-    EnergyError
-        No platform can run the System.
-    """
-    rates: dict[str, float] = {}
-    reasons: list[str] = []
-    candidates = ("Reference", "CPU", *_GPU_PLATFORMS)
-    for name in [c for c in candidates if c in available_platforms()]:
-        # A GPU platform may be installed without a device, or lack a force.
-        try:
-            rates[name] = _rate(LocalContext(system_xml, name), probe)
-        except openmm.OpenMMException as error:
-            reasons.append(f"{name}: {error}")
-    if not rates:
-        msg = f"no OpenMM platform can run this System ({'; '.join(reasons)})"
-        raise EnergyError(msg)
-    return max(rates, key=lambda name: rates[name])

@@ -11,7 +11,8 @@ import numpy as np
 import openmm
 
 from openmm_eqflow.energies.base import FloatArray
-from openmm_eqflow.energies.expressions import Program, parse, specialise
+from openmm_eqflow.energies.expressions import parse
+from openmm_eqflow.energies.programs import Program, specialise
 from openmm_eqflow.energies.terms import IndexArray, ProgramTerm, particle_parameters
 from openmm_eqflow.errors import UnsupportedSystemError
 

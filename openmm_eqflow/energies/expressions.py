@@ -10,21 +10,20 @@ compiled kernels. Grammar and precedence follow Lepton, OpenMM's parser: ``-x^2`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
+from openmm_eqflow.energies.programs import Operation, Program
 from openmm_eqflow.errors import UnsupportedSystemError
 
-__all__ = ["Operation", "Program", "parse", "specialise"]
+__all__ = ["parse"]
 
-_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)|([A-Za-z_]\w*)|(.))")
+_TOKEN = re.compile(
+    r"\s*(?:(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)|([A-Za-z_]\w*)|(.))"
+)
 _ARITY = {
-    **dict.fromkeys(("sqrt exp log sin cos tan asin acos atan sinh cosh tanh erf erfc").split(), 1),
+    **dict.fromkeys(
+        ("sqrt exp log sin cos tan asin acos atan sinh cosh tanh erf erfc").split(), 1
+    ),
     **dict.fromkeys("step delta square cube recip abs floor ceil sec csc cot".split(), 1),
     **dict.fromkeys(("atan2", "min", "max", "pow"), 2),
     "select": 3,
@@ -32,65 +31,6 @@ _ARITY = {
 #: Functions of particle names: each distinct call is an input of the program.
 _GEOMETRY = {"distance": 2, "angle": 3, "dihedral": 4}
 _MAX_INTEGER_POWER = 64
-
-
-class Operation(NamedTuple):
-    """One step: ``op`` applied to earlier results; constants and inputs carry ``value``."""
-
-    op: str
-    arguments: tuple[int, ...] = ()
-    value: float | str = 0.0
-
-
-class Program:
-    """Operations in evaluation order; ``output`` is the number of the result."""
-
-    def __init__(self) -> None:
-        self.operations: list[Operation] = []
-        self.output = -1
-        self._known: dict[Operation, int] = {}
-
-    def add(self, op: str, *arguments: int, value: float | str = 0.0) -> int:
-        """Append an operation, or return the equal one already there."""
-        operation = Operation(op, arguments, value)
-        if operation not in self._known:
-            self._known[operation] = len(self.operations)
-            self.operations.append(operation)
-        return self._known[operation]
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs, in order of first use."""
-        return [str(o.value) for o in self.operations if o.op == "input"]
-
-    def run(self, inputs: Mapping[str, Tensor], like: Tensor) -> Tensor:
-        """Evaluate with torch; ``like`` gives dtype and device of the constants."""
-        results: list[Any] = []
-        for op, arguments, value in self.operations:
-            if op == "constant":
-                results.append(torch.tensor(value, dtype=like.dtype, device=like.device))
-            elif op == "input":
-                results.append(inputs[str(value)])
-            elif op in _TORCH:
-                results.append(_TORCH[op](*(results[a] for a in arguments)))
-            else:
-                msg = f"tabulated function {op} depends on positions"
-                raise UnsupportedSystemError(msg)
-        return torch.as_tensor(results[self.output])
-
-
-_TORCH: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "neg": torch.neg,
-    "pow": torch.pow, "sqrt": torch.sqrt, "exp": torch.exp, "log": torch.log, "sin": torch.sin,
-    "cos": torch.cos, "tan": torch.tan, "asin": torch.asin, "acos": torch.acos,
-    "atan": torch.atan, "sinh": torch.sinh, "cosh": torch.cosh, "tanh": torch.tanh,
-    "erf": torch.erf, "erfc": torch.erfc, "abs": torch.abs, "floor": torch.floor,
-    "ceil": torch.ceil, "atan2": torch.atan2, "min": torch.minimum, "max": torch.maximum,
-    "recip": torch.reciprocal,
-    "step": lambda x: (x >= 0).to(x.dtype),
-    "delta": lambda x: (x == 0).to(x.dtype),
-    "select": lambda c, a, b: torch.where(c != 0, a, b),
-}  # fmt: skip
 
 
 class _Parser:
@@ -149,10 +89,23 @@ class _Parser:
     def _product(self) -> int:
         left = self._signed()
         while self._peek() in ("*", "/"):
-            op = "mul" if self._peek() == "*" else "div"
+            divide = self._peek() == "/"
             self._at += 1
-            left = self.program.add(op, left, self._signed())
+            right = self._signed()
+            right = self._reciprocal(right) if divide else right
+            one = self.program.operations[left] == Operation("constant", (), 1.0)
+            left = right if one else self.program.add("mul", left, right)
         return left
+
+    def _reciprocal(self, x: int) -> int:
+        """1/x, shared among all quotients; 1/x^2 is (1/x)^2. A division costs ten products."""
+        op, arguments, value = self.program.operations[x]
+        if op == "constant" and float(value) != 0.0:
+            return self.program.add("constant", value=1.0 / float(value))
+        if op == "mul" and arguments[0] == arguments[1]:
+            root = self._reciprocal(arguments[0])
+            return self.program.add("mul", root, root)
+        return self.program.add("recip", x)
 
     def _signed(self) -> int:
         if self._take("-"):
@@ -174,7 +127,7 @@ class _Parser:
             value = float(operation.value)
             if value.is_integer() and 0 < abs(value) <= _MAX_INTEGER_POWER:
                 result = self._integer_power(base, int(abs(value)))
-                return result if value > 0 else self.program.add("recip", result)
+                return result if value > 0 else self._reciprocal(result)
             if value == 0.5:
                 return self.program.add("sqrt", base)
         return self.program.add("pow", base, exponent)
@@ -235,13 +188,15 @@ class _Parser:
         if len(arguments) != arity:
             raise self._fail(f"{name} got {len(arguments)} arguments, takes {arity}")
         add, (first, *_) = self.program.add, arguments
+        if name == "recip":
+            return self._reciprocal(first)
         if name in ("square", "cube"):
             return self._integer_power(first, 2 if name == "square" else 3)
         if name == "pow":
             return self._power(first, arguments[1])
         if name in ("sec", "csc", "cot"):
             op = {"sec": "cos", "csc": "sin", "cot": "tan"}[name]
-            return add("recip", add(op, first))
+            return self._reciprocal(add(op, first))
         return add(name, *arguments)
 
 
@@ -263,67 +218,3 @@ def parse(text: str, *, tables: Mapping[str, int] | None = None, points: int = 0
         Syntax error, or a function this package does not know.
     """
     return _Parser(text, tables or {}, points).program
-
-
-def specialise(
-    program: Program,
-    values: Mapping[str, NDArray[np.float64] | float],
-    tables: Mapping[str, Callable[..., NDArray[np.float64]]] | None = None,
-) -> tuple[Program, dict[str, NDArray[np.float64]]]:
-    """Fold everything that depends on parameters only.
-
-    Parameters
-    ----------
-    program
-        Parsed expression.
-    values
-        Parameters: numbers, or arrays with one entry per term.
-    tables
-        Tabulated functions of NumPy arrays.
-
-    Returns
-    -------
-    tuple
-        The program of what is left and the arrays of its new inputs ``#0``, ``#1``, ...
-    """
-    out, arrays = Program(), dict[str, NDArray[np.float64]]()
-    known: dict[int, NDArray[np.float64]] = {}
-    place: dict[int, int] = {}
-
-    def emit(index: int) -> int:
-        if index in known and index not in place:
-            value = known[index]
-            if value.ndim == 0 or (value == value.flat[0]).all():
-                place[index] = out.add("constant", value=float(value.flat[0]))
-            else:
-                name = next((n for n, a in arrays.items() if np.array_equal(a, value)), None)
-                name = name or f"#{len(arrays)}"
-                arrays[name] = value
-                place[index] = out.add("input", value=name)
-        return place[index]
-
-    functions = {**_NUMPY, **(tables or {})}
-    for index, (op, arguments, value) in enumerate(program.operations):
-        if op == "constant":
-            known[index] = np.asarray(float(value))
-        elif op == "input" and value in values:
-            known[index] = np.asarray(values[str(value)], dtype=np.float64)
-        elif op == "input":
-            place[index] = out.add("input", value=value)
-        elif all(a in known for a in arguments):
-            with np.errstate(all="ignore"):
-                known[index] = np.asarray(functions[op](*(known[a] for a in arguments)))
-        else:
-            place[index] = out.add(op, *(emit(a) for a in arguments))
-    out.output = emit(program.output)
-    return out, arrays
-
-
-def _on_torch(function: Callable[..., Tensor]) -> Callable[..., NDArray[np.float64]]:
-    def run(*arguments: NDArray[np.float64]) -> NDArray[np.float64]:
-        return function(*(torch.as_tensor(a, dtype=torch.float64) for a in arguments)).numpy()
-
-    return run
-
-
-_NUMPY = {name: _on_torch(function) for name, function in _TORCH.items()}

@@ -14,11 +14,12 @@ from openmm_eqflow.energies.vector_math import JIT, LANES, atan_half_plane
 
 __all__ = ["angle_kernel", "bond_kernel", "pair_kernel", "torsion_kernel"]
 
-# ruff: noqa: ANN001, ANN201, D103
+# ruff: noqa: ANN001, ANN201, ANN202, D103
+# mypy: disable-error-code="no-untyped-def"
 
 
 @numba.njit(**JIT)
-def squared_distance(x, b, i, j, out):  # type: ignore[no-untyped-def]
+def squared_distance(x, b, i, j, out):
     for k in range(LANES):
         dx = x[b, 0, i, k] - x[b, 0, j, k]
         dy = x[b, 1, i, k] - x[b, 1, j, k]
@@ -27,8 +28,8 @@ def squared_distance(x, b, i, j, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def add_central(x, f, b, i, j, slope):  # type: ignore[no-untyped-def]
-    """Forces of a pair whose energy has derivative ``slope`` with respect to r^2 / 2."""
+def add_central(x, f, b, i, j, slope):
+    """Add the forces of a pair whose energy has derivative ``slope`` with respect to r^2 / 2."""
     for d in range(3):
         for k in range(LANES):
             g = slope[k] * (x[b, d, i, k] - x[b, d, j, k])
@@ -37,7 +38,7 @@ def add_central(x, f, b, i, j, slope):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def bond_kernel(x, e, f, forces, index, length, stiffness):  # type: ignore[no-untyped-def]
+def bond_kernel(x, e, f, forces, index, length, stiffness):
     square, slope = np.empty(LANES), np.empty(LANES)
     for b in range(x.shape[0]):
         for t in range(index.shape[0]):
@@ -54,7 +55,7 @@ def bond_kernel(x, e, f, forces, index, length, stiffness):  # type: ignore[no-u
 
 
 @numba.njit(**JIT)
-def pair_kernel(x, e, f, forces, index, charge, a, c):  # type: ignore[no-untyped-def]
+def pair_kernel(x, e, f, forces, index, charge, a, c):
     square, slope = np.empty(LANES), np.empty(LANES)
     for b in range(x.shape[0]):
         for t in range(index.shape[0]):
@@ -74,20 +75,20 @@ def pair_kernel(x, e, f, forces, index, charge, a, c):  # type: ignore[no-untype
 
 
 @numba.njit(**JIT)
-def difference(x, b, i, j, out):  # type: ignore[no-untyped-def]
+def difference(x, b, i, j, out):
     for d in range(3):
         for k in range(LANES):
             out[d, k] = x[b, d, i, k] - x[b, d, j, k]
 
 
 @numba.njit(**JIT)
-def dot(u, v, out):  # type: ignore[no-untyped-def]
+def dot(u, v, out):
     for k in range(LANES):
         out[k] = u[0, k] * v[0, k] + u[1, k] * v[1, k] + u[2, k] * v[2, k]
 
 
 @numba.njit(**JIT)
-def cross(u, v, out):  # type: ignore[no-untyped-def]
+def cross(u, v, out):
     for d in range(3):
         m, n = (d + 1) % 3, (d + 2) % 3
         for k in range(LANES):
@@ -95,7 +96,7 @@ def cross(u, v, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def angle_values(x, b, i, j, l, u, v, w, s):  # type: ignore[no-untyped-def]  # noqa: E741
+def angle_values(x, b, i, j, l, u, v, w, s):  # noqa: E741
     """Arms u, v and rows s: u.v, |u|^2, |v|^2, |u x v|, theta."""
     difference(x, b, i, j, u)
     difference(x, b, l, j, v)
@@ -111,8 +112,8 @@ def angle_values(x, b, i, j, l, u, v, w, s):  # type: ignore[no-untyped-def]  # 
 
 
 @numba.njit(**JIT)
-def add_angle_force(f, b, i, j, l, u, v, s, slope):  # type: ignore[no-untyped-def]  # noqa: E741
-    """Forces of an angle whose energy has derivative ``slope`` with respect to theta."""
+def add_angle_force(f, b, i, j, l, u, v, s, slope):  # noqa: E741
+    """Add the forces of an angle whose energy has derivative ``slope`` with respect to theta."""
     for k in range(LANES):
         s[5, k] = slope[k] / s[3, k]
     for d in range(3):
@@ -127,7 +128,7 @@ def add_angle_force(f, b, i, j, l, u, v, s, slope):  # type: ignore[no-untyped-d
 
 
 @numba.njit(**JIT)
-def angle_kernel(x, e, f, forces, index, angle, stiffness):  # type: ignore[no-untyped-def]
+def angle_kernel(x, e, f, forces, index, angle, stiffness):
     u, v, w = np.empty((3, LANES)), np.empty((3, LANES)), np.empty((3, LANES))
     s, slope = np.empty((6, LANES)), np.empty(LANES)
     for b in range(x.shape[0]):
@@ -144,7 +145,7 @@ def angle_kernel(x, e, f, forces, index, angle, stiffness):  # type: ignore[no-u
 
 
 @numba.njit(**JIT)
-def dihedral_values(x, b, p, q, o, h, g, s):  # type: ignore[no-untyped-def]
+def dihedral_values(x, b, p, q, o, h, g, s):
     r"""Rows s: cos phi, sin phi, |b2|^2, |n1|^2, |n2|^2, b1.b2, b3.b2 (IUPAC sign).
 
     g holds b1, b2, b3, n1, n2.
@@ -169,8 +170,11 @@ def dihedral_values(x, b, p, q, o, h, g, s):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def add_dihedral_force(f, b, p, q, o, h, g, s, slope):  # type: ignore[no-untyped-def]
-    """Forces of a dihedral whose energy has derivative ``slope`` (Blondel and Karplus 1996)."""
+def add_dihedral_force(f, b, p, q, o, h, g, s, slope):
+    """Add the forces of a dihedral whose energy has derivative ``slope``.
+
+    Blondel and Karplus 1996, J. Comput. Chem. 17, 1132.
+    """
     for k in range(LANES):
         c = slope[k] * np.sqrt(s[2, k])
         s[3, k] = -c / s[3, k]
@@ -194,7 +198,7 @@ def add_dihedral_force(f, b, p, q, o, h, g, s, slope):  # type: ignore[no-untype
 
 
 @numba.njit(**JIT)
-def torsion_kernel(x, e, f, forces, index, cosine, sine):  # type: ignore[no-untyped-def]
+def torsion_kernel(x, e, f, forces, index, cosine, sine):
     g, s = np.empty((5, 3, LANES)), np.empty((9, LANES))
     slope, total = np.empty(LANES), np.empty(LANES)
     for b in range(x.shape[0]):

@@ -17,31 +17,42 @@ from openmm_eqflow.energies.vector_math import JIT, LANES, vexp, vlog
 
 __all__ = ["gbsa_kernel"]
 
-# ruff: noqa: ANN001, ANN201, D103
+# ruff: noqa: ANN001, ANN201, ANN202, D103
+# mypy: disable-error-code="no-untyped-def"
 
 
 @numba.njit(**JIT)
-def add_integral(square, near, reach, psi, slope):  # type: ignore[no-untyped-def]
-    """Add the Born integral to psi and store (dH/dr) / r."""
+def distances(square, r, inverse):
     for k in range(LANES):
-        inverse = 1.0 / np.sqrt(square[k])
-        r = square[k] * inverse
+        r[k] = np.sqrt(square[k])
+        inverse[k] = 1.0 / r[k]
+
+
+@numba.njit(**JIT)
+def add_integral(distance, inverted, near, reach, psi, slope):
+    """Add the Born integral to psi and store (dH/dr) / r."""
+    most = 1.0 / near
+    for k in range(LANES):
+        r, inverse = distance[k], inverted[k]
         inner = max(near, abs(r - reach))
-        lower = 1.0 / inner
-        upper = 1.0 / (r + reach)
+        outer = r + reach
+        # One division for both reciprocals: divisions are what this loop waits for.
+        both = 1.0 / (inner * outer)
+        lower = both * outer
+        upper = both * inner
         log = vlog(upper * inner)
         change = upper * upper - lower * lower
         ratio = reach * reach * inverse
         term = lower - upper + 0.25 * change * (r - ratio) + 0.5 * inverse * log
-        term = term + (2.0 * (1.0 / near - lower) if near < reach - r else 0.0)
-        seen = 1.0 if near < r + reach else 0.0
+        term = term + (2.0 * (most - lower) if near < reach - r else 0.0)
+        seen = 1.0 if near < outer else 0.0
         psi[k] += seen * term
         grown = 0.25 * change * (1.0 + ratio * inverse) - 0.5 * log * inverse * inverse
         slope[k] = seen * grown * inverse
 
 
 @numba.njit(**JIT)
-def born_radii(psi, offset, radius, born, chain):  # type: ignore[no-untyped-def]
+def born_radii(psi, offset, radius, born, chain):
     """Effective radius B and dB/dH of one particle."""
     for k in range(LANES):
         y = 0.5 * offset * psi[k]
@@ -55,7 +66,7 @@ def born_radii(psi, offset, radius, born, chain):  # type: ignore[no-untyped-def
 
 
 @numba.njit(**JIT)
-def still(square, first, second, qq, total, slope, product_slope):  # type: ignore[no-untyped-def]
+def still(square, first, second, qq, total, slope, product_slope):
     for k in range(LANES):
         product = first[k] * second[k]
         quarter = square[k] / (4.0 * product)
@@ -69,9 +80,7 @@ def still(square, first, second, qq, total, slope, product_slope):  # type: igno
 
 
 @numba.njit(**JIT)
-def gbsa_kernel(  # type: ignore[no-untyped-def]
-    x, e, f, forces, charge, radius, offset, scaled, prefactor, surface, probe
-):
+def gbsa_kernel(x, e, f, forces, charge, radius, offset, scaled, prefactor, surface, probe):
     n = x.shape[2]
     n_pairs = n * (n - 1) // 2
     square, towards_j, towards_i, slope = (
@@ -93,8 +102,9 @@ def gbsa_kernel(  # type: ignore[no-untyped-def]
         for i in range(n):
             for j in range(i + 1, n):
                 squared_distance(x, b, i, j, square[p])
-                add_integral(square[p], offset[i], scaled[j], psi[i], towards_j[p])
-                add_integral(square[p], offset[j], scaled[i], psi[j], towards_i[p])
+                distances(square[p], total, mixed)
+                add_integral(total, mixed, offset[i], scaled[j], psi[i], towards_j[p])
+                add_integral(total, mixed, offset[j], scaled[i], psi[j], towards_i[p])
                 p += 1
         total[:] = 0.0
         for i in range(n):

@@ -26,14 +26,15 @@ from openmm_eqflow.energies.vector_math import JIT, LANES
 
 __all__ = ["DISTANCE", "program_kernel", "stage_kernel"]
 
-# ruff: noqa: ANN001, ANN201, D103
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
 
 #: Geometry codes; 3, 4, 5 are Cartesian coordinates.
 DISTANCE, ANGLE, DIHEDRAL, CARTESIAN = 0, 1, 2, 3
 
 
 @numba.njit(**JIT)
-def load_constants(code, value, constant_rows, constants, t, v):  # type: ignore[no-untyped-def]
+def load_constants(code, value, constant_rows, constants, t, v):
     for m in range(constant_rows.shape[0]):
         row, c = constant_rows[m], constants[m, t]
         for k in range(LANES):
@@ -41,7 +42,7 @@ def load_constants(code, value, constant_rows, constants, t, v):  # type: ignore
 
 
 @numba.njit(**JIT)
-def program_kernel(  # type: ignore[no-untyped-def]
+def program_kernel(
     x, e, f, forces, index, code, value, output, constant_rows, constants, geometry
 ):
     """One custom bonded or pair force; ``geometry`` rows: kind, row of v, four slots."""
@@ -83,8 +84,11 @@ def program_kernel(  # type: ignore[no-untyped-def]
                 e[b, k] += v[output, k]
             if not forces:
                 continue
-            g[:] = 0.0
-            g[output] = 1.0
+            for row in range(n_ops):
+                for k in range(LANES):
+                    g[row, k] = 0.0
+            for k in range(LANES):
+                g[output, k] = 1.0
             run_backward(code, v, g)
             for m in range(n_geometry):
                 kind, row = geometry[m, 0], geometry[m, 1]
@@ -109,7 +113,7 @@ def program_kernel(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(**JIT)
-def stage_kernel(  # type: ignore[no-untyped-def]
+def stage_kernel(
     x, e, f, backward, forces, particles, code, value, output, constant_rows, constants, r_row,
     uses, slot, values, adjoints
 ):  # fmt: skip
@@ -145,9 +149,12 @@ def stage_kernel(  # type: ignore[no-untyped-def]
                     values[b, slot, i, k] += v[output, k]
             if not forces:
                 continue
-            g[:] = 0.0
+            for row in range(n_ops):
+                for k in range(LANES):
+                    g[row, k] = 0.0
             if slot < 0:
-                g[output] = 1.0
+                for k in range(LANES):
+                    g[output, k] = 1.0
             else:
                 for k in range(LANES):
                     g[output, k] = adjoints[b, slot, i, k]

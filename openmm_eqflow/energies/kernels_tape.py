@@ -14,7 +14,7 @@ from openmm_eqflow.energies.vector_math import JIT, LANES, vexp, vlog
 
 __all__ = ["CODES", "run_backward", "run_forward"]
 
-# ruff: noqa: ANN001, ANN201, D103, E701
+# ruff: noqa: ANN001, ANN201, ANN202, D103, E701
 # mypy: disable-error-code="no-untyped-def"
 
 _NAMES = (
@@ -35,36 +35,60 @@ def safe_log(x):
 @numba.njit(inline="always", **JIT)
 def unary(op, x):
     """Operations rare enough to be carried out by the C library."""
-    if op == 15: return math.tanh(x)
-    if op == 17: return math.sin(x)
-    if op == 18: return math.cos(x)
-    if op == 19: return math.tan(x)
-    if op == 20: return np.arcsin(x)
-    if op == 21: return np.arccos(x)
-    if op == 22: return math.atan(x)
-    if op == 23: return np.sinh(x)
-    if op == 24: return np.cosh(x)
-    if op == 25: return math.erf(x)
-    if op == 26: return math.erfc(x)
-    if op == 28: return np.floor(x)
-    if op == 29: return np.ceil(x)
+    if op == 15:
+        return math.tanh(x)
+    if op == 17:
+        return math.sin(x)
+    if op == 18:
+        return math.cos(x)
+    if op == 19:
+        return math.tan(x)
+    if op == 20:
+        return np.arcsin(x)
+    if op == 21:
+        return np.arccos(x)
+    if op == 22:
+        return math.atan(x)
+    if op == 23:
+        return np.sinh(x)
+    if op == 24:
+        return np.cosh(x)
+    if op == 25:
+        return math.erf(x)
+    if op == 26:
+        return math.erfc(x)
+    if op == 28:
+        return np.floor(x)
+    if op == 29:
+        return np.ceil(x)
     return 1.0 if x == 0.0 else 0.0  # fmt: skip
 
 
 @numba.njit(inline="always", **JIT)
 def unary_slope(op, x, y):
-    """Derivative of ``unary``; ``y`` is its value."""
-    if op == 15: return 1.0 - y * y
-    if op == 17: return math.cos(x)
-    if op == 18: return -math.sin(x)
-    if op == 19: return 1.0 + y * y
-    if op == 20: return 1.0 / np.sqrt(1.0 - x * x)
-    if op == 21: return -1.0 / np.sqrt(1.0 - x * x)
-    if op == 22: return 1.0 / (1.0 + x * x)
-    if op == 23: return np.cosh(x)
-    if op == 24: return np.sinh(x)
-    if op == 25: return _TWO_OVER_ROOT_PI * np.exp(-x * x)
-    if op == 26: return -_TWO_OVER_ROOT_PI * np.exp(-x * x)
+    """Return the derivative of ``unary``; ``y`` is its value."""
+    if op == 15:
+        return 1.0 - y * y
+    if op == 17:
+        return math.cos(x)
+    if op == 18:
+        return -math.sin(x)
+    if op == 19:
+        return 1.0 + y * y
+    if op == 20:
+        return 1.0 / np.sqrt(1.0 - x * x)
+    if op == 21:
+        return -1.0 / np.sqrt(1.0 - x * x)
+    if op == 22:
+        return 1.0 / (1.0 + x * x)
+    if op == 23:
+        return np.cosh(x)
+    if op == 24:
+        return np.sinh(x)
+    if op == 25:
+        return _TWO_OVER_ROOT_PI * np.exp(-x * x)
+    if op == 26:
+        return -_TWO_OVER_ROOT_PI * np.exp(-x * x)
     return 0.0  # fmt: skip
 
 
@@ -75,37 +99,53 @@ def run_forward(code, v):
         if op == 0:
             continue
         if op == 1:
-            for k in range(LANES): v[o, k] = v[a, k] + v[b, k]
+            for k in range(LANES):
+                v[o, k] = v[a, k] + v[b, k]
         elif op == 2:
-            for k in range(LANES): v[o, k] = v[a, k] - v[b, k]
+            for k in range(LANES):
+                v[o, k] = v[a, k] - v[b, k]
         elif op == 3:
-            for k in range(LANES): v[o, k] = v[a, k] * v[b, k]
+            for k in range(LANES):
+                v[o, k] = v[a, k] * v[b, k]
         elif op == 4:
-            for k in range(LANES): v[o, k] = v[a, k] / v[b, k]
+            for k in range(LANES):
+                v[o, k] = v[a, k] / v[b, k]
         elif op == 5:
-            for k in range(LANES): v[o, k] = -v[a, k]
+            for k in range(LANES):
+                v[o, k] = -v[a, k]
         elif op == 6:
-            for k in range(LANES): v[o, k] = 1.0 / v[a, k]
+            for k in range(LANES):
+                v[o, k] = 1.0 / v[a, k]
         elif op == 7:
-            for k in range(LANES): v[o, k] = np.sqrt(v[a, k])
+            for k in range(LANES):
+                v[o, k] = np.sqrt(v[a, k])
         elif op == 8:
-            for k in range(LANES): v[o, k] = vexp(v[a, k])
+            for k in range(LANES):
+                v[o, k] = vexp(v[a, k])
         elif op == 9:
-            for k in range(LANES): v[o, k] = safe_log(v[a, k])
+            for k in range(LANES):
+                v[o, k] = safe_log(v[a, k])
         elif op == 10:
-            for k in range(LANES): v[o, k] = v[b, k] if v[b, k] < v[a, k] else v[a, k]
+            for k in range(LANES):
+                v[o, k] = v[b, k] if v[b, k] < v[a, k] else v[a, k]
         elif op == 11:
-            for k in range(LANES): v[o, k] = v[b, k] if v[b, k] > v[a, k] else v[a, k]
+            for k in range(LANES):
+                v[o, k] = v[b, k] if v[b, k] > v[a, k] else v[a, k]
         elif op == 12:
-            for k in range(LANES): v[o, k] = 1.0 if v[a, k] >= 0.0 else 0.0
+            for k in range(LANES):
+                v[o, k] = 1.0 if v[a, k] >= 0.0 else 0.0
         elif op == 13:
-            for k in range(LANES): v[o, k] = v[b, k] if v[a, k] != 0.0 else v[c, k]
+            for k in range(LANES):
+                v[o, k] = v[b, k] if v[a, k] != 0.0 else v[c, k]
         elif op == 14:
-            for k in range(LANES): v[o, k] = abs(v[a, k])
+            for k in range(LANES):
+                v[o, k] = abs(v[a, k])
         elif op == 16:
-            for k in range(LANES): v[o, k] = v[a, k] ** v[b, k]
+            for k in range(LANES):
+                v[o, k] = v[a, k] ** v[b, k]
         elif op == 27:
-            for k in range(LANES): v[o, k] = math.atan2(v[a, k], v[b, k])
+            for k in range(LANES):
+                v[o, k] = math.atan2(v[a, k], v[b, k])
         else:
             for k in range(LANES): v[o, k] = unary(op, v[a, k])  # fmt: skip
 
@@ -118,40 +158,61 @@ def run_backward(code, v, g):
         if op == 0:
             continue
         if op == 1:
-            for k in range(LANES): g[a, k] += g[o, k]
-            for k in range(LANES): g[b, k] += g[o, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k]
+            for k in range(LANES):
+                g[b, k] += g[o, k]
         elif op == 2:
-            for k in range(LANES): g[a, k] += g[o, k]
-            for k in range(LANES): g[b, k] -= g[o, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k]
+            for k in range(LANES):
+                g[b, k] -= g[o, k]
         elif op == 3:
-            for k in range(LANES): g[a, k] += g[o, k] * v[b, k]
-            for k in range(LANES): g[b, k] += g[o, k] * v[a, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k] * v[b, k]
+            for k in range(LANES):
+                g[b, k] += g[o, k] * v[a, k]
         elif op == 4:
-            for k in range(LANES): g[a, k] += g[o, k] / v[b, k]
-            for k in range(LANES): g[b, k] -= g[o, k] * v[o, k] / v[b, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k] / v[b, k]
+            for k in range(LANES):
+                g[b, k] -= g[o, k] * v[o, k] / v[b, k]
         elif op == 5:
-            for k in range(LANES): g[a, k] -= g[o, k]
+            for k in range(LANES):
+                g[a, k] -= g[o, k]
         elif op == 6:
-            for k in range(LANES): g[a, k] -= g[o, k] * v[o, k] * v[o, k]
+            for k in range(LANES):
+                g[a, k] -= g[o, k] * v[o, k] * v[o, k]
         elif op == 7:
-            for k in range(LANES): g[a, k] += 0.5 * g[o, k] / v[o, k]
+            for k in range(LANES):
+                g[a, k] += 0.5 * g[o, k] / v[o, k]
         elif op == 8:
-            for k in range(LANES): g[a, k] += g[o, k] * v[o, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k] * v[o, k]
         elif op == 9:
-            for k in range(LANES): g[a, k] += g[o, k] / v[a, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k] / v[a, k]
         elif op == 10:
-            for k in range(LANES): g[a, k] += 0.0 if v[b, k] < v[a, k] else g[o, k]
-            for k in range(LANES): g[b, k] += g[o, k] if v[b, k] < v[a, k] else 0.0
+            for k in range(LANES):
+                g[a, k] += 0.0 if v[b, k] < v[a, k] else g[o, k]
+            for k in range(LANES):
+                g[b, k] += g[o, k] if v[b, k] < v[a, k] else 0.0
         elif op == 11:
-            for k in range(LANES): g[a, k] += 0.0 if v[b, k] > v[a, k] else g[o, k]
-            for k in range(LANES): g[b, k] += g[o, k] if v[b, k] > v[a, k] else 0.0
+            for k in range(LANES):
+                g[a, k] += 0.0 if v[b, k] > v[a, k] else g[o, k]
+            for k in range(LANES):
+                g[b, k] += g[o, k] if v[b, k] > v[a, k] else 0.0
         elif op == 13:
-            for k in range(LANES): g[b, k] += g[o, k] if v[a, k] != 0.0 else 0.0
-            for k in range(LANES): g[c, k] += 0.0 if v[a, k] != 0.0 else g[o, k]
+            for k in range(LANES):
+                g[b, k] += g[o, k] if v[a, k] != 0.0 else 0.0
+            for k in range(LANES):
+                g[c, k] += 0.0 if v[a, k] != 0.0 else g[o, k]
         elif op == 14:
-            for k in range(LANES): g[a, k] += g[o, k] if v[a, k] >= 0.0 else -g[o, k]
+            for k in range(LANES):
+                g[a, k] += g[o, k] if v[a, k] >= 0.0 else -g[o, k]
         elif op == 16:
-            for k in range(LANES): g[a, k] += g[o, k] * v[b, k] * v[a, k] ** (v[b, k] - 1.0)
+            for k in range(LANES):
+                g[a, k] += g[o, k] * v[b, k] * v[a, k] ** (v[b, k] - 1.0)
             for k in range(LANES):
                 g[b, k] += g[o, k] * v[o, k] * safe_log(v[a, k]) if v[a, k] > 0.0 else 0.0
         elif op == 27:

@@ -61,7 +61,7 @@ class ProcessContext:
         EnergyError
             The process does not come up (its standard error is the user's).
         """
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and file
+        self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

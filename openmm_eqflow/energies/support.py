@@ -1,4 +1,4 @@
-"""Which Systems have a density on the mean-free subspace at all; the others are refused by name."""
+"""Which Systems have a density on the mean-free subspace; the others are refused by name."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from openmm import unit
 
 from openmm_eqflow.energies.base import FloatArray
-from openmm_eqflow.energies.expressions import Program
+from openmm_eqflow.energies.programs import Program
 from openmm_eqflow.errors import UnsupportedSystemError
 
 __all__ = [
@@ -43,7 +43,7 @@ _VACUUM_PERMITTIVITY = 1e-6 * 8.8541878128e-12 / (_ELEMENTARY_CHARGE**2 * _AVOGA
 #: 1/(4 pi eps0) in kJ nm / (mol e^2), from the constants OpenMM uses.
 COULOMB = 1.0 / (4.0 * np.pi * _VACUUM_PERMITTIVITY)
 
-# Onufriev, Bashford and Case 2004 (OBC2) with the ACE surface term, as in OpenMM's reference kernel.
+# Onufriev, Bashford and Case 2004 (OBC2), ACE surface term: values of OpenMM's reference kernel.
 _GB_OFFSET = 0.009
 _GB_PROBE = 0.14
 
@@ -98,7 +98,7 @@ class PairTerm:
 
 @dataclass(frozen=True)
 class GBSATerm:
-    """GBSAOBCForce. ``prefactor`` is (1/eps_in - 1/eps_out) / (4 pi eps0), ``surface`` 4 pi gamma."""
+    """GBSAOBCForce; ``prefactor`` (1/eps_in - 1/eps_out) / (4 pi eps0), ``surface`` 4 pi gamma."""
 
     charge: FloatArray
     radius: FloatArray
@@ -171,7 +171,7 @@ def _angles(force: Any) -> AngleTerm:
 
 
 def _fourier(rows: list[tuple[tuple[int, ...], FloatArray, FloatArray]]) -> FourierTorsionTerm:
-    """Sum series over equal particle quadruples (a quadruple read backwards has the same angle)."""
+    """Sum series over equal quadruples (read backwards a quadruple has the same angle)."""
     width = max((len(c) for _, c, _ in rows), default=1)
     sums: dict[tuple[int, ...], FloatArray] = {}
     for particles, cosine, sine in rows:
@@ -224,13 +224,16 @@ def _maps(force: Any) -> MapTerm:
 def _bicubic(energy: FloatArray) -> FloatArray:
     """Patch coefficients of the periodic bicubic spline through a grid, ``(size, size, 4, 4)``."""
     size = len(energy)
-    # Slopes d of a periodic cubic spline with unit spacing: d[-1] + 4 d[0] + d[1] = 3 (e[1] - e[-1]).
+    # Slopes of a periodic cubic spline: d[i-1] + 4 d[i] + d[i+1] = 3 (e[i+1] - e[i-1]).
     ring = np.roll(np.eye(size), 1, axis=0)
     slope = np.linalg.solve(ring + 4 * np.eye(size) + ring.T, 3 * (ring.T - ring))
     corners = np.array([[energy, energy @ slope.T], [slope @ energy, slope @ energy @ slope.T]])
-    near = lambda a, i, j: np.roll(a, (-i, -j), axis=(0, 1))  # noqa: E731
     nodal = np.array(
-        [[near(corners[a, b], i, j) for b in (0, 1) for j in (0, 1)] for a in (0, 1) for i in (0, 1)]
+        [
+            [np.roll(corners[a, b], (-i, -j), axis=(0, 1)) for b in (0, 1) for j in (0, 1)]
+            for a in (0, 1)
+            for i in (0, 1)
+        ]
     )
     hermite = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [-3, 3, -2, -1], [2, -2, 1, 1]], dtype=float)
     return np.einsum("ka,lb,abij->ijkl", hermite, hermite, nodal)

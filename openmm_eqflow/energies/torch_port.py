@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from openmm_eqflow.energies.base import ENERGY_LIMIT, FloatArray, check_batch, mask_invalid
 from openmm_eqflow.energies.compiled import Kernel, compile_term, run_kernels
-from openmm_eqflow.energies.context_pool import probe_positions
 from openmm_eqflow.energies.custom_terms import read_custom
+from openmm_eqflow.energies.platforms import probe_positions
 from openmm_eqflow.energies.terms import read_standard
 from openmm_eqflow.energies.torch_terms import torch_term
 from openmm_eqflow.errors import UnsupportedSystemError

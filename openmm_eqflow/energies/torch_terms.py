@@ -35,7 +35,7 @@ AnyTerm = (
     | ProgramTerm
     | GeneralGBTerm
 )
-# Keeps the gradient of an angle finite where its particles are exactly collinear (OpenMM does too).
+# Keeps the gradient of an angle finite where its particles are exactly collinear, as OpenMM does.
 _TINY = 1e-30
 
 

@@ -23,7 +23,7 @@ __all__ = ["REQUEST", "SETUP", "LocalContext"]
 
 #: Byte counts of the System XML and of the platform name.
 SETUP = struct.Struct("<qq")
-#: Number of configurations, number of particles, 1 if forces are wanted. The reply is the bare arrays.
+#: Number of configurations, number of particles, 1 if forces are wanted; the reply is bare arrays.
 REQUEST = struct.Struct("<qqq")
 
 
