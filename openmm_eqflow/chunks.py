@@ -111,7 +111,8 @@ def write_chunk(directory: Path, walker: int, chunk: Chunk) -> None:
 
 def _load(path: Path, keys: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves the file open when it is not a whole archive.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {key: archive[key] for key in keys}
     except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(

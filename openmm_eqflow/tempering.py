@@ -51,6 +51,8 @@ class TemperingWalker:
     def __init__(self, plan: SamplingPlan, system: openmm.System, walker: int) -> None:
         self.plan = plan
         self.walker = walker
+        # A Context does not keep its System alive, and needs it to be initialised again.
+        self._system = system
         self._temperatures = np.array(plan.temperatures)
         self._beta = np.array(
             [1.0 / kt_in_kj_mol(temperature_quantity(t)) for t in plan.temperatures]

@@ -24,9 +24,7 @@ def nothing_left(folder):
 
 
 def test_forcefield_folder_is_complete_and_loads(tmp_path):
-    made = init_system(
-        tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, temperature_kelvin=310.0
-    )
+    made = init_system(tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, temperature_kelvin=310.0)
     again = load_system(tmp_path / "mol")
     assert again.temperature == 310.0 * unit.kelvin
     assert again.kind == "molecule"
