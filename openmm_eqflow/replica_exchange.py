@@ -29,7 +29,7 @@ from openmm_eqflow.energies.base import FloatArray, check_batch, mask_invalid
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.flow_move_base import check_usable
+from openmm_eqflow.flow_registry import check_usable
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.thermo import positions_in_nm, temperature_quantity
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.vector_fields.base import register_vector_field
 
 
@@ -125,3 +126,57 @@ class WrongLatentFlow:
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, log_q = self.flow.inverse(x)
         return z, self.factor * log_q
+
+
+@register_vector_field
+class RadialField(nn.Module):
+    r"""v = (a + b exp(-|y|^2 / c)) y on the mean-free subspace: its divergence varies with y."""
+
+    exact_divergence = True
+
+    def __init__(self, n_particles: int, n_dims: int, a: float, b: float, c: float) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "n_particles": n_particles,
+            "n_dims": n_dims,
+            "a": a,
+            "b": b,
+            "c": c,
+        }
+        self.event_shape = (n_particles, n_dims)
+        self.a, self.b = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (a, b))
+        self.c = c
+
+    def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        s = y.square().sum(dim=(1, 2))
+        bump = self.b * torch.exp(-s / self.c)
+        dim = (self.event_shape[0] - 1) * self.event_shape[1]
+        return (self.a + bump)[:, None, None] * y, dim * (self.a + bump) - 2 * s / self.c * bump
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.with_divergence(t, y)[0]
+
+
+def harmonic_flow() -> EquivariantFlow:
+    """A flow that covers the shipped ``harmonic`` system (six particles) at 300 to 400 K."""
+    field = RadialField(6, 3, -0.1, 0.25, 0.8)
+    flow = EquivariantFlow(MeanFreeGaussian(6, 3, 0.235), field, grid=(0.0, 0.25, 0.5, 0.75, 1.0))
+    flow.audit_report = {"passed": True}
+    return flow
+
+
+class WrongDensity:
+    """Power control of a FlowMove: the same flow with factor * log q."""
+
+    def __init__(self, flow: EquivariantFlow, factor: float) -> None:
+        self.flow, self.factor = flow, factor
+        self.n_particles, self.n_dims = flow.n_particles, flow.n_dims
+
+    def sample_and_log_prob(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, log_q = self.flow.sample_and_log_prob(n, generator=generator)
+        return x, self.factor * log_q
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.factor * self.flow.log_prob(x)

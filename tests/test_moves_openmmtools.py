@@ -1,0 +1,437 @@
+"""FlowMove inside openmmtools: samplers, storage, resume in a fresh process, what is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from move_stand_ins import WrongDensity, harmonic_flow
+from openmm import unit
+from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, WeightedMove
+from openmmtools.states import SamplerState, ThermodynamicState
+from openmmtools.utils import deserialize, serialize
+
+from openmm_eqflow import flow_registry
+from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.diagnostics import mean_with_error
+from openmm_eqflow.errors import (
+    AuditError,
+    CheckpointError,
+    ConfigurationError,
+    UnsupportedSystemError,
+)
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.model_systems import harmonic_log_z
+from openmm_eqflow.moves import AnnealedMove, FlowMove, LatentMove
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.thermo import kt_in_kj_mol, positions_in_nm
+from openmm_eqflow.vector_fields.chart import ChartField
+
+DOF = 15  # (6 - 1) * 3: u is half a chi-squared variable, mean and variance 7.5
+
+
+@pytest.fixture(scope="module")
+def system() -> MolecularSystem:
+    return load_system("harmonic")
+
+
+@pytest.fixture
+def flow_path(tmp_path: Path) -> Path:
+    return save_flow(harmonic_flow(), tmp_path / "flow")
+
+
+def states(system: MolecularSystem, kelvin: float = 300.0):
+    return (
+        ThermodynamicState(system.system, kelvin * unit.kelvin),
+        SamplerState(system.positions),
+    )
+
+
+def langevin(n_steps: int = 10) -> LangevinDynamicsMove:
+    return LangevinDynamicsMove(
+        timestep=10 * unit.femtosecond, collision_rate=10 / unit.picosecond, n_steps=n_steps
+    )
+
+
+def reduced_energies(system: MolecularSystem, move: object, kelvin: float, n: int) -> np.ndarray:
+    """Reduced potentials along an MCMCSampler, evaluated by an independent formula."""
+    from openmm_eqflow.model_systems import harmonic_stiffness
+
+    stiffness = np.triu(harmonic_stiffness(6)) * kt_in_kj_mol(300 * unit.kelvin)
+    sampler = MCMCSampler(*states(system, kelvin), move)
+    u = np.empty(n)
+    for i in range(n):
+        sampler.run(1)
+        x = positions_in_nm(sampler.sampler_state.positions)
+        square = np.square(x[:, None] - x[None]).sum(axis=-1)
+        u[i] = 0.5 * (stiffness * square).sum() / kt_in_kj_mol(kelvin * unit.kelvin)
+    return u
+
+
+def has_analytic_moments(u: np.ndarray, largest_error: float, n_sigma: float = 3.0) -> bool:
+    u = u[20:]
+    mean, variance = mean_with_error(u), mean_with_error((u - DOF / 2) ** 2)
+    assert mean.error < largest_error
+    return (
+        abs(mean.value - DOF / 2) < n_sigma * mean.error
+        and abs(variance.value - DOF / 2) < n_sigma * variance.error
+    )
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.statistical
+def test_harmonic_moments_to_three_hundredths(system: MolecularSystem, flow_path: Path) -> None:
+    """Mean and variance of u against the exact 7.5, standard error at most 0.03."""
+    move = FlowMove(load_flow(flow_path), n_proposals=32, seed=1)
+    u = reduced_energies(system, move, 300.0, 11_500)
+    assert has_analytic_moments(u, 0.03)
+    assert move.statistics["n_proposed"] == 11_500
+    log_z = move.log_z()
+    assert log_z.error < 0.005
+    assert abs(log_z.value - harmonic_log_z(6)) < 4 * log_z.error
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
+def test_moves_with_langevin_sample_the_harmonic_target(
+    system: MolecularSystem, flow_path: Path, kind: str
+) -> None:
+    flow = load_flow(flow_path)
+    move = {
+        "independence": lambda: FlowMove(flow, n_proposals=1, seed=11),
+        "multiple-try": lambda: FlowMove(flow, n_proposals=4, seed=12),
+        "latent": lambda: LatentMove(flow, step=0.7, n_repeats=3, seed=13),
+        "annealed": lambda: AnnealedMove(flow, n_proposals=2, n_bridge=2, step=0.5, seed=14),
+    }[kind]()
+    u = reduced_energies(system, SequenceMove([langevin(), move]), 330.0, 600)
+    assert has_analytic_moments(u, 0.4, 5.0)
+    assert 0.2 < move.statistics["n_accepted"] / move.statistics["n_proposed"] < 1.0
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_power_without_log_q_or_with_its_sign_wrong(
+    system: MolecularSystem, flow_path: Path, factor: float
+) -> None:
+    move = FlowMove(load_flow(flow_path), seed=20 - int(factor))
+    move._flow = WrongDensity(move.flow, factor)  # type: ignore[assignment]
+    assert not has_analytic_moments(reduced_energies(system, move, 300.0, 1500), 1.0, 5.0)
+
+
+# -- what a move keeps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move_class", [FlowMove, LatentMove, AnnealedMove])
+def test_centroid_velocities_and_rejected_states_are_kept(
+    system: MolecularSystem, flow_path: Path, move_class: type
+) -> None:
+    move = move_class(load_flow(flow_path), seed=30)
+    thermodynamic_state, _ = states(system)
+    rng = np.random.default_rng(0)
+    positions = positions_in_nm(system.positions) + 0.3
+    velocities = rng.normal(size=(6, 3)) * unit.nanometer / unit.picosecond
+    sampler_state = SamplerState(positions * unit.nanometer, velocities=velocities)
+    moved = 0
+    for _ in range(30):
+        before = positions_in_nm(sampler_state.positions).copy()
+        quantity, n_accepted = sampler_state.positions, move.statistics["n_accepted"]
+        move.apply(thermodynamic_state, sampler_state)
+        after = positions_in_nm(sampler_state.positions)
+        if move.statistics["n_accepted"] == n_accepted:
+            assert sampler_state.positions is quantity
+            assert (after == before).all()
+        else:
+            moved += 1
+            assert (after != before).any()
+            assert sampler_state.potential_energy is None
+        np.testing.assert_allclose(after.mean(axis=0), positions.mean(axis=0), atol=1e-12)
+    assert moved > 3
+    assert (sampler_state.velocities == velocities).all()
+
+
+def test_out_of_plane_coordinates_of_a_planar_flow_stay(tmp_path: Path) -> None:
+    planar = load_system("dw4")
+    flow = EquivariantFlow(MeanFreeGaussian(4, 2, 1.8), harmonic_planar_field())
+    flow.audit_report = {"passed": True}
+    save_flow(flow, tmp_path / "dw4")
+    move = FlowMove(flow, n_proposals=256, seed=31)
+    thermodynamic_state = ThermodynamicState(planar.system, planar.temperature)
+    positions = positions_in_nm(planar.positions)
+    positions[:, 2] = [0.1, -0.2, 0.3, 0.4]
+    sampler_state = SamplerState(positions * unit.nanometer)
+    for _ in range(20):
+        move.apply(thermodynamic_state, sampler_state)
+    assert move.statistics["n_accepted"] > 0
+    after = positions_in_nm(sampler_state.positions)
+    assert (after[:, 2] == positions[:, 2]).all()
+    assert (after[:, :2] != positions[:, :2]).any()
+
+
+def harmonic_planar_field():
+    from move_stand_ins import RadialField
+
+    return RadialField(4, 2, 0.0, 0.1, 10.0)
+
+
+def test_chirality_follows_the_current_state() -> None:
+    molecule = load_system("alanine-dipeptide-vacuum")
+    state = ThermodynamicState(molecule.system, molecule.temperature)
+    x = torch.from_numpy(positions_in_nm(molecule.positions))
+    left, left_id = flow_registry.target_for(state, x)
+    mirror = x * torch.tensor([1.0, 1.0, -1.0])
+    right, right_id = flow_registry.target_for(state, mirror)
+    both = torch.stack([x, mirror])
+    assert left.in_sector(both).tolist() == [True, False]
+    assert right.in_sector(both).tolist() == [False, True]
+    assert left_id != right_id
+    assert left.evaluator is right.evaluator
+    assert flow_registry.target_for(state, x)[1] == left_id
+    warm = ThermodynamicState(molecule.system, 400 * unit.kelvin)
+    target, identity = flow_registry.target_for(warm, x)
+    assert identity == left_id
+    ratio = left.reduced_potential(x[None]) / target.reduced_potential(x[None])
+    assert float(ratio) == pytest.approx(400 / 300)
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_flows_that_may_not_decide_acceptance_are_refused(flow_path: Path) -> None:
+    flow = load_flow(flow_path)
+    for report in (None, {"passed": False}):
+        flow.audit_report = report
+        with pytest.raises(AuditError):
+            FlowMove(flow)
+    flow.audit_report = {"passed": True}
+    flow.vector_field.exact_divergence = False
+    with pytest.raises(AuditError, match="estimates its divergence"):
+        FlowMove(flow)
+    with pytest.raises(ConfigurationError, match="save_flow"):
+        FlowMove(harmonic_flow())
+
+
+def test_systems_and_sizes_are_checked(system: MolecularSystem, flow_path: Path) -> None:
+    move = FlowMove(flow_path, seed=40)
+    other = load_system("lj13")
+    with pytest.raises(ConfigurationError, match="13 particles"):
+        move.apply(
+            ThermodynamicState(other.system, other.temperature), SamplerState(other.positions)
+        )
+    constrained = copy.deepcopy(system.system)
+    constrained.addConstraint(0, 1, 0.1)
+    with pytest.raises(UnsupportedSystemError, match="constraints"):
+        move.apply(
+            ThermodynamicState(constrained, 300 * unit.kelvin), SamplerState(system.positions)
+        )
+    for arguments in ({"n_proposals": 0}, {"n_predraw": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            FlowMove(flow_path, **arguments)
+
+
+# -- copies, storage, resume ----------------------------------------------------------------------
+
+
+def test_large_flows_cost_nothing_to_copy_and_store(tmp_path: Path) -> None:
+    field = ChartField(n_stiff=15, n_soft=3, fold=[1, 1, 1], width=2200, conditioner_width=512)
+    assert sum(p.numel() for p in field.parameters()) > 9_500_000
+
+    flow = harmonic_flow()
+    flow.vector_field = field  # type: ignore[assignment]
+    flow.source = (str(tmp_path / "big.safetensors"), "0" * 64)
+    move = FlowMove(flow, seed=50)
+    for candidate in (move, SequenceMove([langevin(), move]), WeightedMove([(move, 1.0)])):
+        copy.deepcopy(candidate)
+        start = time.perf_counter()
+        for _ in range(20):
+            copied = copy.deepcopy(candidate)
+        assert (time.perf_counter() - start) / 20 < 1e-3 * (1 if candidate is move else 2)
+    assert copy.deepcopy(move).flow is flow
+    assert copied.move_set[0][0].flow is flow
+    move.statistics = {**move.statistics, "n_draws": 10**9, "mean_log_weight": -1.234567890123e3}
+    stored = serialize(move)
+    assert len(yaml.safe_dump(stored)) < 2048
+    assert len(json.dumps(stored)) < 2048
+
+
+def test_copies_share_one_stream_and_restored_moves_get_a_new_one(
+    system: MolecularSystem, flow_path: Path
+) -> None:
+    move = FlowMove(load_flow(flow_path), n_proposals=1, n_predraw=16, seed=51)
+    clones = [copy.deepcopy(SequenceMove([move])).move_list[0] for _ in range(2)]
+    assert all(clone._stream is move._stream for clone in clones)
+    thermodynamic_state, _ = states(system)
+    for clone in (move, *clones):
+        clone.apply(thermodynamic_state, SamplerState(system.positions))
+    (buffer,) = move._stream.buffers.values()
+    assert (buffer.n_drawn, buffer.n_used) == (16, 3)
+    assert [clone.statistics["n_proposed"] for clone in clones] == [1, 1]
+    stored = serialize(move)
+    first = torch.rand(4, generator=flow_registry.FlowStream(51, 0).generator)
+    resumed = flow_registry.FlowStream(51, stored["n_consumed"])
+    assert stored["n_consumed"] == 3
+    assert not torch.isin(torch.rand(4, generator=resumed.generator), first).any()
+
+
+def test_state_survives_storage_and_missing_keys(flow_path: Path) -> None:
+    move = LatentMove(load_flow(flow_path), step=0.21, n_repeats=7, seed=52)
+    move.statistics = {"n_proposed": 5, "n_accepted": 3}
+    restored = deserialize(serialize(move))
+    assert restored._settings == move._settings
+    assert restored.statistics == {"n_proposed": 5, "n_accepted": 3, "n_invalid": 0}
+    stored = serialize(move)
+    for key in ("settings", "statistics", "seed", "n_consumed"):
+        del stored[key]
+    assert deserialize(stored)._settings["step"] == 0.3
+    stored = serialize(move)
+    del stored["flow_sha256"]
+    with pytest.raises(CheckpointError, match="names no flow"):
+        deserialize(stored)
+
+
+@pytest.mark.parametrize("change", ["weights", "grid", "missing"])
+def test_altered_flows_are_refused(flow_path: Path, change: str) -> None:
+    move = FlowMove(load_flow(flow_path), seed=53)
+    stored = serialize(move)
+    json_path = flow_path.with_suffix(".json")
+    if change == "weights":
+        content = bytearray(flow_path.read_bytes())
+        content[-1] ^= 1
+        flow_path.write_bytes(bytes(content))
+    elif change == "grid":
+        record = json.loads(json_path.read_text())
+        record["grid"][1] = 0.3
+        json_path.write_text(json.dumps(record))
+    else:
+        flow_path.unlink()
+        json_path.unlink()
+        flow_registry._FLOWS.pop(move._sha256)
+    with pytest.raises(CheckpointError):
+        deserialize(stored)
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Run code in a fresh interpreter that can import the test modules."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+CREATE = """
+import sys
+from openmm import unit
+from openmmtools import cache, multistate
+from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove, WeightedMove
+from openmmtools.states import SamplerState, ThermodynamicState
+from move_stand_ins import RadialField
+from openmm_eqflow.checkpoint import load_flow
+from openmm_eqflow.library import load_system
+from openmm_eqflow.moves import AnnealedMove, FlowMove, LatentMove
+
+kind, flow_path, storage, n_iterations = sys.argv[1:]
+system = load_system("harmonic")
+flow = load_flow(flow_path)
+local = LangevinDynamicsMove(timestep=10 * unit.femtosecond, n_steps=10)
+flow_move = FlowMove(flow, n_proposals=4, seed=7)
+moves = {
+    "ReplicaExchangeSampler": SequenceMove([local, flow_move]),
+    "MultiStateSampler": WeightedMove([(local, 0.3), (flow_move, 0.4),
+                                       (LatentMove(flow, seed=8), 0.3)]),
+    "SAMSSampler": SequenceMove([flow_move, AnnealedMove(flow, n_proposals=2, seed=9)]),
+}[kind]
+temperatures = [300, 350, 400]
+states = [ThermodynamicState(system.system, t * unit.kelvin) for t in temperatures]
+sampler = getattr(multistate, kind)(mcmc_moves=moves, number_of_iterations=int(n_iterations))
+reporter = multistate.MultiStateReporter(storage, checkpoint_interval=10)
+sampler.create(states, [SamplerState(system.positions)], reporter)
+sampler.run()
+"""
+
+RESUME = """
+import json, sys
+import numpy as np
+from openmmtools import multistate
+import move_stand_ins
+
+kind, storage, n_iterations = sys.argv[1:]
+reporter = multistate.MultiStateReporter(storage, open_mode="r+", checkpoint_interval=10)
+sampler = getattr(multistate, kind).from_storage(reporter)
+moves = sampler.mcmc_moves
+flat = [m for move in moves for m in (getattr(move, "move_list", None)
+        or [pair[0] for pair in move.move_set])]
+before = [m.statistics["n_proposed"] for m in flat if hasattr(m, "statistics")]
+sampler.extend(int(n_iterations))
+flat = [m for move in sampler.mcmc_moves for m in (getattr(move, "move_list", None)
+        or [pair[0] for pair in move.move_set])]
+after = [m.statistics["n_proposed"] for m in flat if hasattr(m, "statistics")]
+energies = np.asarray(reporter.read_energies()[0])
+assigned = np.asarray(reporter.read_replica_thermodynamic_states())
+print(json.dumps({"before": before, "after": after, "energies": energies.tolist(),
+                  "assigned": assigned.tolist(), "iteration": sampler.iteration}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_iterations"),
+    [("ReplicaExchangeSampler", 120), ("MultiStateSampler", 20), ("SAMSSampler", 20)],
+)
+def test_samplers_resume_in_a_fresh_process(
+    flow_path: Path, tmp_path: Path, kind: str, n_iterations: int
+) -> None:
+    storage = tmp_path / "run.nc"
+    run_python(CREATE, kind, str(flow_path), str(storage), str(n_iterations))
+    output = run_python(RESUME, kind, str(storage), str(n_iterations))
+    result = json.loads(output.splitlines()[-1])
+    assert result["iteration"] == 2 * n_iterations
+    assert sum(result["before"]) > 0
+    assert sum(result["after"]) > sum(result["before"])
+    energies = np.array(result["energies"])
+    assert np.isfinite(energies).all()
+    if kind == "ReplicaExchangeSampler":
+        assigned = np.array(result["assigned"])
+        assert energies.shape == (2 * n_iterations + 1, 3, 3)
+        for state in range(3):
+            iteration, replica = np.nonzero(assigned[20:] == state)
+            u = energies[20:][iteration, replica, state]
+            mean = mean_with_error(u)
+            assert mean.error < 0.4
+            assert abs(mean.value - DOF / 2) < 4 * mean.error
+        content = flow_path.read_bytes()
+        flow_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(AssertionError, match="CheckpointError"):
+            run_python(RESUME, kind, str(storage), "1")
+        flow_path.write_bytes(content)
+        sizes = storage.stat().st_size
+        assert sizes < 3e6
+
+
+def test_statistics_are_plain_numbers(system: MolecularSystem, flow_path: Path) -> None:
+    move = FlowMove(load_flow(flow_path), seed=54)
+    assert move.log_z() == (-math.inf, math.inf)
+    move.apply(*states(system))
+    assert all(type(value) in (int, float) for value in move.statistics.values())
+    assert move.statistics["n_draws"] == 8
+    assert 0 < move.statistics["effective_proposals"] <= 8
+    move.reset_statistics()
+    assert move.statistics["n_proposed"] == 0
+    assert "n_proposals" in str(move)
