@@ -1,0 +1,306 @@
+"""Command line: openmm-eqflow run alanine-dipeptide."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from openmm import unit
+from rich.console import Console
+from rich.table import Table
+
+from openmm_eqflow.atomic import write_json
+from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.progress import stage_progress
+from openmm_eqflow.recipes import BUDGETS
+from openmm_eqflow.rundir import STAGES, RunDirectory
+
+__all__ = ["main"]
+
+console = Console()
+errors = Console(stderr=True)
+
+_out = click.option("--out", type=click.Path(path_type=Path), help="Run directory.")
+_budget = click.option(
+    "--budget", type=click.Choice(BUDGETS), help="About 4, 15 or 60 minutes on 2 cores."
+)
+_seed = click.option("--seed", type=int, help="Random seed (default 0).")
+_device = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="openmm_eqflow")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Boltzmann samples of an OpenMM System from an equivariant normalizing flow.
+
+    Start with: openmm-eqflow run alanine-dipeptide --budget quick
+    """
+
+
+def _open_run(
+    name: str, out: Path | None, budget: str | None, seed: int | None, device: str
+) -> RunDirectory:
+    """An existing run directory by its path, or a new one for a system."""
+    from openmm_eqflow.library import load_system
+    from openmm_eqflow.workflow import build_target, resolve_device
+
+    if out is None and (Path(name) / "config.yaml").is_file():
+        run = RunDirectory.open(Path(name))
+        for key, value in (("budget", budget), ("seed", seed)):
+            if value is not None and value != getattr(run.config, key):
+                raise ConfigurationError(
+                    f"{name} was made with {key} {getattr(run.config, key)}, now {value}; "
+                    "choose a new --out"
+                )
+        resolve_device(run.config.device)
+        return run
+    device = resolve_device(device)
+    system = load_system(name)
+    with build_target(system) as target:
+        return RunDirectory.create(
+            out or Path("runs") / system.name,
+            system,
+            target,
+            budget=budget,
+            seed=seed,
+            device=device,
+        )
+
+
+def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
+    from openmm_eqflow.workflow import run_stage
+
+    started = time.monotonic()
+    for stage in stages:
+        if run.is_complete(stage):
+            console.print(f"{stage:<10} complete", highlight=False)
+            continue
+        with stage_progress(stage, console) as progress:
+            run_stage(run, stage, progress=progress)
+    console.print(f"{', '.join(stages)}: {time.monotonic() - started:.0f} s", highlight=False)
+
+
+def _print_outcome(run: RunDirectory) -> None:
+    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    chain = metrics["chain"]
+    console.print(
+        f"relative ESS {metrics['relative_ess']:.3f} (prior alone "
+        f"{metrics['prior_relative_ess']:.3f}; n = {metrics['n_samples']}), acceptance "
+        f"{chain['acceptance']:.2f}, {chain['n_samples']} samples",
+        highlight=False,
+    )
+    console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("system")
+@_out
+@_budget
+@_seed
+@_device
+def run(
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+) -> None:
+    """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
+    directory = _open_run(system, out, budget, seed, device)
+    console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
+    _run_stages(directory, STAGES)
+    _print_outcome(directory)
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    @cli.command(stage, help=summary)
+    @click.argument("system")
+    @_out
+    @_budget
+    @_seed
+    @_device
+    def command(
+        system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+    ) -> None:
+        directory = _open_run(system, out, budget, seed, device)
+        _run_stages(directory, (stage,))
+
+
+_stage_command("reference", "Make reference data by parallel tempering.")
+_stage_command("train", "Train the flow on the reference data of a run.")
+_stage_command("report", "Write report.html of a run.")
+
+
+@cli.command()
+@click.argument("system")
+@_out
+@_budget
+@_seed
+@_device
+def sample(
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+) -> None:
+    """Sample: a run with its own flow, or a shipped system with the flow that ships."""
+    from openmm_eqflow.workflow import adopt_shipped_flow
+
+    directory = _open_run(system, out, budget, seed, device)
+    if not directory.is_complete("train"):
+        adopt_shipped_flow(directory)
+    _run_stages(directory, ("sample", "report"))
+    _print_outcome(directory)
+
+
+@cli.command()
+def systems() -> None:
+    """List the systems that ship."""
+    from openmm_eqflow.library import list_systems
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "kind", "kelvin", "flow", "description"):
+        table.add_column(heading, overflow="fold")
+    for info in list_systems():
+        flow = "yes" if (info.directory / "flow.safetensors").is_file() else "-"
+        table.add_row(
+            info.name, info.kind, f"{info.temperature_kelvin:g}", flow, info.description
+        )
+    console.print(table)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--pdb", type=click.Path(path_type=Path), required=True)
+@click.option("--forcefield", multiple=True, help="OpenMM force-field file; repeat or list.")
+@click.option("--system", "system_xml", type=click.Path(path_type=Path), help="system.xml")
+@click.option("--temperature", type=float, default=300.0, show_default=True, help="Kelvin.")
+@click.option("--add-hydrogens", is_flag=True, help="Add missing hydrogens first.")
+@click.argument("more_forcefields", nargs=-1)
+def init(
+    folder: Path,
+    pdb: Path,
+    forcefield: tuple[str, ...],
+    system_xml: Path | None,
+    temperature: float,
+    add_hydrogens: bool,
+    more_forcefields: tuple[str, ...],
+) -> None:
+    """Describe your own molecule: writes FOLDER/system.yaml."""
+    from openmm_eqflow.own_system import init_system
+
+    init_system(
+        folder,
+        pdb=pdb,
+        forcefield=[*forcefield, *more_forcefields] or None,
+        system_xml=system_xml,
+        temperature=temperature * unit.kelvin,
+        add_hydrogens=add_hydrogens,
+    )
+    console.print(f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}")
+
+
+@cli.command()
+@click.argument("name_or_run")
+@click.option("--n-samples", type=click.IntRange(10), default=10_000, show_default=True)
+@_seed
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
+@_device
+def evaluate(
+    name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
+) -> None:
+    """Measure a flow: raw weights of fresh independent samples."""
+    from openmm_eqflow.evaluation import evaluate_flow
+    from openmm_eqflow.workflow import build_target, flow_of
+
+    system, flow, test = flow_of(name_or_run, device)
+    with build_target(system) as target, stage_progress("evaluate", console) as progress:
+        metrics, _, _ = evaluate_flow(
+            flow,
+            target,
+            n_samples=n_samples,
+            seed=0 if seed is None else seed,
+            name=system.name,
+            test_frames=test,
+            progress=progress,
+        )
+    if json_path is not None:
+        write_json(json_path, metrics)
+    for key, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        console.print(f"{key:<32} {shown}", highlight=False)
+
+
+@cli.command()
+@click.argument("name_or_run")
+@click.option("--n-samples", type=click.IntRange(16), default=256, show_default=True)
+@_seed
+@_device
+def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
+    """Check the accuracy of log q."""
+    from openmm_eqflow.audit import audit as run_audit
+    from openmm_eqflow.workflow import flow_of
+
+    _, flow, test = flow_of(name_or_run, device)
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    report = run_audit(
+        flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
+    )
+    console.print_json(json.dumps(report))
+    if not report["passed"]:
+        raise EqFlowError(
+            f"log q is off by {report['log_q_error_p99']:.2g} kT (99th percentile), more than "
+            f"{report['tolerance']:g}: the flow can't be used for acceptance"
+        )
+
+
+@cli.group()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+def _bench_command(name: str, summary: str, argument: str | None) -> None:
+    def body(json_path: Path, **arguments: Any) -> None:
+        from importlib import import_module
+
+        module = import_module(f"openmm_eqflow.bench.{name}")
+        result = module.run_bench(*arguments.values(), json_path=json_path)
+        console.print_json(json.dumps(result))
+
+    body = click.option(
+        "--json", "json_path", type=click.Path(path_type=Path), required=True
+    )(body)
+    if argument is not None:
+        body = click.argument(argument)(body)
+    bench.command(name, help=summary)(body)
+
+
+_bench_command("energies", "Energy evaluations per second of every evaluator.", None)
+_bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.", None)
+_bench_command("mixing", "Effective samples per second: MD, tempering, flow.", "system")
+
+
+def main() -> None:
+    """Entry point: one line per error, exit code 2, traceback only with --debug."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        sys.exit(cli(standalone_mode=False) or 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        errors.print("stopped; run the same command again to continue")
+        sys.exit(130)
+    except (EqFlowError, OSError) as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        errors.print(f"error: {message}", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""How good is a flow: raw importance weights of independent samples, nothing dropped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_eqflow.audit import audit
+from openmm_eqflow.diagnostics import (
+    log_z,
+    max_weight_share,
+    pareto_k,
+    relative_ess,
+    weighted_mean_with_error,
+)
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.target import BoltzmannTarget
+
+__all__ = ["FlowSamples", "draw_weighted", "evaluate_flow", "prior_log_weights"]
+
+Progress = Callable[[float, str], None]
+
+
+class FlowSamples(NamedTuple):
+    """Independent samples: positions (n, N, D), u, log q and log weight (n,); seconds spent."""
+
+    x: Tensor
+    u: Tensor
+    log_q: Tensor
+    log_weight: Tensor
+    seconds: float
+
+
+def draw_weighted(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> FlowSamples:
+    """Draw ``n`` samples with their log weights -u - log q (-inf where invalid)."""
+    parts, seconds = [], 0.0
+    for start in range(0, n, flow.chunk_size):
+        m = min(flow.chunk_size, n - start)
+        clock = time.perf_counter()
+        x, log_q = flow.sample_and_log_prob(m, generator=generator)
+        seconds += time.perf_counter() - clock
+        u = target.reduced_potential(x)
+        parts.append((x, u, log_q, -u - log_q))
+        if progress is not None:
+            progress((start + m) / n, f"{start + m} samples")
+    x, u, log_q, log_w = (torch.cat(column) for column in zip(*parts, strict=True))
+    return FlowSamples(x, u, log_q, log_w, seconds)
+
+
+def prior_log_weights(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Log weights of the prior alone, (n,): what the flow has to beat."""
+    parts = []
+    for start in range(0, n, 4096):
+        y = flow.prior.sample_latent(min(4096, n - start), generator=generator)
+        with torch.no_grad():
+            x, log_volume = flow.prior.to_cartesian(y)
+            log_q = flow.prior.latent_log_prob(y) - log_volume
+        log_w = -target.reduced_potential(x) - log_q
+        parts.append(torch.where(torch.isnan(log_w), -torch.inf, log_w))
+    return torch.cat(parts)
+
+
+def evaluate_flow(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    *,
+    n_samples: int,
+    seed: int,
+    name: str,
+    test_frames: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], FlowSamples, Tensor]:
+    """Measure a flow on fresh independent samples.
+
+    Parameters
+    ----------
+    n_samples, seed
+        Number of samples of flow and of prior; reported with every figure.
+    test_frames
+        Frames of the target the flow was not trained on, for ``test_nll`` (None without them).
+
+    Returns
+    -------
+    dict
+        The keys of ``openmm-eqflow evaluate --json``.
+    FlowSamples, Tensor
+        The samples, and the log weights of the prior.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples = draw_weighted(flow, target, n_samples, generator=generator, progress=progress)
+    prior_weights = prior_log_weights(flow, target, n_samples, generator=generator)
+    log_w = samples.log_weight.numpy()
+    u = samples.u.numpy()
+    estimate = log_z(log_w)
+    mean_u = weighted_mean_with_error(np.where(np.isfinite(u), u, 0.0), log_w)
+    report = flow.audit_report
+    if report is None:
+        report = audit(flow, n=128, generator=generator)
+    nll, nll_error = _test_nll(flow, test_frames)
+    result = {
+        "system": name,
+        "n_samples": n_samples,
+        "seed": seed,
+        "relative_ess": relative_ess(log_w),
+        "prior_relative_ess": relative_ess(prior_weights.numpy()),
+        "pareto_k": _finite(pareto_k(log_w)),
+        "max_weight_share": max_weight_share(log_w),
+        "log_z": _finite(float(estimate.value)),
+        "log_z_error": _finite(float(estimate.error)),
+        "test_nll": nll,
+        "test_nll_error": nll_error,
+        "mean_reduced_potential": float(mean_u.value),
+        "mean_reduced_potential_error": float(mean_u.error),
+        "n_invalid": int((~np.isfinite(log_w)).sum()),
+        "seconds_per_sample": samples.seconds / n_samples,
+        "log_q_error_p99": report["log_q_error_p99"],
+        "n_ode_steps": flow.n_ode_steps,
+        "n_threads": torch.get_num_threads(),
+        "device": str(flow.device),
+    }
+    return result, samples, prior_weights
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _test_nll(
+    flow: EquivariantFlow, frames: Tensor | None
+) -> tuple[float | None, float | None]:
+    """Mean of -log q over frames and its naive error."""
+    if frames is None or not len(frames):
+        return None, None
+    nll = -flow.log_prob(frames.double()).numpy()
+    return float(nll.mean()), float(nll.std(ddof=1) / np.sqrt(len(nll)))

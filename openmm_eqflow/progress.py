@@ -1,0 +1,65 @@
+"""Progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+__all__ = ["stage_progress"]
+
+_LINE_SECONDS = 15.0
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+@contextmanager
+def stage_progress(
+    title: str, console: Console
+) -> Iterator[Callable[[float, str], None]]:
+    """Yield ``report(fraction, text)``: bar with elapsed and remaining time of one stage."""
+    started = time.monotonic()
+
+    def remaining(fraction: float) -> str:
+        if fraction <= 0.02:
+            return "-:--"
+        return _clock((time.monotonic() - started) * (1 / fraction - 1))
+
+    if not console.is_terminal:
+        last = [0.0]
+
+        def line(fraction: float, text: str) -> None:
+            now = time.monotonic()
+            if now - last[0] < _LINE_SECONDS and fraction < 1:
+                return
+            last[0] = now
+            console.print(
+                f"{title:<10} {min(fraction, 1.0):4.0%}  {_clock(now - started)} elapsed, "
+                f"{remaining(fraction)} left  {text}",
+                highlight=False,
+            )
+
+        yield line
+        return
+    with Progress(
+        TextColumn("[bold]{task.description:<10}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]} left"),
+        TextColumn("{task.fields[text]}", style="dim"),
+        console=console,
+    ) as bars:
+        task = bars.add_task(title, total=1.0, left="-:--", text="")
+
+        def bar(fraction: float, text: str) -> None:
+            bars.update(
+                task, completed=min(fraction, 1.0), left=remaining(fraction), text=text
+            )
+
+        yield bar

@@ -1,0 +1,137 @@
+"""How long each stage takes and which flow it trains, by kind of system and budget.
+
+A recipe is data: it is written into the run's config.yaml, where every number can be read, and a
+system's ``settings`` (system.yaml) override single entries.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from openmm_eqflow.errors import ConfigurationError
+
+__all__ = ["BUDGETS", "Budget", "Recipe", "make_recipe"]
+
+Budget = Literal["quick", "standard", "thorough"]
+BUDGETS: tuple[Budget, ...] = ("quick", "standard", "thorough")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Resolved settings of a run.
+
+    Attributes
+    ----------
+    reference_seconds, train_seconds
+        Wall clock of the two long stages.
+    max_frames
+        Reference frames after which the stage stops early.
+    prior, objective
+        ``internal`` + ``liouville`` for bonded molecules, ``gaussian`` + ``flow-matching`` else.
+    field
+        Keyword arguments of the vector field.
+    n_pool, chunk, n_chunks, grow_every
+        Liouville pool: initial prior points, points and number of later chunks, steps between.
+    n_evaluate
+        Independent flow samples behind the reported ESS.
+    n_samples, n_chains, n_proposals, n_local_steps
+        MCMC: samples kept, chains, flow proposals per step, Hamiltonian steps in between.
+    """
+
+    reference_seconds: float
+    train_seconds: float
+    max_frames: int = 40_000
+    prior: str = "internal"
+    objective: str = "liouville"
+    field: Mapping[str, Any] | None = None
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    average: float = 0.999
+    n_pool: int = 100_000
+    chunk: int = 30_000
+    n_chunks: int = 30
+    grow_every: int = 100
+    grid_tolerance: float = 2e-4
+    n_evaluate: int = 10_000
+    n_samples: int = 10_000
+    n_chains: int = 50
+    n_proposals: int = 4
+    n_local_steps: int = 20
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
+        """Rebuild; unknown keys are errors."""
+        check_keys(content, "recipe")
+        return cls(**content)
+
+
+def check_keys(content: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigurationError for a key that is no recipe entry."""
+    known = [f.name for f in fields(Recipe)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {known}"
+            raise ConfigurationError(f"{where}: unknown key {key!r}; {hint}")
+
+
+_MOLECULE: dict[Budget, Recipe] = {
+    "quick": Recipe(45, 90, n_pool=60_000, n_chunks=8, n_evaluate=10_000, n_samples=5_000),
+    "standard": Recipe(180, 450),
+    "thorough": Recipe(
+        900, 2100, n_pool=200_000, n_chunks=60, n_evaluate=20_000, n_samples=20_000
+    ),
+}
+_CLUSTER = Recipe(
+    60,
+    480,
+    prior="gaussian",
+    objective="flow-matching",
+    batch_size=256,
+    learning_rate=1e-3,
+    n_evaluate=10_000,
+    n_samples=5_000,
+)
+
+
+def make_recipe(
+    kind: str, budget: Budget, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
+    """Recipe of a kind of system at a budget.
+
+    Parameters
+    ----------
+    kind
+        ``molecule``, ``cluster`` or ``harmonic``.
+    budget
+        One of :data:`BUDGETS`.
+    overrides
+        ``settings`` of system.yaml: its ``recipe`` section holds for every budget, its sections
+        ``quick``, ``standard`` and ``thorough`` for one.
+    """
+    if budget not in BUDGETS:
+        raise ConfigurationError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
+    if kind == "molecule":
+        recipe = _MOLECULE[budget]
+    else:
+        scale = {"quick": 0.2, "standard": 1.0, "thorough": 4.0}[budget]
+        n = {"quick": 2_000, "standard": 10_000, "thorough": 20_000}[budget]
+        recipe = replace(
+            _CLUSTER,
+            reference_seconds=scale * _CLUSTER.reference_seconds,
+            train_seconds=scale * _CLUSTER.train_seconds,
+            n_evaluate=n,
+            n_samples=min(n, 5_000),
+        )
+    for section in ("recipe", budget):
+        changes = dict((overrides or {}).get(section, {}))
+        check_keys(changes, f"settings.{section}")
+        recipe = replace(recipe, **changes)
+    return recipe

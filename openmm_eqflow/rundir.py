@@ -1,0 +1,194 @@
+"""The run directory: what it holds, which stages are complete, and that it is the right one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from openmm import unit
+
+from openmm_eqflow.atomic import write_json, write_text
+from openmm_eqflow.errors import CheckpointError, ConfigurationError
+from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.recipes import Recipe, make_recipe
+from openmm_eqflow.target import BoltzmannTarget
+
+__all__ = ["STAGES", "RunConfig", "RunDirectory"]
+
+STAGES = ("reference", "train", "sample", "report")
+_OUTPUTS = {
+    "reference": ("reference.npz", "reference.dcd"),
+    "train": ("flow.safetensors", "flow.json"),
+    "sample": ("samples.npz", "samples.dcd", "topology.pdb", "metrics.json"),
+    "report": ("report.html",),
+}
+_PACKAGES = ("openmm", "openmmtools", "mdtraj", "torch", "torchdiffeq", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; written to config.yaml."""
+
+    system: str
+    system_hash: str
+    temperature_kelvin: float
+    budget: str
+    seed: int
+    device: str
+    recipe: Recipe
+
+
+class RunDirectory:
+    """One run on disk.
+
+    Parameters
+    ----------
+    path
+        Folder; created by :meth:`create`.
+    config
+        Its config.yaml.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        system: MolecularSystem,
+        target: BoltzmannTarget,
+        *,
+        budget: str | None,
+        seed: int | None,
+        device: str,
+    ) -> RunDirectory:
+        """Make a run directory, or open the existing one if it is of the same run.
+
+        Raises
+        ------
+        ConfigurationError
+            The folder belongs to another system, temperature, budget or seed.
+        """
+        kelvin = float(system.temperature.value_in_unit(unit.kelvin))
+        source = system.name if system.directory.parent.name == "systems" else str(
+            system.directory.resolve()
+        )
+        if (path / "config.yaml").is_file():
+            run = cls.open(path)
+            wanted = {
+                "system_hash": target.system_hash,
+                "temperature_kelvin": kelvin,
+                "budget": budget or run.config.budget,
+                "seed": run.config.seed if seed is None else seed,
+            }
+            for key, value in wanted.items():
+                found = getattr(run.config, key)
+                if found != value:
+                    raise ConfigurationError(
+                        f"{path} belongs to another run: its {key.replace('_', ' ')} is "
+                        f"{_short(found)}, now {_short(value)}; choose another --out or delete it"
+                    )
+            return run
+        if path.exists() and any(path.iterdir()):
+            raise ConfigurationError(
+                f"{path} exists and is no run directory (no config.yaml); choose another --out"
+            )
+        chosen = budget or "standard"
+        config = RunConfig(
+            source,
+            target.system_hash,
+            kelvin,
+            chosen,
+            0 if seed is None else seed,
+            device,
+            make_recipe(system.kind, chosen, system.settings),  # type: ignore[arg-type]
+        )
+        run = cls(path, config)
+        run._write_config()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory."""
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise ConfigurationError(
+                f"{path} is no run directory (no config.yaml); start with: openmm-eqflow run NAME"
+            )
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            config = RunConfig(
+                system=str(content["system"]),
+                system_hash=str(content["system_hash"]),
+                temperature_kelvin=float(content["temperature_kelvin"]),
+                budget=str(content["budget"]),
+                seed=int(content["seed"]),
+                device=str(content["device"]),
+                recipe=Recipe.from_dict(content["recipe"]),
+            )
+        except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{file} is malformed ({type(error).__name__}: {error}); restore it or start anew"
+            ) from error
+        return cls(path, config)
+
+    def _write_config(self) -> None:
+        c = self.config
+        content = {
+            "system": c.system,
+            "system_hash": c.system_hash,
+            "temperature_kelvin": c.temperature_kelvin,
+            "budget": c.budget,
+            "seed": c.seed,
+            "device": c.device,
+            "recipe": c.recipe.to_dict(),
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
+            | {"python": platform.python_version()},
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False))
+
+    # -- stages -------------------------------------------------------------------------------
+
+    def load_system(self) -> MolecularSystem:
+        """The system of the run."""
+        return load_system(self.config.system)
+
+    def is_complete(self, stage: str) -> bool:
+        """Whether a stage finished and its files are still there."""
+        return (self.path / "stages" / f"{stage}.json").is_file() and all(
+            (self.path / name).is_file() for name in _OUTPUTS[stage]
+        )
+
+    def finish(self, stage: str, facts: dict[str, Any]) -> None:
+        """Mark a stage complete; later ones that were complete are made again."""
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            (self.path / "stages" / f"{later}.json").unlink(missing_ok=True)
+        write_json(self.path / "stages" / f"{stage}.json", facts)
+
+    def require(self, stage: str) -> None:
+        """Raise unless ``stage`` is complete."""
+        if not self.is_complete(stage):
+            raise CheckpointError(
+                f"{self.path} has no complete {stage!r} stage; run: openmm-eqflow {stage} {self.path}"
+            )
+
+    def log_to_file(self) -> logging.Handler:
+        """Append the package's log to run.log."""
+        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("openmm_eqflow")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        return handler
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 20 else text[:12] + "..."

@@ -1,0 +1,198 @@
+"""MCMC of many chains: local Hamiltonian moves and global flow moves, stored in resumable chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openmm_eqflow.atomic import write_npz
+from openmm_eqflow.audit import require_passed_audit
+from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.errors import CheckpointError, EnergyError
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
+from openmm_eqflow.target import BoltzmannTarget
+
+__all__ = ["ChainSamples", "load_chains", "run_chains"]
+
+_BURN_IN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class ChainSamples:
+    """Samples of all chains, step by step.
+
+    Attributes
+    ----------
+    positions
+        (n_steps, n_chains, N, D) float32, nm, centroid removed.
+    reduced_potential, log_q, log_weight
+        (n_steps, n_chains).
+    accepted
+        (n_steps, n_chains): the flow step replaced the state.
+    local_acceptance
+        (n_steps,): mean acceptance of the Hamiltonian trajectories.
+    proposal_log_weight
+        (n_steps, n_chains, n_proposals): every flow proposal, none dropped.
+    """
+
+    positions: NDArray[np.float32]
+    reduced_potential: NDArray[np.float64]
+    log_q: NDArray[np.float64]
+    log_weight: NDArray[np.float64]
+    accepted: NDArray[np.bool_]
+    local_acceptance: NDArray[np.float64]
+    proposal_log_weight: NDArray[np.float64]
+
+    @property
+    def n_samples(self) -> int:
+        """Steps times chains."""
+        return int(self.accepted.size)
+
+
+_ARRAYS = (
+    "positions",
+    "reduced_potential",
+    "log_q",
+    "log_weight",
+    "accepted",
+    "local_acceptance",
+    "proposal_log_weight",
+)
+
+
+def _chunk_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("chunk-*.npz"))
+
+
+def _read(path: Path) -> dict[str, NDArray[np.float64]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete the folder {path.parent} and run again"
+        ) from error
+
+
+def load_chains(folder: Path) -> ChainSamples:
+    """All finished chunks of a folder."""
+    chunks = [_read(path) for path in _chunk_paths(folder)]
+    if not chunks:
+        raise CheckpointError(f"{folder} has no finished chunk; run the sample stage first")
+    return ChainSamples(*(np.concatenate([c[key] for c in chunks]) for key in _ARRAYS))  # type: ignore[arg-type]
+
+
+def run_chains(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    start: Tensor,
+    folder: Path,
+    *,
+    n_steps: int,
+    n_proposals: int,
+    n_local_steps: int,
+    seed: int,
+    chunk_steps: int = 10,
+    progress: Callable[[float, str], None] | None = None,
+) -> ChainSamples:
+    """Run (or continue) chains of local and flow moves; exact for exp(-u) whatever the flow.
+
+    Parameters
+    ----------
+    flow
+        Audited flow.
+    target
+        Where the chains go.
+    start
+        One configuration per chain, (n_chains, N, D) nm.
+    folder
+        Receives the chunks.
+    n_steps
+        Steps per chain; each is one Hamiltonian trajectory followed by one flow step.
+    n_proposals
+        Flow samples offered to each chain and step.
+    n_local_steps
+        Leapfrog steps of a trajectory.
+    seed
+        With it the chains are reproducible; a resumed run continues the stored random stream.
+    chunk_steps
+        Steps between chunks on disk.
+
+    Raises
+    ------
+    AuditError
+        The flow's log q is not accurate enough.
+    """
+    require_passed_audit(flow)
+    generator = torch.Generator().manual_seed(seed)
+    done, x, size = _resume(folder, generator)
+    if x is None:
+        x = start.double() - start.double().mean(1, keepdim=True)
+        size, x = tune_step_size(target, x, n_steps=n_local_steps, generator=generator)
+    buffer = ProposalBuffer(
+        flow,
+        target,
+        n_proposals=n_proposals,
+        n_predraw=max(flow.chunk_size, len(x) * n_proposals),
+        generator=generator,
+    )
+    memory = StateMemory(capacity=4 * len(x))
+    rows: dict[str, list[NDArray[np.float64]]] = {key: [] for key in _ARRAYS}
+    index = len(_chunk_paths(folder))
+    # Steps before the first chunk are burn-in; chains restarted from a chunk have had theirs.
+    first = -_BURN_IN if done == 0 else done
+    for step in range(first, n_steps):
+        x, local = hamiltonian_step(
+            target, x, step_size=size, n_steps=n_local_steps, generator=generator
+        )
+        x, info = flow_step(flow, target, x, buffer, generator, memory=memory)
+        x = x - x.mean(1, keepdim=True)
+        if step >= 0:
+            u = target.reduced_potential(x)
+            if not bool(torch.isfinite(u).all()):
+                raise EnergyError(
+                    "a chain has an infinite energy: its starting structure overlaps; minimise it"
+                )
+            row = (
+                x.float().numpy(),
+                u.numpy(),
+                (-u - info.log_weight).numpy(),
+                info.log_weight.numpy(),
+                info.accepted.numpy(),
+                np.float64(local.acceptance.mean()),
+                info.log_weight_proposals.numpy(),
+            )
+            for key, value in zip(_ARRAYS, row, strict=True):
+                rows[key].append(value)
+        last = step == n_steps - 1
+        if rows["accepted"] and (last or (step + 1) % chunk_steps == 0):
+            arrays = {key: np.stack(values) for key, values in rows.items()}
+            state = {"state_x": x.numpy(), "state_size": np.float64(size)}
+            state["state_generator"] = generator.get_state().numpy()
+            write_npz(folder / f"chunk-{index:05d}.npz", arrays | state)
+            index += 1
+            rows = {key: [] for key in _ARRAYS}
+            # Draws not yet used are forgotten at a restart: drop them here too.
+            buffer.discard()
+        if progress is not None:
+            rate = float(info.accepted.double().mean())
+            progress((step + 1) / n_steps if step >= 0 else 0.0, f"acceptance {rate:.0%}")
+    return load_chains(folder)
+
+
+def _resume(folder: Path, generator: torch.Generator) -> tuple[int, Tensor | None, float]:
+    """Steps done, positions, step size; the generator is put where the last chunk left it."""
+    paths = _chunk_paths(folder)
+    if not paths:
+        return 0, None, 0.0
+    done = sum(len(_read(path)["accepted"]) for path in paths)
+    last = _read(paths[-1])
+    generator.set_state(torch.from_numpy(last["state_generator"]))
+    return done, torch.from_numpy(last["state_x"]), float(last["state_size"])

@@ -1,0 +1,327 @@
+"""The main job in four stages, each resumable: reference, train, sample, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+import torch
+from openmm import app
+
+from openmm_eqflow import thermo
+from openmm_eqflow.atomic import atomic_path, write_json, write_npz
+from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.diagnostics import autocorrelation_ess, longest_stuck
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.evaluation import evaluate_flow
+from openmm_eqflow.fitting import split_frames, train_flow
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.reference import load_reference, run_reference
+from openmm_eqflow.rundir import STAGES, RunDirectory
+from openmm_eqflow.sampling import ChainSamples, run_chains
+from openmm_eqflow.target import BoltzmannTarget
+
+__all__ = [
+    "adopt_shipped_flow",
+    "build_target",
+    "flow_of",
+    "resolve_device",
+    "run_stage",
+    "shipped_flow",
+]
+
+Progress = Callable[[float, str], None]
+logger = logging.getLogger(__name__)
+
+
+def build_target(system: MolecularSystem) -> BoltzmannTarget:
+    """Boltzmann target of a loaded system, with the fastest evaluator here."""
+    return BoltzmannTarget(
+        system.system,
+        system.topology,
+        system.temperature,
+        positions=system.positions,
+        n_dims=system.n_dims,
+    )
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto`` into a device; refuse CUDA where there is none."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "device is 'cuda' but torch finds no CUDA GPU; use --device cpu or install a CUDA "
+            "build of torch"
+        )
+    if name not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device is {name!r}, expected auto, cpu or cuda")
+    return name
+
+
+def shipped_flow(system: MolecularSystem) -> Path | None:
+    """Flow that ships with a system, if there is one."""
+    path = system.directory / "flow.safetensors"
+    return path if path.is_file() else None
+
+
+def adopt_shipped_flow(run: RunDirectory) -> None:
+    """Copy the flow that ships with the run's system into the run directory.
+
+    Raises
+    ------
+    ConfigurationError
+        No flow ships with it.
+    """
+    system = run.load_system()
+    source = shipped_flow(system)
+    if source is None:
+        raise ConfigurationError(
+            f"no flow ships with {system.name!r}; train one: openmm-eqflow run {run.config.system}"
+        )
+    flow = load_flow(source)
+    save_flow(flow, run.path / "flow", flow.metadata)
+    run.finish("train", {"adopted": system.name})
+
+
+def flow_of(
+    name_or_run: str, device: str = "auto"
+) -> tuple[MolecularSystem, EquivariantFlow, torch.Tensor | None]:
+    """System, flow and test frames (if any) of a run directory or a shipped system."""
+    path = Path(name_or_run)
+    where = resolve_device(device)
+    if (path / "config.yaml").is_file():
+        run = RunDirectory.open(path)
+        run.require("train")
+        test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
+        return run.load_system(), load_flow(path / "flow", device=where), test
+    system = load_system(name_or_run)
+    source = shipped_flow(system)
+    if source is None:
+        raise ConfigurationError(
+            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
+        )
+    return system, load_flow(source, device=where), None
+
+
+def run_stage(
+    run: RunDirectory, stage: str, *, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """Run one stage unless its output is complete; return its facts, None if skipped."""
+    if stage not in STAGES:
+        raise ConfigurationError(f"no stage {stage!r}; expected one of {', '.join(STAGES)}")
+    if run.is_complete(stage):
+        logger.info("stage %s is complete, skipped", stage)
+        return None
+    handler = run.log_to_file()
+    started = time.monotonic()
+    try:
+        logger.info("stage %s starts", stage)
+        facts = _RUNNERS[stage](run, progress or (lambda fraction, text: None))
+        facts["seconds"] = time.monotonic() - started
+        run.finish(stage, facts)
+        logger.info("stage %s took %.1f s", stage, facts["seconds"])
+        return facts
+    finally:
+        logging.getLogger("openmm_eqflow").removeHandler(handler)
+        handler.close()
+
+
+def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    recipe = run.config.recipe
+    data = run_reference(
+        run.load_system(),
+        run.path,
+        seconds=recipe.reference_seconds,
+        max_frames=recipe.max_frames,
+        seed=run.config.seed,
+        progress=progress,
+    )
+    return {
+        "n_frames": data.n_frames,
+        "temperatures_kelvin": data.temperatures.tolist(),
+        "frame_interval_ps": data.frame_interval_ps,
+        "platform": data.platform,
+        "wall_seconds": data.wall_seconds,
+        "convergence": data.convergence,
+    }
+
+
+def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("reference")
+    system = run.load_system()
+    data = load_reference(run.path)
+    with build_target(system) as target:
+        flow, result = train_flow(
+            run.config.recipe,
+            target,
+            data,
+            seed=run.config.seed,
+            folder=run.path / "training",
+            device=run.config.device,
+            progress=progress,
+        )
+        metadata = {
+            "system": system.name,
+            "system_hash": target.system_hash,
+            "temperature_kelvin": run.config.temperature_kelvin,
+            "seed": run.config.seed,
+            "budget": run.config.budget,
+            "recipe": run.config.recipe.to_dict(),
+            "n_steps": result.n_steps,
+            "training_seconds": result.seconds,
+            "n_frames": data.n_frames,
+        }
+    save_flow(flow, run.path / "flow", metadata)
+    return {
+        "n_steps": result.n_steps,
+        "training_seconds": result.seconds,
+        "history": result.history,
+        "audit": flow.audit_report,
+    }
+
+
+def _checked_flow(run: RunDirectory, target: BoltzmannTarget) -> EquivariantFlow:
+    flow = load_flow(run.path / "flow")
+    made_for = flow.metadata.get("system_hash")
+    if made_for != target.system_hash:
+        raise ConfigurationError(
+            f"{run.path / 'flow.json'} was trained for another System "
+            f"({str(made_for)[:12]}..., now {target.system_hash[:12]}...); train it anew"
+        )
+    return flow
+
+
+def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("train")
+    recipe, seed = run.config.recipe, run.config.seed
+    system = run.load_system()
+    with build_target(system) as target:
+        flow = _checked_flow(run, target)
+        test, reference_u = None, None
+        if run.is_complete("reference"):
+            data = load_reference(run.path)
+            test = split_frames(data)[1][:2000]
+            reference_u = data.reduced_energies
+        metrics, samples, prior_weights = evaluate_flow(
+            flow,
+            target,
+            n_samples=recipe.n_evaluate,
+            seed=seed + 11,
+            name=system.name,
+            test_frames=test,
+            progress=lambda f, text: progress(0.5 * f, f"independent flow samples: {text}"),
+        )
+        write_npz(
+            run.path / "flow_samples.npz",
+            {
+                "u": samples.u.numpy(),
+                "log_q": samples.log_q.numpy(),
+                "log_weight": samples.log_weight.numpy(),
+                "prior_log_weight": prior_weights.numpy(),
+                "positions": samples.x[:5000].float().numpy(),
+            },
+        )
+        generator = torch.Generator().manual_seed(seed + 12)
+        start = _starting_points(recipe.n_chains, samples.x, samples.log_weight, generator)
+        chains = run_chains(
+            flow,
+            target,
+            start,
+            run.path / "samples",
+            n_steps=-(-recipe.n_samples // recipe.n_chains),
+            n_proposals=recipe.n_proposals,
+            n_local_steps=recipe.n_local_steps,
+            seed=seed + 13,
+            progress=lambda f, text: progress(0.5 + 0.5 * f, f"Markov chains: {text}"),
+        )
+    write_trajectory(run.path, system, chains)
+    metrics["chain"] = chain_metrics(chains)
+    if reference_u is not None:
+        metrics["reference_mean_reduced_potential"] = float(reference_u.mean())
+    write_json(run.path / "metrics.json", metrics)
+    return {key: metrics[key] for key in ("relative_ess", "prior_relative_ess", "pareto_k")}
+
+
+def _starting_points(
+    n: int, x: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Sampling-importance-resampling: chains start where the reweighted flow says."""
+    weights = torch.softmax(log_weight, 0)
+    return x[torch.multinomial(weights, n, replacement=True, generator=generator)]
+
+
+def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) -> None:
+    """Write samples.dcd + topology.pdb (chain after chain, superposed) and samples.npz."""
+    x = chains.positions.swapaxes(0, 1)
+    n_chains, n_steps = x.shape[:2]
+    frames = x.reshape(-1, *x.shape[2:])
+    if frames.shape[2] == 2:
+        frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
+    topology = mdtraj.Topology.from_openmm(system.topology)
+    trajectory = mdtraj.Trajectory(frames, topology)
+    if system.kind == "molecule":
+        trajectory.superpose(trajectory, 0)
+    with atomic_path(path / "samples.dcd") as temporary:
+        trajectory.save_dcd(str(temporary))
+    with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
+        app.PDBFile.writeFile(
+            system.topology, thermo.positions_quantity(frames[0]), handle, keepIds=True
+        )
+
+    def flat(values: np.ndarray) -> np.ndarray:
+        return values.swapaxes(0, 1).reshape(-1)
+
+    write_npz(
+        path / "samples.npz",
+        {
+            "u": flat(chains.reduced_potential),
+            "log_q": flat(chains.log_q),
+            "log_weight": flat(chains.log_weight),
+            "accepted": flat(chains.accepted),
+            "chain": np.repeat(np.arange(n_chains), n_steps),
+            "local_acceptance": chains.local_acceptance,
+        },
+    )
+
+
+def chain_metrics(chains: ChainSamples) -> dict[str, Any]:
+    """Acceptance, stuck stretches and effective samples of the Markov chains."""
+    u = chains.reduced_potential.T
+    return {
+        "n_samples": chains.n_samples,
+        "n_chains": int(u.shape[0]),
+        "n_steps": int(u.shape[1]),
+        "acceptance": float(chains.accepted.mean()),
+        "local_acceptance": float(chains.local_acceptance.mean()),
+        "longest_stuck": longest_stuck(chains.accepted.T),
+        "energy_ess": autocorrelation_ess(u),
+        "mean_reduced_potential": float(u.mean()),
+        "max_log_weight_gap": float(
+            chains.log_weight.max()
+            - chains.proposal_log_weight[np.isfinite(chains.proposal_log_weight)].max()
+        ),
+    }
+
+
+def _report(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("sample")
+    from openmm_eqflow.report import write_report
+
+    progress(0.0, "drawing figures")
+    write_report(run.path)
+    return {}
+
+
+_RUNNERS: dict[str, Callable[[RunDirectory, Progress], dict[str, Any]]] = {
+    "reference": _reference,
+    "train": _train,
+    "sample": _sample,
+    "report": _report,
+}
