@@ -1,0 +1,153 @@
+r"""Divergences of vector fields that bring none of their own.
+
+:func:`exact_divergence` sums :math:`e_k \cdot J e_k` over an orthonormal basis of the mean-free
+subspace with batched forward-mode tangents (one shared primal pass, chunked for memory): exact
+for any field whose velocity is mean-free, at (N-1)D tangents. :func:`hutchinson_divergence`
+replaces the basis by random probes (Grathwohl et al. 2019, arXiv:1810.01367). It is unbiased for
+log q but not for q, so it serves diagnostics only: :class:`HutchinsonField` declares
+``exact_divergence = False`` and is refused wherever a weight or an acceptance ratio is formed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.geometry import mean_free_basis, remove_mean
+
+__all__ = ["HutchinsonField", "exact_divergence", "hutchinson_divergence", "mean_free_directions"]
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    # torch scripts its forward-mode decompositions on first use and warns about doing so
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch.jit.script", DeprecationWarning)
+        yield
+
+
+def mean_free_directions(n_particles: int, n_dims: int, *, like: Tensor) -> Tensor:
+    """Orthonormal basis of the mean-free subspace, ``((N-1) D, N, D)``, in ``like``'s dtype."""
+    columns = mean_free_basis(n_particles).T  # (N-1, N)
+    axes = torch.eye(n_dims, dtype=columns.dtype)
+    basis = columns[:, None, :, None] * axes[None, :, None, :]
+    return basis.reshape(-1, n_particles, n_dims).to(dtype=like.dtype, device=like.device)
+
+
+def exact_divergence(
+    function: Callable[[Tensor], Tensor],
+    y: Tensor,
+    directions: Tensor,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Value of ``function`` and :math:`\sum_k e_k \cdot J e_k`, differentiable.
+
+    Parameters
+    ----------
+    function
+        Maps ``(batch, *event)`` to the same shape, sample by sample.
+    y
+        Points ``(batch, *event)``.
+    directions
+        Orthonormal :math:`e_k`, ``(n_directions, *event)``: a full basis, or one of a subspace
+        that contains every velocity and whose complement does not change it.
+    chunk_size
+        Tangents carried at once; None for all.
+
+    Returns
+    -------
+    tuple of Tensor
+        Velocity ``(batch, *event)`` and divergence ``(batch,)``.
+    """
+    if directions.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"directions of shape {tuple(directions.shape[1:])} do not match points of shape "
+            f"{tuple(y.shape[1:])}"
+        )
+
+    def along(direction: Tensor) -> tuple[Tensor, Tensor]:
+        value, tangent = jvp(function, (y,), (direction.expand_as(y),))
+        return value, (tangent * direction).flatten(1).sum(-1)
+
+    chunk = len(directions) if chunk_size is None else chunk_size
+    divergence = torch.zeros(y.shape[0], dtype=y.dtype, device=y.device)
+    value = torch.empty(0)
+    for part in directions.split(chunk):
+        # the primal does not depend on the direction, so vmap computes it once per chunk
+        with _forward_mode():
+            value, terms = vmap(along, out_dims=(None, 0))(part)
+        divergence = divergence + terms.sum(0)
+    return value, divergence
+
+
+def hutchinson_divergence(
+    function: Callable[[Tensor], Tensor],
+    y: Tensor,
+    *,
+    n_probes: int = 1,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Value and the unbiased estimate :math:`\langle \epsilon \cdot J \epsilon \rangle`.
+
+    Probes are Rademacher; for positions ``(batch, N, D)`` they are made mean-free, which leaves
+    the estimate unbiased for translation-invariant fields. Diagnostics only.
+    """
+    total = torch.zeros(y.shape[0], dtype=y.dtype, device=y.device)
+    value = torch.empty(0)
+    for _ in range(n_probes):
+        coin = torch.randint(2, tuple(y.shape), generator=generator)
+        probe = (2 * coin - 1).to(dtype=y.dtype, device=y.device)
+        probe = remove_mean(probe) if y.ndim == 3 else probe
+        with _forward_mode():
+            value, tangent = jvp(function, (y,), (probe,))
+        total = total + (tangent * probe).flatten(1).sum(-1)
+    return value, total / n_probes
+
+
+class HutchinsonField(nn.Module):
+    """A field with its divergence replaced by a stochastic estimate, for diagnostics.
+
+    Parameters
+    ----------
+    field
+        Any vector field.
+    n_probes
+        Rademacher probes per evaluation.
+    seed
+        Seed of the probes' own generator.
+    """
+
+    exact_divergence = False
+
+    def __init__(self, field: nn.Module, *, n_probes: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        if n_probes < 1:
+            raise ConfigurationError(f"n_probes must be at least 1, got {n_probes}")
+        self.field = field
+        self.event_shape: tuple[int, ...] = tuple(field.event_shape)  # type: ignore[arg-type]
+        self.n_probes = n_probes
+        self.config: dict[str, Any] = {
+            "field": field.config,
+            "n_probes": n_probes,
+            "seed": seed,
+        }
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of the wrapped field."""
+        velocity: Tensor = self.field(t, y)
+        return velocity
+
+    def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and a stochastic estimate of the divergence."""
+        return hutchinson_divergence(
+            lambda x: self.field(t, x), y, n_probes=self.n_probes, generator=self.generator
+        )
