@@ -17,11 +17,11 @@ from openmmtools.mcmc import MCMCMove
 from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
+from openmm_eqflow.audit import require_passed_audit
 from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.flow_registry import (
-    check_usable,
     register_flow,
     restore_flow,
     stream_for,
@@ -61,7 +61,7 @@ class FlowMoveBase(MCMCMove):
         super().__init__()
         if not isinstance(flow, EquivariantFlow):
             flow = load_flow(flow)
-        check_usable(flow)
+        require_passed_audit(flow)
         self._flow, self._path, self._sha256 = register_flow(flow)
         self._seed = int(np.random.SeedSequence().entropy % 2**53) if seed is None else int(seed)  # type: ignore[operator]
         self._settings = settings
@@ -167,7 +167,7 @@ class FlowMoveBase(MCMCMove):
             )
         self._path, self._sha256 = str(path), str(sha256)
         self._flow = restore_flow(self._path, self._sha256)
-        check_usable(self._flow)
+        require_passed_audit(self._flow)
         self._seed = int(serialization.get("seed", 0))
         self._settings = {**self._default_settings(), **serialization.get("settings", {})}
         self._statistics = {**self._statistics_zero, **serialization.get("statistics", {})}

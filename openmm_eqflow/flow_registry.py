@@ -27,13 +27,12 @@ from torch import Tensor
 
 from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory
-from openmm_eqflow.errors import AuditError, CheckpointError, ConfigurationError
+from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = [
     "FlowStream",
-    "check_usable",
     "register_flow",
     "restore_flow",
     "stream_for",
@@ -44,32 +43,6 @@ _FLOWS: dict[str, EquivariantFlow] = {}
 _FINGERPRINTS: dict[str, tuple[tuple[str, int, int], ...]] = {}
 _STREAMS: dict[tuple[str, int], FlowStream] = {}
 _TARGETS: dict[Hashable, list[BoltzmannTarget]] = {}
-
-
-def check_usable(flow: EquivariantFlow) -> None:
-    """Refuse a flow whose log q may not enter an acceptance ratio.
-
-    Raises
-    ------
-    AuditError
-        Estimated divergence, no audit, or a failed one.
-    """
-    if not flow.vector_field.exact_divergence:
-        raise AuditError(
-            f"{type(flow.vector_field).__name__} estimates its divergence, which biases every "
-            "acceptance; use a field with exact_divergence = True"
-        )
-    report = flow.audit_report
-    if report is None:
-        raise AuditError(
-            "the flow was never audited, so the accuracy of its log q is unknown; run the audit "
-            "and save the flow again"
-        )
-    if not report.get("passed", False):
-        raise AuditError(
-            f"the flow failed its audit ({report}); use more ODE steps or float64 weights, audit "
-            "and save it again"
-        )
 
 
 def _fingerprint(path: str) -> tuple[tuple[str, int, int], ...]:

@@ -146,7 +146,10 @@ def _read_listed(out: ForceTerms, index: int, name: str, force: Any) -> None:
     count, getter, n = _LISTED[name]
     for i in range(getattr(force, count)()):
         arguments = getattr(force, getter)(i)
-        parameters = _key(arguments[n:])
+        # Custom forces return their per-bond parameters as one tuple, possibly empty.
+        parameters = _key(
+            v for a in arguments[n:] for v in (a if isinstance(a, tuple) else (a,))
+        )
         if name in _PREFACTOR_LAST and parameters[-1] == 0:
             continue
         _add(out, (index, name, parameters), arguments[:n])

@@ -23,13 +23,13 @@ import torch
 from openmm import app, unit
 from openmmtools.mcmc import MCMCMove, SequenceMove
 
+from openmm_eqflow.audit import require_passed_audit
 from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.diagnostics import Estimate, log_z
 from openmm_eqflow.energies.base import FloatArray, check_batch, mask_invalid
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.flow_registry import check_usable
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.thermo import positions_in_nm, temperature_quantity
 
@@ -146,7 +146,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):  # type: ignore[mi
     ) -> None:
         super().__init__(states, simulation, stepsPerIteration, reinitializeVelocities)
         self.flow = flow if isinstance(flow, EquivariantFlow) else load_flow(flow)
-        check_usable(self.flow)
+        require_passed_audit(self.flow)
         n_particles = simulation.system.getNumParticles()
         if n_particles != self.flow.n_particles:
             raise ConfigurationError(
