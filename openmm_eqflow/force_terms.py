@@ -147,9 +147,7 @@ def _read_listed(out: ForceTerms, index: int, name: str, force: Any) -> None:
     for i in range(getattr(force, count)()):
         arguments = getattr(force, getter)(i)
         # Custom forces return their per-bond parameters as one tuple, possibly empty.
-        parameters = _key(
-            v for a in arguments[n:] for v in (a if isinstance(a, tuple) else (a,))
-        )
+        parameters = _key(v for a in arguments[n:] for v in (a if isinstance(a, tuple) else (a,)))
         if name in _PREFACTOR_LAST and parameters[-1] == 0:
             continue
         _add(out, (index, name, parameters), arguments[:n])

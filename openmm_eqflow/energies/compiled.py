@@ -135,6 +135,7 @@ class _CompiledGB:
         slots = {stage.name: k for k, stage in enumerate(term.values)}
         every = np.arange(term.n_particles)[:, None]
         self._values = [self._bind(s, slots, every) for s in term.values]
+        self._n_terms = max([1, *(len(stage[0]) for stage in self._values)])
         self._energies = [self._bind(s, slots, every) for s in term.energies]
 
     @staticmethod
@@ -154,15 +155,20 @@ class _CompiledGB:
         )
 
     def __call__(self, x: FloatArray, e: FloatArray, f: FloatArray, forces: bool) -> None:
-        shape = (len(x), max(1, self._n_values), *x.shape[2:])
-        values, adjoints = np.zeros(shape), np.zeros(shape)
-        for stage in self._values:
-            self._kernel(x, e, f, False, False, *stage, values, adjoints)
-        for stage in self._energies:
-            self._kernel(x, e, f, False, forces, *stage, values, adjoints)
-        if forces:
-            for stage in reversed(self._values):
-                self._kernel(x, e, f, True, True, *stage, values, adjoints)
+        shape = (max(1, self._n_values), *x.shape[2:])
+        slopes = np.empty((max(1, self._n_values), self._n_terms, x.shape[-1]))
+        for b in range(len(x)):
+            # Block by block, so that the slopes kept between passes stay in the cache.
+            own = slice(b, b + 1)
+            block = x[own], e[own], f[own if forces else slice(1)]
+            kept = np.zeros((1, *shape)), np.zeros((1, *shape))
+            for stage, slope in zip(self._values, slopes, strict=False):
+                self._kernel(*block, False, forces, *stage, *kept, slope)
+            for stage in self._energies:
+                self._kernel(*block, False, forces, *stage, *kept, slopes[0])
+            if forces:
+                for stage, slope in zip(self._values[::-1], slopes[::-1], strict=True):
+                    self._kernel(*block, True, True, *stage, *kept, slope)
 
 
 def pack(x: FloatArray) -> FloatArray:

@@ -25,7 +25,7 @@ _ARITY = {
         ("sqrt exp log sin cos tan asin acos atan sinh cosh tanh erf erfc").split(), 1
     ),
     **dict.fromkeys("step delta square cube recip abs floor ceil sec csc cot".split(), 1),
-    **dict.fromkeys(("atan2", "min", "max", "pow"), 2),
+    **dict.fromkeys(("atan2", "min", "max"), 2),
     "select": 3,
 }
 #: Functions of particle names: each distinct call is an input of the program.
@@ -192,8 +192,6 @@ class _Parser:
             return self._reciprocal(first)
         if name in ("square", "cube"):
             return self._integer_power(first, 2 if name == "square" else 3)
-        if name == "pow":
-            return self._power(first, arguments[1])
         if name in ("sec", "csc", "cot"):
             op = {"sec": "cos", "csc": "sin", "cot": "tan"}[name]
             return self._reciprocal(add(op, first))

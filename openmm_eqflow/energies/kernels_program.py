@@ -115,22 +115,29 @@ def program_kernel(
 @numba.njit(**JIT)
 def stage_kernel(
     x, e, f, backward, forces, particles, code, value, output, constant_rows, constants, r_row,
-    uses, slot, values, adjoints
+    uses, slot, values, adjoints, slopes
 ):  # fmt: skip
     """One stage of a CustomGBForce.
 
     ``particles`` is (terms, 2) for pairs and (terms, 1) for single particles; ``uses`` rows are
     row of v, which particle of the term, which computed value. A value (``slot`` >= 0) is
     accumulated forward and differentiated in a second pass (``backward``); an energy (``slot`` -1)
-    does both at once.
+    does both at once. A value of r alone (the Born integral, most of the work) keeps its slopes
+    ``(terms, LANES)`` from the first pass: x is then a single block.
     """
     n_ops = code.shape[0]
     v, g, slope = np.empty((n_ops, LANES)), np.empty((n_ops, LANES)), np.empty(LANES)
     for row in range(n_ops):
         v[row] = value[row]
+    radial = slot >= 0 and r_row >= 0 and uses.shape[0] == 0
     for b in range(x.shape[0]):
         for t in range(particles.shape[0]):
             i = particles[t, 0]
+            if radial and backward:
+                for k in range(LANES):
+                    slope[k] = slopes[t, k] * adjoints[b, slot, i, k]
+                add_central(x, f, b, i, particles[t, 1], slope)
+                continue
             load_constants(code, value, constant_rows, constants, t, v)
             if r_row >= 0:
                 squared_distance(x, b, i, particles[t, 1], slope)
@@ -147,18 +154,22 @@ def stage_kernel(
             elif not backward:
                 for k in range(LANES):
                     values[b, slot, i, k] += v[output, k]
-            if not forces:
+            if not forces or (slot >= 0 and not (backward or radial)):
                 continue
             for row in range(n_ops):
                 for k in range(LANES):
                     g[row, k] = 0.0
-            if slot < 0:
+            if slot < 0 or radial:
                 for k in range(LANES):
                     g[output, k] = 1.0
             else:
                 for k in range(LANES):
                     g[output, k] = adjoints[b, slot, i, k]
             run_backward(code, v, g)
+            if radial:
+                for k in range(LANES):
+                    slopes[t, k] = g[r_row, k] / v[r_row, k]
+                continue
             for m in range(uses.shape[0]):
                 row, who, which = uses[m, 0], particles[t, uses[m, 1]], uses[m, 2]
                 for k in range(LANES):

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import openmm
+import pytest
+from energy_systems import empty_system, reference
+from openmm import unit
+
+from openmm_eqflow.energies.base import EnergyEvaluator
+from openmm_eqflow.energies.context_pool import ContextPool
+from openmm_eqflow.energies.platforms import available_platforms
+from openmm_eqflow.energies.torch_port import TorchEnergy
+from openmm_eqflow.errors import EnergyError
+from openmm_eqflow.library import load_system
+
+
+@pytest.fixture(scope="module")
+def molecule():
+    return load_system("alanine-dipeptide")
+
+
+@pytest.fixture(scope="module")
+def batch(molecule):
+    positions = np.array(molecule.positions.value_in_unit(unit.nanometer))
+    return positions + 0.01 * np.random.default_rng(1).normal(size=(600, *positions.shape))
+
+
+def make(kind, system):
+    if kind == "torch":
+        return TorchEnergy(system, n_threads=1)
+    if kind == "eager":
+        return TorchEnergy(system, compiled=False)
+    mode, platform = kind.split("-")
+    return ContextPool(system, mode=mode, platform=platform, n_workers=2)
+
+
+KINDS = ["torch", "eager", "threads-Reference", "threads-CPU", "processes-Reference"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract(kind, molecule, batch):
+    evaluator = make(kind, molecule.system)
+    assert isinstance(evaluator, EnergyEvaluator)
+    x = batch[:40]
+    energy, force = evaluator.energies_and_forces(x)
+    u, f = reference(molecule.system, x)
+    rtol = 1e-4 if "CPU" in kind else 1e-9  # the CPU platform works in single precision
+    np.testing.assert_allclose(energy, u, rtol=rtol)
+    np.testing.assert_allclose(force, f, atol=rtol * np.abs(f).max())
+    np.testing.assert_allclose(evaluator.energies(x[::-1]), energy[::-1], rtol=rtol)
+    assert evaluator.energies(x[:0]).shape == (0,)
+    assert evaluator.n_invalid == 0
+    with pytest.raises(ValueError, match=r"expected \(n, 22, 3\)"):
+        evaluator.energies(x[0])
+    evaluator.close()
+    evaluator.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_invalid_energies_are_infinite_and_counted(kind, molecule, batch):
+    x = batch[:9].copy()
+    x[1, 3, 0] = np.nan
+    x[2, 5, 2] = np.inf
+    x[3, 0] = x[3, 15]
+    x[4, 7] = 1e20
+    x[5] = 0.0
+    x[6] = -1e20
+    bad = [1, 2, 3, 4, 5, 6]
+    good = [0, 7, 8]
+    evaluator = make(kind, molecule.system)
+    clean, clean_force = evaluator.energies_and_forces(x[good])
+    energy, force = evaluator.energies_and_forces(x)
+    assert np.all(np.isposinf(energy[bad]))
+    assert np.all(force[bad] == 0.0)
+    # Eager torch sums in an order that depends on the batch size.
+    np.testing.assert_allclose(energy[good], clean, rtol=1e-13)
+    np.testing.assert_allclose(force[good], clean_force, atol=1e-12 * np.abs(clean_force).max())
+    assert evaluator.n_invalid == len(bad)
+    assert np.all(np.isposinf(evaluator.energies(x)[bad]))
+    assert evaluator.n_invalid == 2 * len(bad)
+    evaluator.close()
+
+
+def test_killed_worker_is_replaced_and_its_batch_redone(molecule, batch):
+    with ContextPool(molecule.system, mode="processes", platform="Reference", n_workers=2) as pool:
+        undisturbed = pool.energies_and_forces(batch)
+        many = np.concatenate([batch] * 10)
+        victim = pool.worker_pids[0]
+        timer = threading.Timer(0.05, os.kill, (victim, signal.SIGKILL))
+        timer.start()
+        energy, force = pool.energies_and_forces(many)
+        timer.join()
+        # Sent between batches the kill is noticed by the next one.
+        np.testing.assert_array_equal(pool.energies(batch), undisturbed[0])
+        assert pool.n_restarts == 1
+        assert victim not in pool.worker_pids
+        np.testing.assert_array_equal(energy, np.tile(undisturbed[0], 10))
+        np.testing.assert_array_equal(force, np.tile(undisturbed[1], (10, 1, 1)))
+        assert pool.n_invalid == 0
+
+
+def test_stuck_worker_times_out(molecule, batch):
+    with ContextPool(
+        molecule.system, mode="processes", platform="Reference", n_workers=1, timeout=1.0
+    ) as pool:
+        undisturbed = pool.energies(batch)
+        os.kill(pool.worker_pids[0], signal.SIGSTOP)
+        start = time.perf_counter()
+        np.testing.assert_array_equal(pool.energies(batch), undisturbed)
+        assert time.perf_counter() - start < 30
+        assert pool.n_restarts == 1
+
+
+def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monkeypatch):
+    from openmm_eqflow.energies import context_pool
+    from openmm_eqflow.energies.worker import LocalContext
+
+    class Fragile:
+        def __init__(self, xml, platform, *, timeout):
+            self.local = LocalContext(xml, platform)
+            self.pid = None
+
+        def start(self):
+            return
+
+        def close(self):
+            return
+
+        def compute(self, x, forces):
+            if np.any(x[:, 0, 0] > 5):
+                msg = "gone"
+                raise context_pool.WorkerLostError(msg)
+            return self.local.compute(x, forces)
+
+    monkeypatch.setattr(context_pool, "ProcessContext", Fragile)
+    pool = ContextPool(molecule.system, mode="processes", platform="Reference", n_workers=2)
+    x = batch[:50].copy()
+    x[17] += 10.0
+    energy, force = pool.energies_and_forces(x)
+    assert np.flatnonzero(np.isinf(energy)).tolist() == [17]
+    assert pool.n_invalid == 1
+    assert np.all(force[17] == 0)
+    pool.close()
+
+
+SCRIPT = """
+import sys, numpy as np
+from openmm_eqflow.library import load_system
+from openmm_eqflow.energies.context_pool import ContextPool
+molecule = load_system("alanine-dipeptide")
+pool = ContextPool(molecule.system, mode="processes", platform="Reference", n_workers=2)
+x = np.repeat(np.array(molecule.positions.value_in_unit(molecule.positions.unit))[None], 64, 0)
+sys.stdout.write(" ".join(map(str, pool.worker_pids)) + "\\n")
+sys.stdout.flush()
+while True:
+    pool.energies(x)
+"""
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_no_orphans(how):
+    # Without a __main__ guard: workers must not import the user's script again.
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    pids = [int(p) for p in process.stdout.readline().split()]
+    assert len(pids) == 2
+    time.sleep(0.2)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)
+    else:
+        process.kill()
+    process.wait(timeout=30)
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(alive(p) for p in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(p) for p in pids)
+
+
+def test_automatic_choices_and_refusals(molecule, batch):
+    pool = ContextPool(molecule.system, n_workers=1)
+    assert pool.platform in available_platforms()
+    assert pool.mode == "threads"
+    pool.close()
+    with pytest.raises(EnergyError, match="closed"):
+        pool.energies(batch)
+    with pytest.raises(EnergyError, match="not installed"):
+        ContextPool(molecule.system, platform="Abacus")
+    with pytest.raises(ValueError, match="expected 'auto', 'threads' or 'processes'"):
+        ContextPool(molecule.system, mode="fibres")
+    with pytest.raises(ValueError, match="n_workers"):
+        ContextPool(molecule.system, n_workers=0)
+
+
+def test_worker_that_cannot_start_is_an_error():
+    system = empty_system(2)
+    force = openmm.CustomBondForce("r + nosuch")
+    force.addBond(0, 1, [])
+    system.addForce(force)
+    with pytest.raises(EnergyError, match="did not start"):
+        ContextPool(system, mode="processes", platform="Reference", n_workers=1)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import numpy as np
+import openmm
+import pytest
+import torch
+from energy_systems import assert_agree, empty_system, phe_system, reference
+from openmm import unit
+
+from openmm_eqflow.energies.choose import fastest_evaluator
+from openmm_eqflow.energies.context_pool import ContextPool
+from openmm_eqflow.energies.expressions import parse
+from openmm_eqflow.energies.torch_port import TorchEnergy
+from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.library import list_systems, load_system
+
+NAMES = [info.name for info in list_systems()]
+AMBER_OBC1 = ("amber14-all.xml", "implicit/obc1.xml")
+AMBER_GBN2 = ("amber14-all.xml", "implicit/gbn2.xml")
+
+
+def configurations(system, positions, n, thermal):
+    """Langevin frames at 300 K, or the start with every atom displaced by up to 0.05 nm."""
+    rng = np.random.default_rng(7)
+    if not thermal:
+        width = rng.uniform(0.005, 0.05, size=(n, 1, 1))
+        return positions + width * rng.normal(size=(n, *positions.shape))
+    integrator = openmm.LangevinMiddleIntegrator(300 * unit.kelvin, 5, 0.0005)
+    integrator.setRandomNumberSeed(7)
+    platform = openmm.Platform.getPlatformByName("Reference")
+    context = openmm.Context(openmm.XmlSerializer.clone(system), integrator, platform)
+    context.setPositions(positions)
+    frames = []
+    for _ in range(n):
+        integrator.step(5)
+        frames.append(context.getState(getPositions=True).getPositions(asNumpy=True)._value)
+    return np.array(frames)
+
+
+@pytest.mark.parametrize("thermal", [True, False], ids=["thermal", "distorted"])
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_systems_agree_with_reference(name, thermal):
+    molecule = load_system(name)
+    positions = np.array(molecule.positions.value_in_unit(unit.nanometer))
+    x = configurations(molecule.system, positions, 256, thermal)
+    evaluator = TorchEnergy(molecule.system, positions=positions, n_threads=1)
+    assert_agree(evaluator, molecule.system, x)
+    assert evaluator.n_invalid == 0
+    with torch.no_grad():
+        eager = evaluator(torch.from_numpy(x[:32])).numpy()
+    np.testing.assert_allclose(eager, evaluator.energies(x[:32]), rtol=1e-9, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "force_field", [AMBER_OBC1, AMBER_GBN2, ("charmm36.xml",)], ids=["OBC1", "GBn2", "CHARMM36"]
+)
+def test_other_force_fields_on_a_ring_side_chain(force_field):
+    system, _, positions = phe_system(*force_field)
+    evaluator = TorchEnergy(system, positions=positions, n_threads=1)
+    n_forces = sum(not isinstance(f, openmm.CMMotionRemover) for f in system.getForces())
+    assert len(evaluator.terms) == n_forces
+    for thermal in (True, False):
+        assert_agree(evaluator, system, configurations(system, positions, 64, thermal))
+    eager = TorchEnergy(system, positions=positions, compiled=False)
+    assert eager.compiled_forces == ()
+    assert_agree(eager, system, configurations(system, positions, 8, False))
+
+
+def test_gradient_and_single_precision():
+    molecule = load_system("alanine-dipeptide")
+    positions = np.array(molecule.positions.value_in_unit(unit.nanometer))
+    energy = TorchEnergy(molecule.system, positions=positions)
+    x = torch.tensor(configurations(molecule.system, positions, 4, False), requires_grad=True)
+    (gradient,) = torch.autograd.grad(energy(x).sum(), x)
+    forces = energy.energies_and_forces(x.detach().numpy())[1]
+    np.testing.assert_allclose(-gradient.numpy(), forces, atol=1e-9 * np.abs(forces).max())
+    doubles = energy(x).detach()
+    singles = energy.float()(x.detach().float())
+    assert singles.dtype == torch.float32
+    torch.testing.assert_close(singles.double(), doubles, rtol=1e-4, atol=1e-1)
+
+
+def test_batch_independence_and_threads():
+    molecule = load_system("alanine-dipeptide")
+    positions = np.array(molecule.positions.value_in_unit(unit.nanometer))
+    x = configurations(molecule.system, positions, 1500, False)
+    two, one = (TorchEnergy(molecule.system, positions=positions, n_threads=n) for n in (2, 1))
+    e, f = two.energies_and_forces(x)
+    whole = one.energies_and_forces(x)
+    np.testing.assert_array_equal(e, whole[0])
+    np.testing.assert_array_equal(f, whole[1])
+    for k in (0, 31, 1499):
+        single = one.energies_and_forces(x[k : k + 1])
+        assert single[0][0] == e[k]
+        np.testing.assert_array_equal(single[1][0], f[k])
+    assert two.energies(x[:0]).shape == (0,)
+    two.close()
+
+
+def custom_forces():
+    bond = openmm.CustomBondForce("D*(1-exp(-a*(r-r0)))^2 + scale*erf(r)/r")
+    bond.addGlobalParameter("scale", 0.7)
+    for name in ("D", "a", "r0"):
+        bond.addPerBondParameter(name)
+    bond.addBond(0, 1, [100.0, 20.0, 0.15])
+    bond.addBond(1, 2, [80.0, 15.0, 0.2])
+    angle = openmm.CustomAngleForce("k*(cos(theta)-c0)^2 + 0.3*sqrt(theta)")
+    angle.addPerAngleParameter("k")
+    angle.addPerAngleParameter("c0")
+    angle.addAngle(0, 1, 2, [30.0, 0.1])
+    torsion = openmm.CustomTorsionForce(
+        "k*min(dtheta, 2*pi-dtheta)^2; dtheta = abs(theta-theta0); pi = 3.1415926535"
+    )
+    torsion.addPerTorsionParameter("k")
+    torsion.addPerTorsionParameter("theta0")
+    torsion.addTorsion(0, 1, 2, 3, [12.0, 0.4])
+    pair = openmm.CustomNonbondedForce(
+        "table(type1,type2)*select(step(r-0.3), exp(-r/w), 2-r^2)/max(r,0.05); w=0.5*(w1+w2)"
+    )
+    values = [1.0, 2.0, 3.0, 2.0, 4.0, 5.0, 3.0, 5.0, 6.0]
+    pair.addTabulatedFunction("table", openmm.Discrete2DFunction(3, 3, values))
+    pair.addPerParticleParameter("type")
+    pair.addPerParticleParameter("w")
+    for i in range(6):
+        pair.addParticle([i % 3, 0.2 + 0.05 * i])
+    pair.addExclusion(0, 1)
+    pair.addInteractionGroup([0, 1, 2], [1, 2, 3, 4])
+    pair.addInteractionGroup([5], [0, 1])
+    compound = openmm.CustomCompoundBondForce(
+        4,
+        "k*(distance(p1,p2)-0.2)^2*cos(angle(p2,p3,p4)) + tanh(dihedral(p1,p2,p3,p4))"
+        " + atan2(y1-y2, 1+(x3-x4)^2) + sinh(z1-z4)*delta(k-3)",
+    )
+    compound.addPerBondParameter("k")
+    compound.addBond([2, 3, 4, 5], [3.0])
+    compound.addBond([5, 1, 0, 3], [4.0])
+    rb = openmm.RBTorsionForce()
+    rb.addTorsion(1, 2, 3, 4, 1.0, -2.0, 3.0, 0.5, -0.7, 0.2)
+    cmap = openmm.CMAPTorsionForce()
+    cmap.addMap(8, np.random.default_rng(0).normal(size=64).tolist())
+    cmap.addTorsion(0, 0, 1, 2, 3, 1, 2, 3, 4)
+    nonbonded = openmm.NonbondedForce()
+    nonbonded.addGlobalParameter("lam", 0.6)
+    for i in range(6):
+        nonbonded.addParticle(0.1 * (i - 2), 0.1 + 0.02 * i, 0.3)
+    nonbonded.addException(0, 1, 0.0, 1.0, 0.0)
+    nonbonded.addException(1, 2, 0.2, 0.12, 0.4)
+    nonbonded.addParticleParameterOffset("lam", 3, 0.5, 0.01, 0.2)
+    nonbonded.addExceptionParameterOffset("lam", 1, 0.1, 0.02, 0.3)
+    return [bond, angle, torsion, pair, compound, rb, cmap, nonbonded]
+
+
+@pytest.mark.parametrize("k", range(8))
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_force_class(k, compiled):
+    force = custom_forces()[k]
+    system = empty_system(6)
+    system.addForce(force)
+    rng = np.random.default_rng(k)
+    x = np.cumsum(rng.normal(size=(40, 6, 3)) * 0.12, axis=1)
+    evaluator = TorchEnergy(system, positions=x[0], compiled=compiled)
+    assert_agree(evaluator, system, x)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-r^2 + 2^-r^0.5 - (r-1)^3/(r+2)^-2",
+        "r*.5e0+1.e-1; r2 = square(r)",
+        "b + a; a = cube(b)*recip(r); b = log(r + 1)",
+        "sec(r)+csc(r)+cot(r)+asin(r/9)+acos(r/9)+atan(r)+tan(r)+cosh(r)+erfc(r)",
+        "floor(3*r)*r + ceil(2*r)*r^2 + r^r + min(r, 0.4)",
+        "1/r/r - 8/2/r*3 + r^2^0.5 - -r",
+    ],
+)
+def test_expressions_mean_what_openmm_says(text):
+    force = openmm.CustomBondForce(text)
+    force.addBond(0, 1, [])
+    system = empty_system(2)
+    system.addForce(force)
+    x = np.zeros((9, 2, 3))
+    x[:, 1, 0] = np.linspace(0.31, 1.27, 9)
+    for compiled in (True, False):
+        assert_agree(TorchEnergy(system, positions=x[1], compiled=compiled), system, x)
+
+
+@pytest.mark.parametrize(
+    "text", ["r +", "(r", "r)", "r ? 2", "nosuch(r)", "sin(r, r)", "a; a = b; b = a", "__import__"]
+)
+def test_bad_expressions_are_refused(text):
+    force = openmm.CustomBondForce("r")
+    force.setEnergyFunction(text)
+    force.addBond(0, 1, [])
+    system = empty_system(2)
+    system.addForce(force)
+    with pytest.raises(UnsupportedSystemError, match="CustomBondForce"):
+        TorchEnergy(system)
+
+
+def test_repeated_subexpressions_are_shared():
+    program = parse("1/r + 1/r^2 + exp(1/r)")
+    assert sum(o.op == "recip" for o in program.operations) == 1
+
+
+def test_unknown_force_falls_back_with_its_name():
+    system = empty_system(3)
+    force = openmm.CustomCentroidBondForce(2, "distance(g1,g2)^2")
+    force.addGroup([0, 1])
+    force.addGroup([2])
+    force.addBond([0, 1])
+    system.addForce(force)
+    x = np.random.default_rng(0).normal(size=(5, 3, 3))
+    with pytest.warns(UserWarning, match="CustomCentroidBondForce"):
+        evaluator = fastest_evaluator(system, n_workers=1, positions=x[0])
+    assert isinstance(evaluator, ContextPool)
+    np.testing.assert_allclose(evaluator.energies(x), reference(system, x)[0], rtol=1e-5)
+    evaluator.close()
+
+
+def test_disagreement_with_openmm_is_noticed(monkeypatch):
+    monkeypatch.setattr("openmm_eqflow.energies.terms.COULOMB", 138.9)
+    system = load_system("alanine-dipeptide").system
+    with pytest.raises(UnsupportedSystemError, match=r"NonbondedForce .* disagrees"):
+        TorchEnergy(system)
+
+
+@pytest.mark.parametrize("force", [openmm.NonbondedForce, openmm.GBSAOBCForce])
+def test_cutoffs_are_not_covered(force):
+    system = empty_system(2)
+    one = force()
+    for _ in range(2):
+        one.addParticle(0.1, 0.2, 0.8)
+    one.setNonbondedMethod(force.CutoffNonPeriodic)
+    system.addForce(one)
+    with pytest.raises(UnsupportedSystemError, match=force.__name__):
+        TorchEnergy(system)
