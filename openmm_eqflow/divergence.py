@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ def _forward_mode() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch.jit.script", DeprecationWarning)
         yield
+
+
+def _jvp(
+    function: Callable[[Tensor], Tensor], y: Tensor, tangent: Tensor
+) -> tuple[Tensor, Tensor]:
+    return cast("tuple[Tensor, Tensor]", jvp(function, (y,), (tangent,)))
 
 
 def mean_free_directions(n_particles: int, n_dims: int, *, like: Tensor) -> Tensor:
@@ -74,16 +80,16 @@ def exact_divergence(
         )
 
     def along(direction: Tensor) -> tuple[Tensor, Tensor]:
-        value, tangent = jvp(function, (y,), (direction.expand_as(y),))
+        value, tangent = _jvp(function, y, direction.expand_as(y))
         return value, (tangent * direction).flatten(1).sum(-1)
 
     chunk = len(directions) if chunk_size is None else chunk_size
     divergence = torch.zeros(y.shape[0], dtype=y.dtype, device=y.device)
     value = torch.empty(0)
-    for part in directions.split(chunk):
+    for part in torch.split(directions, chunk):
         # the primal does not depend on the direction, so vmap computes it once per chunk
         with _forward_mode():
-            value, terms = vmap(along, out_dims=(None, 0))(part)
+            value, terms = vmap(along, out_dims=cast(Any, (None, 0)))(part)
         divergence = divergence + terms.sum(0)
     return value, divergence
 
@@ -107,7 +113,7 @@ def hutchinson_divergence(
         probe = (2 * coin - 1).to(dtype=y.dtype, device=y.device)
         probe = remove_mean(probe) if y.ndim == 3 else probe
         with _forward_mode():
-            value, tangent = jvp(function, (y,), (probe,))
+            value, tangent = _jvp(function, y, probe)
         total = total + (tangent * probe).flatten(1).sum(-1)
     return value, total / n_probes
 

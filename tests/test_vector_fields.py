@@ -119,9 +119,7 @@ def test_divergence_is_differentiable(case: Case) -> None:
         numeric = (total(y + h * step) - total(y - h * step)) / (2 * h)
     assert float((gradient * step).sum()) == pytest.approx(float(numeric), rel=1e-5)
     total(y.detach()).backward()
-    assert all(
-        p.grad is None or bool(torch.isfinite(p.grad).all()) for p in field.parameters()
-    )
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in field.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -222,7 +220,7 @@ def test_hutchinson_is_unbiased_and_marked_inexact() -> None:
     t = torch.tensor(0.5, dtype=torch.float64)
     noisy = HutchinsonField(field, n_probes=2, seed=1)
     assert not noisy.exact_divergence
-    estimate = noisy.with_divergence(t, y.expand(1000, -1, -1))[1]
+    estimate = noisy.with_divergence(t, y.repeat(1000, 1, 1))[1]
     exact = field.with_divergence(t, y)[1]
     error = (estimate.mean() - exact).abs() / (estimate.std() / 1000**0.5)
     assert float(error) < 5.0

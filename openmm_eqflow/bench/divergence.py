@@ -1,4 +1,4 @@
-r"""What an exact divergence costs: leave-one-out field against a graph network, by particle number.
+"""What an exact divergence costs, by particle number: leave-one-out field and graph network.
 
 For every N, on one device and in one dtype: the leave-one-out field alone, the field with its
 exact divergence (D tangents through the readout), and a 4 x 64 EGNN with its exact divergence

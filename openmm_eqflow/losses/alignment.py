@@ -40,7 +40,7 @@ def assign(cost: Array) -> NDArray[np.int64]:  # pragma: no cover - compiled
         used[:] = False
         while True:
             used[j0] = True
-            i0 = row_of[j0]
+            i0 = int(row_of[j0])
             delta = np.inf
             j1 = 0
             for j in range(n):
@@ -62,7 +62,7 @@ def assign(cost: Array) -> NDArray[np.int64]:  # pragma: no cover - compiled
             if row_of[j0] == n:
                 break
         while j0 != n:
-            j1 = previous[j0]
+            j1 = int(previous[j0])
             row_of[j0] = row_of[j1]
             j0 = j1
     column_of = np.empty(n, dtype=np.int64)

@@ -142,6 +142,5 @@ class FlowMatchingLoss:
         t = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
         weight = next(self.field.parameters())
         x = torch.lerp(x0, x1, t[:, None, None])
-        to = {"dtype": weight.dtype, "device": weight.device}
-        residual = self.field(t.to(**to), x.to(**to)) - (x1 - x0).to(**to)
-        return residual.square().sum(dim=(-2, -1))
+        velocity: Tensor = self.field(t.to(weight), x.to(weight))
+        return (velocity - (x1 - x0).to(weight)).square().sum(dim=(-2, -1))

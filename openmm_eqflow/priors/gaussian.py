@@ -48,9 +48,9 @@ class MeanFreeGaussian:
 
     @classmethod
     def fit(cls, x: Tensor) -> MeanFreeGaussian:
-        r"""Maximum-likelihood scale from ``x`` (n, N, D): :math:`s^2 = \langle|x|^2\rangle/(N-1)D`.
+        r"""Maximum-likelihood scale from configurations ``x`` (n, N, D), centroids removed.
 
-        The centroid of every configuration is removed first.
+        .. math:: s^2 = \langle |x|^2 \rangle / (N - 1) D
         """
         if x.ndim != 3 or x.shape[0] < 1:
             raise ConfigurationError(
@@ -89,7 +89,7 @@ class MeanFreeGaussian:
         return self.latent_log_prob(remove_mean(x))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration for :meth:`from_state`; there are no tensors."""
+        """Return the configuration for :meth:`from_state`; there are no tensors."""
         config = {
             "n_particles": self.n_particles,
             "n_dims": self.n_dims,

@@ -51,10 +51,11 @@ class _Layer(nn.Module):
         self.pull = nn.Sequential(
             nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1, bias=False)
         )
-        self.node = nn.Sequential(
-            nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width)
-        )
-        nn.init.normal_(self.pull[2].weight, std=1e-3)
+        self.node = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
+        with torch.no_grad():
+            # a small start: the field begins as almost no flow at all
+            for weight in self.pull[-1].parameters():
+                weight.normal_(std=1e-3)
 
     def forward(
         self, x: Tensor, h: Tensor, radial0: Tensor, pairs: Tensor, basis: PairBasis
@@ -88,6 +89,8 @@ class EGNNField(nn.Module):
     """
 
     exact_divergence = True
+    table: Tensor
+    atom_types: Tensor
 
     def __init__(
         self,
@@ -129,9 +132,7 @@ class EGNNField(nn.Module):
         self.node = nn.Embedding(int(atom_types.max()) + 1, width)
         self.node_time = nn.Linear(TIME_WIDTH, width)
         self.pair = nn.Embedding(len(pair_mean), width)
-        self.layers = nn.ModuleList(
-            _Layer(width, self.basis.n_features) for _ in range(n_layers)
-        )
+        self.layers = nn.ModuleList(_Layer(width, self.basis.n_features) for _ in range(n_layers))
 
     @classmethod
     def fit(
@@ -140,7 +141,7 @@ class EGNNField(nn.Module):
         *,
         classes: Sequence[int],
         bond_distances: Sequence[Sequence[int]] | None = None,
-        **sizes: int,
+        **sizes: Any,
     ) -> EGNNField:
         """Build an untrained field whose inputs are normalised by the spread of data ``x``."""
         statistics = fit_pair_statistics(x, classes, bond_distances)
@@ -170,6 +171,4 @@ class EGNNField(nn.Module):
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and its exact divergence ``(batch,)`` by (N-1)D batched tangents."""
         directions = mean_free_directions(*self.event_shape, like=y)
-        return exact_divergence(
-            lambda x: self(t, x), y, directions, chunk_size=self.tangent_chunk
-        )
+        return exact_divergence(lambda x: self(t, x), y, directions, chunk_size=self.tangent_chunk)

@@ -94,7 +94,9 @@ def expand_time(t: Tensor, y: Tensor) -> Tensor:
 
 
 class TimeFeatures(nn.Module):
-    r"""Embed t in [0, 1]: :math:`\cos\pi k t` for k = 0..n, then a two-layer perceptron."""
+    r"""Embed t in [0, 1]: :math:`\cos \pi k t, \sin \pi k t`, then a two-layer perceptron."""
+
+    frequency: Tensor
 
     def __init__(self, width: int, n_frequencies: int = 8) -> None:
         super().__init__()
@@ -118,6 +120,11 @@ class PairBasis(nn.Module):
     still tell distances apart far in the tails. The derivative with respect to d is exact
     everywhere.
     """
+
+    mean: Tensor
+    inverse_spread: Tensor
+    centers: Tensor
+    inverse_width: Tensor
 
     def __init__(
         self, table: Tensor, mean: Sequence[float], spread: Sequence[float], n_rbf: int
@@ -151,5 +158,5 @@ class PairBasis(nn.Module):
         return torch.exp(-0.5 * z * z), z, self.inverse_spread * torch.rsqrt(1.0 + u * u)
 
     def derivative(self, features: Tensor, z: Tensor, slope: Tensor) -> Tensor:
-        """Derivative of every feature with respect to its distance."""
+        """Differentiate every feature by its distance."""
         return features * z * (slope.unsqueeze(-3) * -self.inverse_width)

@@ -45,6 +45,9 @@ class KernelField(nn.Module):
     """
 
     exact_divergence = True
+    row: Tensor
+    column: Tensor
+    labels: Tensor
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class KernelField(nn.Module):
         bond_distances: Sequence[Sequence[int]] | None = None,
         **sizes: int,
     ) -> KernelField:
-        """Build an untrained field whose centres cover the distances of data ``x``, and half more."""
+        """Build an untrained field whose centres cover 1.5 times the distances of data ``x``."""
         row, column = torch.tril_indices(x.shape[1], x.shape[1], offset=-1)
         distances = (x[:1000, row] - x[:1000, column]).norm(dim=-1)
         return cls(

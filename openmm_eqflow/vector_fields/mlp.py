@@ -8,6 +8,7 @@ subspace as every other's.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class MLPField(nn.Module):
         self.time = TimeFeatures(TIME_WIDTH)
         sizes = [n_particles * n_dims + TIME_WIDTH, *[width] * n_layers]
         layers: list[nn.Module] = []
-        for i, o in zip(sizes[:-1], sizes[1:], strict=True):
+        for i, o in itertools.pairwise(sizes):
             layers += [nn.Linear(i, o), nn.SiLU()]
         self.network = nn.Sequential(*layers, nn.Linear(width, n_particles * n_dims))
 
@@ -89,6 +90,4 @@ class MLPField(nn.Module):
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and its exact divergence ``(batch,)``."""
         directions = mean_free_directions(*self.event_shape, like=y)
-        return exact_divergence(
-            lambda x: self(t, x), y, directions, chunk_size=self.tangent_chunk
-        )
+        return exact_divergence(lambda x: self(t, x), y, directions, chunk_size=self.tangent_chunk)
