@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
 from openmm_eqflow.zmatrix import ZMatrix
@@ -56,7 +57,7 @@ def _fourier_modes(
         for a, b in itertools.product(range(1, order + 1), range(-order, order + 1)):
             if b != 0:
                 modes.append([a if k == i else b if k == j else 0 for k in range(n_soft)])
-    return torch.tensor(modes, dtype=torch.float64).reshape(-1, n_soft)
+    return torch.tensor(modes, dtype=torch.float64).reshape(len(modes), n_soft)
 
 
 def _ridge(features: Tensor, targets: Tensor, penalty: Tensor) -> Tensor:
@@ -153,8 +154,6 @@ def _stiff_score(
         point = sc.detach().requires_grad_(True)
         y, log_volume = prior.zmatrix.from_internal(prior.internal_from_stiff(point, tc))
         # Forces come in the frame of the simulation, the chart in its own: rotate.
-        from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
-
         rotation = align_rotations(remove_mean(xc), y.detach())
         pulled = (y * rotate(gc, rotation)).sum() - log_volume.sum()
         scores.append(-torch.autograd.grad(pulled, point)[0])

@@ -91,8 +91,7 @@ class InternalCoordinatePrior:
     def features(self, tau: Tensor) -> Tensor:
         """Fourier features (n, 1 + 2 n_modes) of soft torsions."""
         phase = tau @ self.modes.to(tau).T
-        return torch.cat([torch.ones_like(tau[:, :1]) if self.n_soft else tau.new_ones(
-            tau.shape[0], 1), torch.cos(phase), torch.sin(phase)], 1)
+        return torch.cat([tau.new_ones(len(tau), 1), torch.cos(phase), torch.sin(phase)], 1)
 
     def stiff_vector(self, internal: InternalCoordinates) -> Tensor:
         """Concatenate bonds, angles and centred stiff torsions, (n, n_stiff)."""
@@ -104,9 +103,7 @@ class InternalCoordinatePrior:
         nb = self.n_particles - 1
         na = self.n_particles - 2
         stiff = s[:, nb + na :] + self.centre.to(s)
-        columns: list[Tensor] = [stiff[:, 0]] * (len(self.stiff) + self.n_soft) if (
-            len(self.stiff)
-        ) else [tau[:, 0]] * self.n_soft
+        columns = [s[:, 0]] * (len(self.stiff) + self.n_soft)
         for j, k in enumerate(self.stiff):
             columns[k] = stiff[:, j]
         for j, k in enumerate(self.soft):
@@ -147,14 +144,21 @@ class InternalCoordinatePrior:
     def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, 3), mean-free in the root frame, and ``log_volume`` (n,).
 
-        Points that leave the chart (b <= 0, sin theta <= 0, a stiff torsion more than half a turn
+        Points that leave the chart (b <= 0, theta outside (0, pi), a stiff torsion more than half a turn
         from its centre) get ``log_volume = nan``: their weight is zero.
         """
         z, tau = self.split(y)
         s = self.features(tau) @ self.coefficients.to(y) + z @ self.cholesky.to(y).T
         x, log_volume = self.zmatrix.from_internal(self.internal_from_stiff(s, tau))
-        turned = (s[:, 2 * self.n_particles - 3 :].abs() >= math.pi).any(1)
-        return x, torch.where(turned, torch.nan, log_volume + self._log_det().to(y))
+        n = self.n_particles
+        bonds, angles, turns = s.split([n - 1, n - 2, len(self.stiff)], 1)
+        # Further out sin(theta) is positive again, so a nan of its logarithm would not tell.
+        outside = (
+            (bonds <= 0).any(1)
+            | ((angles <= 0) | (angles >= math.pi)).any(1)
+            | (turns.abs() >= math.pi).any(1)
+        )
+        return x, torch.where(outside, torch.nan, log_volume + self._log_det().to(y))
 
     def _log_det(self) -> Tensor:
         return torch.log(torch.diagonal(self.cholesky)).sum()

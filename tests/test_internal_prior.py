@@ -1,0 +1,410 @@
+"""The internal-coordinate prior: normalisation, sampling, invariance, fits with and without forces."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
+from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.fit import fit_internal_prior
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.vector_fields.chart import ChartField
+from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
+
+CHAIN = ([(0, 1), (1, 2), (2, 3), (3, 4)], [12.0, 12.0, 14.0, 12.0, 16.0])
+METHANOL = ([(0, 1), (0, 2), (0, 3), (0, 4), (4, 5)], [12.0, 1.0, 1.0, 1.0, 16.0, 1.0])
+WATER = ([(0, 1), (0, 2)], [16.0, 1.0, 1.0])
+
+
+def stream(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def table(*peaks: float, n: int = 72) -> torch.Tensor:
+    grid = -math.pi + (torch.arange(n, dtype=torch.float64) + 0.5) * 2 * math.pi / n
+    weights = sum(torch.exp(4 * torch.cos(grid - p)) for p in peaks)
+    return weights / weights.sum()
+
+
+def chain_prior(*, tail_share: float = 0.0, coupling: float = 1.0) -> InternalCoordinatePrior:
+    """Five atoms in a row: two coupled soft torsions, means that follow them, correlations."""
+    zmatrix = ZMatrix.from_bonds(5, CHAIN[0], masses=CHAIN[1])
+    joint = torch.outer(table(1.0, -2.0), table(0.5)) + torch.outer(table(2.5), table(-1.5))
+    torsions = TorsionDensity([TorsionGroup((0, 1), (1, 1), 0.15, 0.01)], [joint / joint.sum()])
+    modes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    generator = stream(3)
+    spread = torch.tensor([0.003] * 4 + [0.06] * 3, dtype=torch.float64)
+    coefficients = 0.7 * coupling * torch.randn(7, 7, generator=generator).double() * spread
+    coefficients[0] = torch.tensor([0.15, 0.14, 0.15, 0.12, 1.9, 2.0, 1.8])
+    mixing = torch.eye(7).double() + 0.4 * torch.randn(7, 7, generator=generator).double().tril(-1)
+    return InternalCoordinatePrior(
+        zmatrix,
+        soft=[0, 1],
+        centre=torch.zeros(0),
+        modes=modes,
+        coefficients=coefficients,
+        cholesky=spread[:, None] * mixing,
+        torsions=torsions,
+        tail_share=tail_share,
+    )
+
+
+def water_prior(spread: float = 0.003) -> InternalCoordinatePrior:
+    """Three atoms: no torsion at all."""
+    zmatrix = ZMatrix.from_bonds(3, WATER[0], masses=WATER[1])
+    scale = torch.tensor([[spread, 0, 0], [0.3 * spread, spread, 0], [0.1, -0.1, 0.15]])
+    return InternalCoordinatePrior(
+        zmatrix,
+        soft=[],
+        centre=torch.zeros(0),
+        modes=torch.zeros(0, 0),
+        coefficients=torch.tensor([[0.1, 0.11, 1.82]]),
+        cholesky=scale,
+        torsions=None,
+        tail_share=0.2,
+        tail_scale=1.5,
+    )
+
+
+# -- torsion densities ----------------------------------------------------------------------------
+
+
+def test_torsion_density_is_normalised_by_quadrature():
+    axis = torch.linspace(-math.pi, math.pi, 201, dtype=torch.float64)[:-1]
+    step = 2 * math.pi / 200
+    single = TorsionDensity([TorsionGroup((0,), (1,), 0.11, 0.02)], [table(0.3, 3.1)])
+    assert float(single.log_prob(axis[:, None]).exp().sum() * step) == pytest.approx(1, abs=1e-9)
+    folded = TorsionDensity([TorsionGroup((0,), (3,), 0.2, 0.02)], [table(2.9)])
+    assert float(folded.log_prob(axis[:, None]).exp().sum() * step) == pytest.approx(1, abs=1e-9)
+    pair = chain_prior().torsions
+    assert pair is not None
+    grid = torch.cartesian_prod(axis, axis)
+    assert float(pair.log_prob(grid).exp().sum() * step**2) == pytest.approx(1, abs=1e-9)
+
+
+def test_torsion_samples_match_their_density():
+    density = TorsionDensity(
+        [TorsionGroup((1,), (3,), 0.3, 0.05), TorsionGroup((0,), (1,), 0.1, 0.01)],
+        [table(2.9), table(-3.1, 0.4)],
+    )
+    tau = density.sample(40_000, generator=stream(0))
+    assert float(tau.abs().max()) <= math.pi
+    axis = torch.linspace(-math.pi, math.pi, 7201, dtype=torch.float64)
+    middle = 0.5 * (axis[1:] + axis[:-1])
+    for k in (0, 1):
+        points = torch.zeros(7200, 2, dtype=torch.float64)
+        points[:, k] = middle
+        other = torch.zeros_like(points)
+        # The joint is a product: divide the other factor out.
+        mass = (density.log_prob(points) - density.log_prob(other)).exp()
+        mass = (mass / mass.sum()).reshape(60, 120).sum(1).numpy()
+        counts = np.histogram(tau[:, k], bins=60, range=(-math.pi, math.pi))[0]
+        expected = 40_000 * mass
+        keep = expected > 10
+        chi2 = float(((counts - expected)[keep] ** 2 / expected[keep]).sum())
+        assert stats.chi2.sf(chi2, int(keep.sum()) - 1) > 1e-4
+        # Power control: the density of the other torsion does not fit these counts.
+        assert np.abs(counts - expected[::-1]).sum() > 2_000
+
+
+def test_pair_samples_match_their_density():
+    density = chain_prior().torsions
+    assert density is not None
+    tau = density.sample(40_000, generator=stream(4))
+    n = 12
+    axis = -math.pi + (torch.arange(n * 20, dtype=torch.float64) + 0.5) * 2 * math.pi / (n * 20)
+    p = density.log_prob(torch.cartesian_prod(axis, axis)).exp()
+    mass = (p / p.sum()).reshape(n, 20, n, 20).sum((1, 3)).numpy()
+    counts = np.histogram2d(tau[:, 0], tau[:, 1], bins=n, range=[[-math.pi, math.pi]] * 2)[0]
+    keep = mass * 40_000 > 8
+    expected = 40_000 * mass
+    chi2 = float(((counts - expected)[keep] ** 2 / expected[keep]).sum())
+    assert stats.chi2.sf(chi2, int(keep.sum()) - 1) > 1e-4
+    assert ((counts.T - expected)[keep] ** 2 / expected[keep]).sum() > 10 * chi2
+
+
+def test_fold_makes_density_periodic_and_smooth():
+    density = TorsionDensity([TorsionGroup((0,), (3,), 0.2, 0.01)], [table(2.9)])
+    tau = torch.linspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    shifted = wrap_angle(tau + 2 * math.pi / 3)
+    torch.testing.assert_close(density.log_prob(tau), density.log_prob(shifted))
+    assert float((density.log_prob(tau) - density.log_prob(tau + 1.0)).abs().max()) > 0.5
+    edge = torch.tensor([[-math.pi], [math.pi]], dtype=torch.float64, requires_grad=True)
+    log_p = density.log_prob(edge)
+    torch.testing.assert_close(log_p[0], log_p[1])
+    (slope,) = torch.autograd.grad(log_p.sum(), edge)
+    torch.testing.assert_close(slope[0], slope[1])
+    assert torch.autograd.gradcheck(density.log_prob, (tau.requires_grad_(),))
+
+
+def test_torsion_fit_recovers_density_and_keeps_a_floor():
+    truth = chain_prior().torsions
+    assert truth is not None
+    tau = truth.sample(20_000, generator=stream(5))
+    fitted = TorsionDensity.fit(tau, fold=[1, 1], coupled=[(0, 1)])
+    assert fitted.groups[0].members == (0, 1)
+    alone = TorsionDensity.fit(tau, fold=[1, 1])
+    fresh = truth.sample(5_000, generator=stream(6))
+    gap = (truth.log_prob(fresh) - fitted.log_prob(fresh)).mean()
+    assert float(gap) < 0.06
+    assert float((truth.log_prob(fresh) - alone.log_prob(fresh)).mean()) > 3 * float(gap)
+    axis = torch.linspace(-3.1, 3.1, 40, dtype=torch.float64)
+    lowest = fitted.log_prob(torch.cartesian_prod(axis, axis)).min()
+    assert float(lowest) >= math.log(0.004 * (2 * math.pi) ** -2) - 1e-9
+    # Hot frames lend a share to what the cold ones missed.
+    cold = tau[tau[:, 0] > 0]
+    with_hot = TorsionDensity.fit(cold, fold=[1, 1], coupled=[(0, 1)], extra=tau)
+    missed = truth.sample(2_000, generator=stream(7))
+    missed = missed[missed[:, 0] < -1]
+    without = TorsionDensity.fit(cold, fold=[1, 1], coupled=[(0, 1)])
+    gain = with_hot.log_prob(missed).mean() - without.log_prob(missed).mean()
+    assert float(gain) > 1.0
+
+
+# -- the prior ------------------------------------------------------------------------------------
+
+
+def test_triatomic_density_integrates_to_one_and_matches_samples():
+    prior = water_prior()
+    assert isinstance(prior, Prior)
+    b1 = torch.linspace(0.07, 0.13, 81, dtype=torch.float64)
+    b2 = torch.linspace(0.08, 0.14, 81, dtype=torch.float64)
+    theta = torch.linspace(1e-3, math.pi - 1e-3, 161, dtype=torch.float64)
+    grid = torch.meshgrid(b1, b2, theta, indexing="ij")
+    bonds = torch.stack([grid[0].flatten(), grid[1].flatten()], 1)
+    x, log_volume = prior.zmatrix.from_internal(
+        InternalCoordinates(bonds, grid[2].reshape(-1, 1), bonds[:, :0])
+    )
+    cell = float((b1[1] - b1[0]) * (b2[1] - b2[0]) * (theta[1] - theta[0]))
+    mass = ((prior.log_prob(x) + log_volume).exp() * cell).reshape(81, 81, 161)
+    assert float(mass.sum()) == pytest.approx(1.0, abs=2e-4)
+    samples = prior.zmatrix.to_internal(prior.sample(50_000, generator=stream(0)))
+    mean = float((mass.sum((1, 2)) * b1).sum())
+    second = float((mass.sum((1, 2)) * (b1 - mean) ** 2).sum())
+    drawn = samples.bonds[:, 0]
+    assert float(drawn.mean()) == pytest.approx(mean, abs=5 * (second / 50_000) ** 0.5)
+    assert float(drawn.var()) == pytest.approx(second, rel=0.04)
+    cross = float((mass.sum(1) * (b1[:, None] - mean) * (theta - 1.82)).sum())
+    found = float(((drawn - mean) * (samples.angles[:, 0] - 1.82)).mean())
+    assert found == pytest.approx(cross, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [chain_prior, water_prior])
+def test_log_prob_of_samples_agrees_both_ways(make):
+    prior = make()
+    y = prior.sample_latent(500, generator=stream(1))
+    assert y.shape == (500, *prior.event_shape)
+    assert y.dtype == torch.float64
+    x, log_volume = prior.to_cartesian(y)
+    assert bool(torch.isfinite(log_volume).all())
+    back, log_volume_back = prior.from_cartesian(x)
+    torch.testing.assert_close(back, y, atol=1e-9, rtol=0)
+    torch.testing.assert_close(log_volume, log_volume_back)
+    expected = prior.latent_log_prob(y) - log_volume
+    torch.testing.assert_close(prior.log_prob(x), expected)
+    moved = rotate(x, random_rotations(500, generator=stream(2))) + 7.0
+    torch.testing.assert_close(prior.log_prob(moved), expected, atol=1e-8, rtol=0)
+    mirrored = x * torch.tensor([-1.0, 1.0, 1.0])
+    assert (prior.n_soft > 0) == (float((prior.log_prob(mirrored) - expected).abs().max()) > 1)
+
+
+def test_sample_is_mean_free_with_haar_orientation():
+    prior = chain_prior()
+    x = prior.sample(20_000, generator=stream(3))
+    assert float(x.mean(1).abs().max()) < 1e-14
+    end = x[:, 4] - x[:, 0]
+    direction = end / end.norm(dim=1, keepdim=True)
+    assert float(direction.mean(0).abs().max()) < 5 * (1 / 60_000) ** 0.5
+    # Power control: in the chart's own frame the directions are far from uniform.
+    framed, _ = prior.to_cartesian(prior.sample_latent(1_000, generator=stream(3)))
+    assert float((framed[:, 4] - framed[:, 0]).mean(0).abs().max()) > 0.05
+
+
+def test_gradient_against_finite_differences():
+    prior = chain_prior(tail_share=0.1)
+    x = prior.sample(3, generator=stream(4))
+    gradient = prior.gradient(x)
+    # No force and no torque: the density is invariant.
+    assert float(gradient.sum(1).abs().max()) < 1e-6
+    assert float(torch.linalg.cross(x, gradient, dim=-1).sum(1).abs().max()) < 1e-6
+    h = 1e-6
+    for atom in range(5):
+        for axis in range(3):
+            shift = torch.zeros_like(x)
+            shift[:, atom, axis] = h
+            slope = (prior.log_prob(x + shift) - prior.log_prob(x - shift)) / (2 * h)
+            torch.testing.assert_close(slope, gradient[:, atom, axis], rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [chain_prior, water_prior])
+def test_state_round_trip(make):
+    prior = make()
+    config, tensors = prior.state()
+    again = InternalCoordinatePrior.from_state(json.loads(json.dumps(config)), tensors)
+    y = prior.sample_latent(5, generator=stream(8))
+    assert torch.equal(y, again.sample_latent(5, generator=stream(8)))
+    assert torch.equal(prior.latent_log_prob(y), again.latent_log_prob(y))
+    for one, two in zip(prior.to_cartesian(y), again.to_cartesian(y), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_tails_are_wider_and_still_normalised():
+    prior = chain_prior(tail_share=0.1)
+    z = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    narrow = chain_prior()
+    y = torch.zeros(1, 9, dtype=torch.float64)
+    y[:, 0] = 9.0
+    assert float(prior.latent_log_prob(y) - narrow.latent_log_prob(y)) > 5
+    water = water_prior()
+    grid = torch.cartesian_prod(z[::25], z[::25], z[::25])
+    total = water.latent_log_prob(grid).exp().sum() * float(z[25] - z[0]) ** 3
+    assert float(total) == pytest.approx(1.0, abs=1e-6)
+    drawn = water.sample_latent(40_000, generator=stream(1))
+    expected = 0.8 + 0.2 * 1.5**2
+    assert float(drawn.square().mean()) == pytest.approx(expected, rel=0.03)
+
+
+def test_points_outside_the_chart_get_weight_zero():
+    prior = water_prior()
+    field = ChartField(3, 0, [], width=4, conditioner_width=4, torsion_width=4)
+    flow = EquivariantFlow(prior, field)
+    z = torch.zeros(4, 3, dtype=torch.float64)
+    z[1, 0] = -60.0  # a negative bond length
+    z[2, 2] = 40.0  # an angle beyond pi
+    z[3, 2] = -40.0  # a negative angle
+    with torch.no_grad():
+        _, log_q = flow.transform(z)
+    assert torch.isfinite(log_q).tolist() == [True, False, False, False]
+    assert log_q[1:].tolist() == [math.inf] * 3
+    # A stiff torsion turned by more than half a turn has no inverse image either.
+    bonds, masses = METHANOL
+    x = fit_frames(600)
+    methanol = fit_internal_prior(x, bonds, masses)
+    y = torch.zeros(2, *methanol.event_shape, dtype=torch.float64)
+    y[1, methanol.n_stiff - 1] = 1e3
+    _, log_volume = methanol.to_cartesian(y)
+    assert torch.isfinite(log_volume).tolist() == [True, False]
+
+
+# -- fits -----------------------------------------------------------------------------------------
+
+
+def fit_frames(n: int) -> torch.Tensor:
+    """Methanol with a threefold rotor and little else."""
+    bonds, masses = METHANOL
+    zmatrix = ZMatrix.from_bonds(6, bonds, masses=masses)
+    generator = stream(9)
+
+    def noise(k: int) -> torch.Tensor:
+        return torch.randn(n, k, generator=generator, dtype=torch.float64)
+
+    leader = [k for k, f in enumerate(zmatrix.fold) if f == 3]
+    tau = torch.empty(n, 3, dtype=torch.float64)
+    third = 2 * math.pi / 3
+    sheet = torch.randint(3, (n,), generator=generator)
+    tau[:, leader[0]] = 1.0 + 0.15 * noise(1)[:, 0] + third * sheet
+    follower = [k for k in range(3) if k != leader[0]]
+    tau[:, follower] = torch.tensor([third, -third], dtype=torch.float64) + 0.08 * noise(2)
+    x, _ = zmatrix.from_internal(
+        InternalCoordinates(0.11 + 0.003 * noise(5), 1.9 + 0.06 * noise(4), wrap_angle(tau))
+    )
+    return rotate(x, random_rotations(n, generator=generator))
+
+
+def test_fit_finds_the_methyl_and_its_symmetry():
+    bonds, masses = METHANOL
+    x = fit_frames(2_000)
+    prior = fit_internal_prior(x, bonds, masses)
+    assert prior.n_soft == 1
+    assert prior.fold == [3]
+    # A third of a turn of the whole methyl costs nothing, a sixth does.
+    y, log_volume = prior.from_cartesian(x)
+    for turn, same in ((2 * math.pi / 3, True), (math.pi / 3, False)):
+        turned = y.clone()
+        turned[:, -1] = wrap_angle(y[:, -1] + turn)
+        there, _ = prior.to_cartesian(turned)
+        gap = (prior.log_prob(there) - prior.log_prob(x)).abs()
+        assert (float(gap.max()) < 1e-8) == same
+    assert bool(torch.isfinite(log_volume).all())
+
+
+def divergence_from(truth: InternalCoordinatePrior, fitted: InternalCoordinatePrior) -> float:
+    fresh = truth.sample(4_000, generator=stream(77))
+    return float((truth.log_prob(fresh) - fitted.log_prob(fresh)).mean())
+
+
+def test_plain_fit_converges_to_the_truth():
+    truth = chain_prior()
+    x = truth.sample(20_000, generator=stream(10))
+    fitted = fit_internal_prior(x, *CHAIN, tail_share=0.0)
+    assert fitted.n_soft == 2
+    assert -0.01 < divergence_from(truth, fitted) < 0.12
+
+
+def test_forces_make_the_fit_data_efficient():
+    truth = chain_prior()
+    gaps = {}
+    for n in (100, 300):
+        x = truth.sample(n, generator=stream(11))
+        plain = fit_internal_prior(x, *CHAIN, tail_share=0.0)
+        forced = fit_internal_prior(x, *CHAIN, gradient=-truth.gradient(x), tail_share=0.0)
+        # The same torsion density in both: what differs is the stiff part.
+        assert forced.torsions is not None
+        gaps[n] = divergence_from(truth, plain), divergence_from(truth, forced)
+    assert gaps[100][1] < gaps[100][0]
+    assert gaps[300][1] < gaps[300][0]
+    # Wrong forces must not do as well (power control).
+    x = truth.sample(300, generator=stream(11))
+    wrong = fit_internal_prior(x, *CHAIN, gradient=truth.gradient(x), tail_share=0.0)
+    assert divergence_from(truth, wrong) > gaps[300][1] + 0.1
+
+
+def test_forces_in_any_frame_give_the_same_fit():
+    truth = chain_prior()
+    x = truth.sample(300, generator=stream(12))
+    g = -truth.gradient(x)
+    r = random_rotations(300, generator=stream(13))
+    one = fit_internal_prior(x, *CHAIN, gradient=g)
+    two = fit_internal_prior(rotate(x, r) + 1.0, *CHAIN, gradient=rotate(g, r))
+    torch.testing.assert_close(one.cholesky, two.cholesky, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(one.coefficients, two.coefficients, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("forces", [False, True])
+def test_molecules_without_soft_torsions(forces):
+    truth = water_prior()
+    x = truth.sample(4_000, generator=stream(14))
+    gradient = -truth.gradient(x) if forces else None
+    fitted = fit_internal_prior(x, *WATER, gradient=gradient, tail_share=0.2, tail_scale=1.5)
+    assert fitted.n_soft == 0
+    assert fitted.event_shape == (3,)
+    assert divergence_from(truth, fitted) < 0.05
+    config, tensors = fitted.state()
+    again = InternalCoordinatePrior.from_state(json.loads(json.dumps(config)), tensors)
+    assert torch.equal(again.log_prob(x), fitted.log_prob(x))
+    rigid = remove_mean(
+        torch.tensor([[0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).double()
+    )
+    star = [(0, k) for k in range(1, 5)]
+    methane = 0.063 * rigid + 0.004 * torch.randn(800, 5, 3, generator=stream(15)).double()
+    fitted = fit_internal_prior(methane, star, [12.0, 1.0, 1.0, 1.0, 1.0])
+    assert fitted.n_soft == 0
+    assert bool(torch.isfinite(fitted.log_prob(fitted.sample(100, generator=stream(1)))).all())
+
+
+def test_few_frames_still_give_a_proper_density():
+    truth = chain_prior()
+    x = truth.sample(30, generator=stream(16))
+    for gradient in (None, -truth.gradient(x)):
+        fitted = fit_internal_prior(x, *CHAIN, gradient=gradient)
+        assert len(fitted.modes) <= 30 / 12 or len(fitted.modes) <= 4
+        log_p = fitted.log_prob(truth.sample(500, generator=stream(17)))
+        assert bool(torch.isfinite(log_p).all())
