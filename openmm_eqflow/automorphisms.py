@@ -152,7 +152,7 @@ class _Search:
 
 
 def _compress(values: Sequence[tuple[object, ...]]) -> list[int]:
-    names = {v: i for i, v in enumerate(sorted(set(values)))}  # type: ignore[type-var]
+    names = {v: i for i, v in enumerate(sorted(set(values)))}
     return [names[v] for v in values]
 
 

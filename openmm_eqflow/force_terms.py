@@ -92,12 +92,12 @@ def force_terms(system: openmm.System) -> ForceTerms:
                     ordered[kind] = not _reads_backwards(force, parameters)
                 _add(out, kind, particles, ordered=ordered[kind])
         elif name == "CustomExternalForce":
-            seen = {}
+            seen: dict[int, list[Hashable]] = {}
             for i in range(force.getNumParticles()):
                 particle, parameters = force.getParticleParameters(i)
                 seen.setdefault(particle, []).append(_key(parameters))
             for p in range(len(out.colours)):
-                out.colours[p] += (tuple(sorted(seen.get(p, []))),)
+                out.colours[p] += (tuple(sorted(seen.get(p, []), key=repr)),)
         else:
             for p in range(len(out.colours)):
                 out.colours[p] += (p,)

@@ -268,13 +268,13 @@ class BoltzmannTarget:
 
 class _ReducedPotential(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, target: BoltzmannTarget) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, target: BoltzmannTarget) -> Tensor:
         u, gradient = target.reduced_potential_and_gradient(x)
         ctx.save_for_backward(gradient.to(x.dtype))
         return u
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_u: Tensor) -> tuple[Tensor, None]:
         (gradient,) = ctx.saved_tensors
         return grad_u[:, None, None].to(gradient) * gradient, None

@@ -234,3 +234,14 @@ def test_cutoffs_are_not_covered(force):
     system.addForce(one)
     with pytest.raises(UnsupportedSystemError, match=force.__name__):
         TorchEnergy(system)
+
+
+def test_tables_of_positions_are_not_covered():
+    system = empty_system(2)
+    force = openmm.CustomNonbondedForce("table(floor(r))")
+    force.addTabulatedFunction("table", openmm.Discrete1DFunction([1.0, 2.0, 3.0]))
+    for _ in range(2):
+        force.addParticle([])
+    system.addForce(force)
+    with pytest.raises(UnsupportedSystemError, match="tabulated function 'table' of positions"):
+        TorchEnergy(system)

@@ -1,9 +1,9 @@
 """Energies per second: OpenMM's platforms, the context pool and TorchEnergy, system by system.
 
 Every figure is the best of a few short blocks (other work on the machine can only make a block
-slower), on configurations displaced by 0.005 nm from the system's coordinates. ``speedup`` compares
-TorchEnergy on one thread at a batch of 512 with the faster of OpenMM's Reference and CPU (one
-thread) platforms in the same run.
+slower), on configurations displaced by 0.005 nm from the system's coordinates. ``speedup``
+compares TorchEnergy on one thread at a batch of 512 with the faster of OpenMM's Reference and CPU
+(one thread) platforms in the same run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_bench(
     Returns
     -------
     dict
-        ``machine`` and, per system, evaluations per second ``{"energy": ..., "energy_force": ...}``
+        ``machine`` and, per system, evaluations per second ``{"energy": .., "energy_force": ..}``
         under ``platforms``, ``context_pool``, ``torch`` and ``torch_all_cores`` (per batch size)
         and ``torch_eager`` (without compiled kernels), plus ``speedup``.
     """

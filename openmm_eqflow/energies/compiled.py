@@ -104,7 +104,9 @@ def _encode(program: Program, constants: dict[str, FloatArray], n_terms: int) ->
         if index in needed:
             needed.update(program.operations[index].arguments)
     place: dict[int, int] = {}
-    code, value, rows = [], [], {}
+    code: list[list[int]] = []
+    value: list[float] = []
+    rows: dict[str, int] = {}
     for index in sorted(needed):
         op, arguments, own = program.operations[index]
         place[index] = len(code)

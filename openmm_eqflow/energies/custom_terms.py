@@ -12,13 +12,14 @@ import openmm
 
 from openmm_eqflow.energies.base import FloatArray
 from openmm_eqflow.energies.expressions import parse
-from openmm_eqflow.energies.programs import Program, specialise
+from openmm_eqflow.energies.programs import OPERATIONS, Program, specialise
 from openmm_eqflow.energies.terms import IndexArray, ProgramTerm, particle_parameters
 from openmm_eqflow.errors import UnsupportedSystemError
 
 __all__ = ["GBStage", "GeneralGBTerm", "read_custom"]
 
-_BONDED = {
+_Geometry = dict[str, tuple[str, tuple[int, ...]]]
+_BONDED: dict[type, tuple[str, int, _Geometry]] = {
     openmm.CustomBondForce: ("Bond", 2, {"r": ("distance", (0, 1))}),
     openmm.CustomAngleForce: ("Angle", 3, {"theta": ("angle", (0, 1, 2))}),
     openmm.CustomTorsionForce: ("Torsion", 4, {"theta": ("dihedral", (0, 1, 2, 3))}),
@@ -100,24 +101,21 @@ def _discrete(values: FloatArray) -> _Table:
     return look_up
 
 
-def _finish(
-    program: Program, constants: dict[str, FloatArray], free: set[str]
-) -> tuple[Program, dict[str, FloatArray]]:
+def _finish(program: Program, constants: dict[str, FloatArray], free: set[str]) -> None:
+    """Refuse what is left over: unknown names, tables that depend on positions."""
     unknown = [n for n in program.inputs if n not in free and n not in constants]
     if unknown:
         msg = f"unknown variable {unknown[0]!r} in an expression"
         raise UnsupportedSystemError(msg)
-    unsupported = [o.op for o in program.operations if o.op.startswith("table:")]
-    if unsupported:
-        msg = f"tabulated function {unsupported[0]} of positions"
+    tables = [o.op for o in program.operations if o.op not in OPERATIONS]
+    if tables:
+        msg = f"tabulated function {tables[0]!r} of positions"
         raise UnsupportedSystemError(msg)
-    return program, constants
 
 
 def _bonded(force: Any) -> ProgramTerm:
     what, n, geometry = _BONDED[type(force)]
     values = _globals(force)
-    arity, tables = {}, {}
     index, parameters = [], []
     for i in range(getattr(force, f"getNum{what}s")()):
         *particles, own = getattr(force, f"get{what}Parameters")(i)
@@ -126,8 +124,7 @@ def _bonded(force: Any) -> ProgramTerm:
     array = np.array(parameters, dtype=float).reshape(len(index), -1)
     for k in range(getattr(force, f"getNumPer{what}Parameters")()):
         values[getattr(force, f"getPer{what}ParameterName")(k)] = array[:, k]
-    program = parse(force.getEnergyFunction(), tables=arity)
-    program, constants = specialise(program, values, tables)
+    program, constants = specialise(parse(force.getEnergyFunction()), values)
     _finish(program, constants, set(geometry))
     return ProgramTerm(
         np.array(index, dtype=np.int64).reshape(-1, n), program, constants, dict(geometry)
@@ -148,7 +145,7 @@ def _compound(force: Any) -> ProgramTerm:
         values[force.getPerBondParameterName(k)] = array[:, k]
     program = parse(force.getEnergyFunction(), tables=arity, points=n)
     program, constants = specialise(program, values, tables)
-    geometry: dict[str, tuple[str, tuple[int, ...]]] = {}
+    geometry: _Geometry = {}
     for name in program.inputs:
         if match := re.fullmatch(r"(distance|angle|dihedral)\((.*)\)", name):
             slots = tuple(int(p[1:]) - 1 for p in match[2].split(","))
@@ -181,9 +178,8 @@ def _nonbonded(force: Any) -> ProgramTerm:
     for i in range(force.getNumExclusions()):
         a, b = force.getExclusionParticles(i)
         wanted[a, b] = wanted[b, a] = 0
-    i, j = np.nonzero(wanted)
-    repeats = wanted[i, j]
-    index = np.repeat(np.stack([i, j], axis=1), repeats, axis=0)
+    present = np.argwhere(wanted)
+    index = np.repeat(present, wanted[wanted > 0], axis=0)
     values = _globals(force)
     _add_particle_parameters(values, force, index)
     arity, tables = _tables(force)

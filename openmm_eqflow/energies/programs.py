@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openmm_eqflow.errors import UnsupportedSystemError
 
-__all__ = ["Operation", "Program", "specialise"]
+__all__ = ["OPERATIONS", "Operation", "Program", "specialise"]
 
 
 class Operation(NamedTuple):
@@ -135,4 +135,6 @@ def _on_torch(function: Callable[..., Tensor]) -> Callable[..., NDArray[np.float
     return run
 
 
+#: Every operation a finished program may contain.
+OPERATIONS = frozenset(_TORCH) | {"input", "constant"}
 _NUMPY = {name: _on_torch(function) for name, function in _TORCH.items()}

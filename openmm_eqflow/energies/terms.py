@@ -9,6 +9,7 @@ Ryckaert-Bellemans polynomials too, so torsions cost no inverse trigonometric fu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "MapTerm",
     "PairTerm",
     "ProgramTerm",
+    "StandardTerm",
     "particle_parameters",
     "read_standard",
 ]
@@ -123,6 +125,9 @@ class ProgramTerm:
     geometry: dict[str, tuple[str, tuple[int, ...]]]
 
 
+StandardTerm = BondTerm | AngleTerm | FourierTorsionTerm | MapTerm | PairTerm | GBSATerm
+
+
 def _plain(values: Any) -> list[float]:
     return [
         float(v.value_in_unit_system(unit.md_unit_system) if unit.is_quantity(v) else v)
@@ -143,11 +148,9 @@ def _listed(force: Any, what: str, n: int) -> tuple[IndexArray, FloatArray]:
     return index, np.array([_plain(row[n:]) for row in rows]).reshape(len(rows), -1)
 
 
-def read_standard(
-    force: openmm.Force,
-) -> BondTerm | AngleTerm | FourierTorsionTerm | MapTerm | PairTerm | GBSATerm | None:
+def read_standard(force: openmm.Force) -> StandardTerm | None:
     """Arrays of a non-custom force; None if the class is not one of them."""
-    readers = {
+    readers: dict[type, Callable[[Any], StandardTerm]] = {
         openmm.HarmonicBondForce: _bonds,
         openmm.HarmonicAngleForce: _angles,
         openmm.PeriodicTorsionForce: _periodic,
@@ -236,7 +239,8 @@ def _bicubic(energy: FloatArray) -> FloatArray:
         ]
     )
     hermite = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [-3, 3, -2, -1], [2, -2, 1, 1]], dtype=float)
-    return np.einsum("ka,lb,abij->ijkl", hermite, hermite, nodal)
+    patches: FloatArray = np.einsum("ka,lb,abij->ijkl", hermite, hermite, nodal)
+    return patches
 
 
 def _pairs(force: Any) -> PairTerm:

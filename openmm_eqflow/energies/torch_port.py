@@ -29,7 +29,8 @@ __all__ = ["TorchEnergy"]
 
 _WITHOUT_ENERGY = (openmm.CMMotionRemover, openmm.AndersenThermostat)
 _TOLERANCE = 1e-8
-_CHUNK = 1024
+#: Configurations per pass over the kernels: positions and forces stay in the second-level cache.
+_CHUNK = 256
 _MAX_GROUPS = 32
 
 
@@ -37,7 +38,7 @@ class _Part(NamedTuple):
     """One force of the System."""
 
     name: str
-    index: int
+    position: int
     kernel: Kernel | None
 
 
@@ -180,7 +181,7 @@ class TorchEnergy(nn.Module):
         x = positions + noise * rng.normal(size=(3, self.n_particles, 3))
         # All forces beyond the 31st share a group: they are compared as a sum.
         groups = [min(k, _MAX_GROUPS - 1) for k in range(len(self._parts))]
-        references = _reference(system, [p.index for p in self._parts], groups, x)
+        references = _reference(system, [p.position for p in self._parts], groups, x)
         for group, (u, f) in references.items():
             members = [k for k, g in enumerate(groups) if g == group]
             paths = [self._torch_parts(members, x)]

@@ -21,26 +21,19 @@ from openmm_eqflow.energies.terms import (
     MapTerm,
     PairTerm,
     ProgramTerm,
+    StandardTerm,
 )
 
 __all__ = ["AnyTerm", "torch_term"]
 
-AnyTerm = (
-    BondTerm
-    | AngleTerm
-    | FourierTorsionTerm
-    | MapTerm
-    | PairTerm
-    | GBSATerm
-    | ProgramTerm
-    | GeneralGBTerm
-)
+AnyTerm = StandardTerm | ProgramTerm | GeneralGBTerm
 # Keeps the gradient of an angle finite where its particles are exactly collinear, as OpenMM does.
 _TINY = 1e-30
 
 
 def _distance(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x[:, i] - x[:, j], dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(x[:, i] - x[:, j], dim=-1)
+    return distance
 
 
 def _angle(x: Tensor, index: Tensor) -> Tensor:

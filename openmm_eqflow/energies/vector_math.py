@@ -6,6 +6,8 @@ polynomials are truncated where the next term is under :math:`2^{-54}` of the re
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 
@@ -18,7 +20,12 @@ __all__ = ["JIT", "LANES", "atan_half_plane", "vexp", "vlog"]
 LANES = 32
 
 #: No reassociation and no assumption about nan or inf: an invalid energy must come out invalid.
-JIT = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+JIT: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz"},
+}
 
 
 @numba.njit(inline="always", **JIT)
