@@ -32,7 +32,7 @@ def configurations(system, positions, n, thermal):
     context.setPositions(positions)
     frames = []
     for _ in range(n):
-        integrator.step(5)
+        integrator.step(2)
         frames.append(context.getState(getPositions=True).getPositions(asNumpy=True)._value)
     return np.array(frames)
 
@@ -115,10 +115,12 @@ def custom_forces():
     torsion.addPerTorsionParameter("theta0")
     torsion.addTorsion(0, 1, 2, 3, [12.0, 0.4])
     pair = openmm.CustomNonbondedForce(
-        "table(type1,type2)*select(step(r-0.3), exp(-r/w), 2-r^2)/max(r,0.05); w=0.5*(w1+w2)"
+        "table(type1,type2)*line(type1)*line(type2)"
+        "*select(step(r-0.3), exp(-r/w), 2-r^2)/max(r,0.05); w=0.5*(w1+w2)"
     )
     values = [1.0, 2.0, 3.0, 2.0, 4.0, 5.0, 3.0, 5.0, 6.0]
     pair.addTabulatedFunction("table", openmm.Discrete2DFunction(3, 3, values))
+    pair.addTabulatedFunction("line", openmm.Discrete1DFunction([0.5, 1.5, 2.5]))
     pair.addPerParticleParameter("type")
     pair.addPerParticleParameter("w")
     for i in range(6):

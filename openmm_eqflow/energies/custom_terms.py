@@ -86,10 +86,11 @@ def _tables(force: Any) -> tuple[dict[str, int], dict[str, _Table]]:
         if not re.fullmatch(r"Discrete[123]DFunction", kind):
             msg = f"tabulated function {name} of class {kind}"
             raise UnsupportedSystemError(msg)
-        *shape, values = table.getFunctionParameters()
         arity[name] = int(kind[8])
+        parameters = table.getFunctionParameters()
+        *shape, values = (len(parameters), parameters) if arity[name] == 1 else parameters
         # OpenMM runs the first index fastest.
-        functions[name] = _discrete(np.array(values).reshape(*reversed(shape or [len(values)])))
+        functions[name] = _discrete(np.array(values).reshape(shape[::-1]))
     return arity, functions
 
 
