@@ -49,7 +49,9 @@ FloatArray = NDArray[np.float64]
 _HYDROGEN_MASS = 6.0
 _STEP_TIMES_FREQUENCY = {"molecule": 0.9, "cluster": 0.66, "harmonic": 0.66}
 _CALIBRATION_TEMPERATURES = 5
-_CALIBRATION_SAMPLES = 150
+_CALIBRATION_SAMPLES = 200
+# Slow potentials get fewer samples rather than a long wait before the first frame.
+_CALIBRATION_SECONDS = 2.0
 # Below this size a GPU step is all launch latency and a CPU core wins by a factor of several.
 _GPU_PARTICLES = 100
 _CHUNK_SECONDS = 6.0
@@ -211,7 +213,12 @@ def _calibrate(
     target: float,
     hottest: float,
 ) -> tuple[tuple[float, ...], FloatArray, float]:
-    """Mean and spread of the energy along temperature, and the ladder that follows from them."""
+    r"""Mean and spread of the energy along temperature, and the ladder that follows from them.
+
+    The raw moments of such short runs are too noisy to place temperatures by, so they are smoothed
+    by what classical thermodynamics says of them: a quadratic mean, and a spread proportional to T
+    (:math:`\mathrm{var}\,U = R T^2 C` with a constant heat capacity C).
+    """
     grid = np.geomspace(target, hottest, _CALIBRATION_TEMPERATURES)
     if hottest == target:
         grid = grid[:1]
@@ -227,11 +234,14 @@ def _calibrate(
         context.setPositions(x)
         context.setVelocitiesToTemperature(float(temperature) * unit.kelvin, 1)
         context.getIntegrator().step(2500)
-        samples = []
-        for _ in range(_CALIBRATION_SAMPLES if len(grid) > 1 else 0):
-            context.getIntegrator().step(50)
+        samples: list[float] = []
+        started = time.monotonic()
+        while len(grid) > 1 and len(samples) < _CALIBRATION_SAMPLES:
+            context.getIntegrator().step(100)
             state = context.getState(energy=True)
             samples.append(energy_in_kj_mol(state.getPotentialEnergy()))
+            if len(samples) >= 30 and time.monotonic() - started > _CALIBRATION_SECONDS:
+                break
         if samples:
             means.append(float(np.mean(samples)))
             spreads.append(float(np.std(samples)))
@@ -240,10 +250,11 @@ def _calibrate(
         finals.append(x)
     if len(grid) == 1:
         return (target,), np.array(finals), 1.0
+    relative_spread = float(np.sqrt(np.mean(np.square(np.array(spreads) / grid))))
     temperatures, rate = choose_ladder(
         grid,
-        np.array(means),
-        np.array(spreads),
+        np.asarray(np.polyval(np.polyfit(grid, means, 2), grid), dtype=np.float64),
+        relative_spread * grid,
         swap_rate=settings.swap_rate,
         max_temperatures=int(settings.max_temperatures),
     )

@@ -17,10 +17,17 @@ from openmm_eqflow.energies.support import check_invariance, check_system
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.forcefield import build_from_forcefield, load_pdb, load_system_xml
 from openmm_eqflow.library import SYSTEM_FILE, MolecularSystem, load_system
-from openmm_eqflow.thermo import energy_in_kj_mol, masses_in_dalton, positions_in_nm
+from openmm_eqflow.thermo import (
+    energy_in_kj_mol,
+    kelvin,
+    masses_in_dalton,
+    positions_in_nm,
+    temperature_quantity,
+)
 
 __all__ = ["init_system"]
 
+_ROOM_TEMPERATURE = temperature_quantity(300.0)
 _HEADER = """\
 # A system of openmm-eqflow: edit freely, every key is checked when it is loaded.
 """
@@ -32,7 +39,7 @@ def init_system(
     pdb: str | Path,
     forcefield: Sequence[str] | None = None,
     system_xml: str | Path | None = None,
-    temperature_kelvin: float = 300.0,
+    temperature: unit.Quantity = _ROOM_TEMPERATURE,
     add_hydrogens: bool = False,
 ) -> MolecularSystem:
     """Write ``directory/system.yaml`` with copies of the files it names, and load it.
@@ -77,8 +84,10 @@ def init_system(
         raise ConfigurationError("--add-hydrogens needs --forcefield: a System fixes its atoms")
     if directory.exists():
         raise ConfigurationError(f"{directory} exists; choose another folder or remove it first")
-    if not (np.isfinite(temperature_kelvin) and temperature_kelvin > 0.0):
-        raise ConfigurationError(f"temperature is {temperature_kelvin} K, expected a positive one")
+    try:
+        degrees = kelvin(temperature)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     inputs = [pdb, *([] if system_xml is None else [Path(system_xml)])]
     for path in inputs:
         if not path.is_file():
@@ -101,7 +110,7 @@ def init_system(
         "kind": "molecule",
         "description": f"{topology.getNumAtoms()} atoms from {pdb.name}",
         "coordinates": pdb.name,
-        "temperature_kelvin": float(temperature_kelvin),
+        "temperature_kelvin": degrees,
     }
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")

@@ -124,7 +124,7 @@ def run_reference(
     n_walkers
         Independent ladders, one process each.
     seed
-        With ``max_frames`` the data depend on nothing else (Reference platform), kills included.
+        Of the walkers. Given plan.json, whole chunks depend on nothing else (Reference platform).
     progress
         Called with the fraction done and a short text, from this thread.
 

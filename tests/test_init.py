@@ -24,7 +24,9 @@ def nothing_left(folder):
 
 
 def test_forcefield_folder_is_complete_and_loads(tmp_path):
-    made = init_system(tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, temperature_kelvin=310.0)
+    made = init_system(
+        tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, temperature=310.0 * unit.kelvin
+    )
     again = load_system(tmp_path / "mol")
     assert again.temperature == 310.0 * unit.kelvin
     assert again.kind == "molecule"
@@ -120,7 +122,9 @@ def test_argument_errors(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be read"):
         init_system(tmp_path / "new", pdb=DIPEPTIDE, forcefield=["no-such.xml"])
     with pytest.raises(ConfigurationError, match="temperature"):
-        init_system(tmp_path / "new", pdb=DIPEPTIDE, forcefield=AMBER, temperature_kelvin=-1.0)
+        init_system(
+            tmp_path / "new", pdb=DIPEPTIDE, forcefield=AMBER, temperature=-1.0 * unit.kelvin
+        )
     (tmp_path / "text.pdb").write_text("not a pdb\n")
     with pytest.raises(ConfigurationError, match="cannot be read as a PDB"):
         init_system(tmp_path / "new", pdb=tmp_path / "text.pdb", forcefield=AMBER)
