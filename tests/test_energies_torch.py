@@ -247,3 +247,14 @@ def test_tables_of_positions_are_not_covered():
     system.addForce(force)
     with pytest.raises(UnsupportedSystemError, match="tabulated function 'table' of positions"):
         TorchEnergy(system)
+
+
+def test_kernels_are_cached_under_the_hash_of_their_sources():
+    import numba
+
+    from openmm_eqflow.energies.compiled import load_kernels
+
+    before = numba.config.CACHE_DIR
+    bonded = load_kernels()[0]
+    assert numba.config.CACHE_DIR == before
+    assert "kernels-" in str(bonded.bond_kernel.stats.cache_path)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,12 +37,42 @@ HAVE_NUMBA = importlib.util.find_spec("numba") is not None
 Kernel = Callable[[FloatArray, FloatArray, FloatArray, bool], None]
 
 
+@cache
+def load_kernels() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
+    """Import the kernels with their machine code cached under a hash of all their sources.
+
+    numba notices that a file changed, not that a function it inlined from another file did; after
+    an upgrade it would run a mixture of old and new code.
+    """
+    import numba
+
+    here = Path(__file__).parent
+    sources = sorted([*here.glob("kernels_*.py"), here / "vector_math.py"])
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    config: Any = numba.config
+    chosen = config.CACHE_DIR
+    base = Path(chosen) if chosen else here / "__pycache__"
+    if not os.access(base if base.exists() else here, os.W_OK):
+        base = Path.home() / ".cache" / "openmm_eqflow"
+    # Read when a function is decorated; put back for other users of numba.
+    config.CACHE_DIR = str(base / f"kernels-{digest}")
+    try:
+        from openmm_eqflow.energies import (
+            kernels_bonded,
+            kernels_gb,
+            kernels_map,
+            kernels_program,
+        )
+    finally:
+        config.CACHE_DIR = chosen
+    return kernels_bonded, kernels_gb, kernels_map, kernels_program
+
+
 def compile_term(term: object) -> Kernel | None:
     """Return the kernel of a term, or None if there is none (torch then evaluates it)."""
     if not HAVE_NUMBA:
         return None
-    from openmm_eqflow.energies import kernels_bonded, kernels_gb, kernels_map, kernels_program
-
+    kernels_bonded, kernels_gb, kernels_map, kernels_program = load_kernels()
     table: dict[type, tuple[Any, tuple[str, ...]]] = {
         BondTerm: (kernels_bonded.bond_kernel, ("index", "length", "k")),
         AngleTerm: (kernels_bonded.angle_kernel, ("index", "angle", "k")),
