@@ -1,0 +1,235 @@
+"""Basin populations and mean observables of every ensemble, with errors and differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmm_eqflow.analysis import population
+from openmm_eqflow.diagnostics import (
+    Estimate,
+    autocorrelation_ess,
+    kish_ess,
+    mean_with_error,
+    weighted_mean_with_error,
+)
+from openmm_eqflow.model_systems import harmonic_log_z
+from openmm_eqflow.observables import (
+    TwoStates,
+    pair_distances,
+    squared_radius_of_gyration,
+    two_states,
+)
+from openmm_eqflow.report.data import Ensemble, RunData
+
+__all__ = ["Quantity", "compare_ensembles", "coordinate_sizes"]
+
+FloatArray = NDArray[np.float64]
+_FEW_PAIRS = 10
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One row of the table.
+
+    Attributes
+    ----------
+    name, definition, unit
+        How to read it.
+    estimates
+        Ensemble label -> (value, standard error, effective samples).
+    exact
+        Known value, where there is one.
+    state
+        Whether it is the population of a state (else a mean).
+    """
+
+    name: str
+    definition: str
+    unit: str
+    state: bool
+    estimates: dict[str, tuple[Estimate, float]]
+    exact: float | None = None
+    versus: str | None = field(default=None)
+
+    def z(self, a: str, b: str) -> float | None:
+        """(a - b) over the combined standard error; None if either is unknown."""
+        if a not in self.estimates or b not in self.estimates:
+            return None
+        first, second = self.estimates[a][0], self.estimates[b][0]
+        error = math.hypot(float(first.error), float(second.error))
+        if not (math.isfinite(error) and error > 0.0):
+            return None
+        return float(first.value - second.value) / error
+
+    def to_json(self) -> dict[str, Any]:
+        """For metrics.json; infinities become null."""
+
+        def number(value: float) -> float | None:
+            return float(value) if math.isfinite(value) else None
+
+        return {
+            "name": self.name,
+            "definition": self.definition,
+            "unit": self.unit,
+            "kind": "population" if self.state else "mean",
+            "exact": self.exact,
+            "estimates": {
+                label: {
+                    "value": number(float(estimate.value)),
+                    "error": number(float(estimate.error)),
+                    "effective_samples": number(ess),
+                }
+                for label, (estimate, ess) in self.estimates.items()
+            },
+            "compared_with": self.versus,
+            "z": None if self.versus is None else self.z("Markov chain", self.versus),
+        }
+
+
+def _mean(ensemble: Ensemble, values: FloatArray) -> tuple[Estimate, float]:
+    """Mean, error and effective samples of one value per frame."""
+    if ensemble.log_weight is not None:
+        finite = np.where(np.isfinite(values), values, 0.0)
+        return (
+            weighted_mean_with_error(finite, ensemble.log_weight, n_bootstrap=200),
+            kish_ess(ensemble.log_weight),
+        )
+    chains = ensemble.by_chain(values)
+    if chains.shape[1] >= 4:
+        return mean_with_error(chains), autocorrelation_ess(chains)
+    m = len(chains)
+    means = chains.mean(axis=1)
+    error = float(means.std(ddof=1)) / math.sqrt(m) if m > 1 else math.inf
+    return Estimate(float(means.mean()), error), float(m)
+
+
+def _share(ensemble: Ensemble, inside: NDArray[np.bool_]) -> tuple[Estimate, float]:
+    return population(inside, log_weights=ensemble.log_weight, chain=ensemble.chain)
+
+
+def compare_ensembles(run: RunData) -> list[Quantity]:
+    """Every quantity of the run's kind, in every ensemble."""
+    versus = run.reference.label if run.reference is not None else run.flow.label
+    rows = _molecule(run) if run.kind == "molecule" else _particles(run)
+    energy = {e.label: _mean(e, e.u) for e in run.ensembles}
+    size = {
+        e.label: _mean(e, np.sqrt(squared_radius_of_gyration(e.x))) for e in run.ensembles
+    }
+    exact = (
+        0.5 * (run.system.n_particles - 1) * run.system.n_dims if run.kind == "harmonic" else None
+    )
+    rows.append(
+        Quantity("mean energy", "mean reduced potential", "kT", False, energy, exact, versus)
+    )
+    rows.append(
+        Quantity(
+            "radius of gyration",
+            "mean of the geometric radius of gyration",
+            "nm",
+            False,
+            size,
+            None,
+            versus,
+        )
+    )
+    if run.kind == "harmonic" and run.metrics.get("log_z") is not None:
+        estimate = Estimate(run.metrics["log_z"], run.metrics["log_z_error"] or math.inf)
+        rows.append(
+            Quantity(
+                "log Z",
+                "absolute, on the mean-free subspace",
+                "",
+                False,
+                {run.flow.label: (estimate, kish_ess(run.log_weight))},
+                harmonic_log_z(run.system.n_particles, run.system.n_dims),
+            )
+        )
+    return rows
+
+
+def _molecule(run: RunData) -> list[Quantity]:
+    rows = []
+    versus = run.reference.label if run.reference is not None else run.flow.label
+    for column, torsion in enumerate(run.chain.torsions):
+        if torsion.fold > 1:
+            continue
+        if torsion.name.startswith("φ"):
+            states, text = TwoStates(0.0, np.pi), f"{torsion.name} > 0"
+            label = text
+        else:
+            pooled = [e.angles[:, column] for e in run.ensembles]
+            weights = [e.weights / len(run.ensembles) for e in run.ensembles]
+            found = two_states(np.concatenate(pooled), np.concatenate(weights))
+            if found is None:
+                continue
+            states = found
+            low, high = np.degrees(states.start), np.degrees(states.stop)
+            label = f"{torsion.name}, minor state"
+            text = f"{torsion.name} from {low:.0f}° up to {high:.0f}°" + (
+                "" if low < high else " through 180°"
+            )
+        estimates = {e.label: _share(e, states.contains(e.angles[:, column])) for e in run.ensembles}
+        rows.append(Quantity(label, text, "", True, estimates, None, versus))
+    return rows
+
+
+def _first_gap(distances: FloatArray) -> float | None:
+    """Deepest minimum between the first peak of the pair distances and what follows."""
+    counts, edges = np.histogram(distances, bins=80, range=(0.0, float(np.quantile(distances, 0.999))))
+    kernel = np.exp(-0.5 * (np.arange(-4, 5) / 1.5) ** 2)
+    density = np.convolve(counts, kernel / kernel.sum(), mode="same")
+    inner = density[1:-1]
+    peaks = 1 + np.flatnonzero((inner >= density[:-2]) & (inner > density[2:]))
+    peaks = peaks[density[peaks] > 0.05 * density.max()]
+    if len(peaks) < 2:
+        return None
+    between = density[peaks[0] : peaks[1] + 1]
+    k = int(peaks[0] + np.argmin(between))
+    if density[k] > 0.8 * min(density[peaks[0]], density[peaks[1]]):
+        return None
+    return float(0.5 * (edges[k] + edges[k + 1]))
+
+
+def _particles(run: RunData) -> list[Quantity]:
+    versus = run.reference.label if run.reference is not None else run.flow.label
+    source = run.ensembles[0]
+    cut = _first_gap(pair_distances(source.x[:: max(1, len(source.x) // 4000)]))
+    if cut is None or run.kind == "harmonic":
+        return []
+    close = {e.label: (pair_distances(e.x) < cut).sum(axis=1) for e in run.ensembles}
+    rows = [
+        Quantity(
+            "close pairs",
+            f"mean number of pairs closer than {cut:.3g} nm",
+            "",
+            False,
+            {e.label: _mean(e, close[e.label].astype(np.float64)) for e in run.ensembles},
+            None,
+            versus,
+        )
+    ]
+    n_pairs = run.system.n_particles * (run.system.n_particles - 1) // 2
+    if n_pairs <= _FEW_PAIRS:
+        for k in range(n_pairs + 1):
+            shares = {e.label: _share(e, close[e.label] == k) for e in run.ensembles}
+            if max(float(estimate.value) for estimate, _ in shares.values()) > 0.01:
+                text = f"exactly {k} pairs closer than {cut:.3g} nm"
+                rows.append(Quantity(f"{k} close pairs", text, "", True, shares, None, versus))
+    return rows
+
+
+def coordinate_sizes(run: RunData, ensemble: Ensemble) -> dict[str, float]:
+    """Effective samples of every coordinate of an ensemble of chains; constants are left out."""
+    sizes = {}
+    for name, values in ensemble.coordinates.items():
+        chains = ensemble.by_chain(values)
+        if chains.shape[1] >= 4:
+            size = autocorrelation_ess(chains)
+            if size > 0.0:
+                sizes[name] = size
+    return sizes
