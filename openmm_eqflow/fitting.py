@@ -20,6 +20,7 @@ from openmm_eqflow.losses.pool import PoolFeeder, build_pool
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.priors.refine import refine_internal_prior
 from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.reference import ReferenceData
 from openmm_eqflow.target import BoltzmannTarget
@@ -44,9 +45,13 @@ def split_frames(data: ReferenceData) -> tuple[Tensor, Tensor]:
 
 
 def fit_prior(
-    recipe: Recipe, target: BoltzmannTarget, frames: Tensor, hot: Tensor | None = None
+    recipe: Recipe,
+    target: BoltzmannTarget,
+    frames: Tensor,
+    hot: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Prior:
-    """Fit the prior the recipe names.
+    """Fit the prior the recipe names; ``hot`` are frames of higher temperatures.
 
     Raises
     ------
@@ -63,7 +68,18 @@ def fit_prior(
     masses = [
         target.system.getParticleMass(i)._value for i in range(target.system.getNumParticles())
     ]
-    return fit_internal_prior(frames, bonds, masses, gradient=gradient, hot=hot)
+    hot_gradient = None if hot is None else target.reduced_potential_and_gradient(hot)[1]
+    prior = fit_internal_prior(
+        frames, bonds, masses, gradient=gradient, hot=hot, hot_gradient=hot_gradient
+    )
+    return refine_internal_prior(
+        prior,
+        frames,
+        target.reduced_potential_and_gradient,
+        rounds=recipe.prior_rounds,
+        n_samples=recipe.prior_samples,
+        generator=generator,
+    )
 
 
 def _thin(frames: Tensor, limit: int) -> Tensor:
@@ -94,9 +110,10 @@ def train_flow(
     report(0.0, "fitting the prior")
     hot = None
     if recipe.prior == "internal" and len(data.temperatures) > 1:
-        warm = data.all_positions[1 : 1 + max(1, len(data.temperatures) // 2)]
+        warm = data.all_positions[1:]
         hot = _thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), _MAX_FIT_FRAMES)
-    prior = fit_prior(recipe, target, frames, hot)
+    generator = torch.Generator().manual_seed(seed + 2)
+    prior = fit_prior(recipe, target, frames, hot, generator)
     field = _field(recipe, prior, target, frames).to(device)
     settings = TrainingSettings(
         seconds=recipe.train_seconds,
@@ -107,7 +124,6 @@ def train_flow(
         evaluate_seconds=max(20.0, recipe.train_seconds / 12),
     )
     checkpoint = folder / "checkpoint.safetensors"
-    generator = torch.Generator().manual_seed(seed + 2)
     feeder = None
     if recipe.objective == "liouville":
         report(0.0, "filling the training pool")

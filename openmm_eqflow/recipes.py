@@ -33,6 +33,8 @@ class Recipe:
         ``internal`` + ``liouville`` for bonded molecules, ``gaussian`` + ``flow-matching`` else.
     field
         Keyword arguments of the vector field.
+    prior_rounds, prior_samples
+        Refinement of the internal-coordinate prior on its own samples.
     n_pool, chunk, n_chunks, grow_every
         Liouville pool: initial prior points, points and number of later chunks, steps between.
     n_evaluate
@@ -50,6 +52,8 @@ class Recipe:
     batch_size: int = 512
     learning_rate: float = 2e-3
     average: float = 0.999
+    prior_rounds: int = 3
+    prior_samples: int = 40_000
     n_pool: int = 100_000
     chunk: int = 30_000
     n_chunks: int = 30

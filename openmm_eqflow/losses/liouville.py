@@ -7,45 +7,22 @@ Along :math:`\log p_t = (1-t)\log p_0 + t\log p_1 - F(t)` the field that transpo
 
 (Máté, Fleuret 2023, arXiv:2301.07388; NETS, arXiv:2410.02711). The residual vanishes *pointwise* for
 the exact field: no irreducible noise, one field evaluation per sample, no ODE in training. The
-points come from a pool: prior samples and reference frames, weighted by the balance heuristic
-(Veach, Guibas 1995)
-
-.. math:: \omega_t \propto \frac{p_t}{\alpha p_0 + (1-\alpha) p_1}
-          \propto \frac{w^t}{\alpha + (1-\alpha) w / Z},
-
-which is bounded wherever the prior is too thin. The pool only decides where the residual is made
+points come from a pool of prior samples and reference frames, weighted for every t by the balance
+heuristic (:mod:`openmm_eqflow.balance`). The pool only decides where the residual is made
 small; it never biases the field it converges to.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from openmm_eqflow.balance import balance_log_weights, bennett_log_z
 from openmm_eqflow.losses.pool import Pool, PoolFeeder, join_pools
-from openmm_eqflow.vector_fields.base import VectorField
 
 __all__ = ["LiouvilleLoss"]
 
 _N_TIMES = 33
-
-
-def _log_z(log_weight: Tensor, from_prior: Tensor) -> Tensor:
-    """Bennett acceptance ratio between prior samples and frames: log Z (fixed-point iteration)."""
-    forward, backward = log_weight[from_prior], log_weight[~from_prior]
-    log_z = torch.logsumexp(forward, 0) - torch.log(torch.tensor(float(len(forward))))
-    if not len(backward):
-        return log_z
-    # A frame counts as one sample: autocorrelation only makes this conservative.
-    shift = torch.log(torch.tensor(len(backward) / len(forward), dtype=torch.float64))
-    for _ in range(200):
-        a = torch.nn.functional.logsigmoid(forward - log_z + shift)
-        b = torch.nn.functional.logsigmoid(-(backward - log_z + shift))
-        step = torch.logsumexp(a, 0) - torch.logsumexp(b, 0)
-        log_z = log_z + 0.5 * step
-        if abs(float(step)) < 1e-10:
-            break
-    return log_z
 
 
 class LiouvilleLoss:
@@ -69,7 +46,7 @@ class LiouvilleLoss:
 
     def __init__(
         self,
-        field: VectorField,
+        field: nn.Module,
         pool: Pool,
         *,
         held_out: Pool | None = None,
@@ -95,47 +72,34 @@ class LiouvilleLoss:
             self.set_pool(join_pools(self.pool, *fresh))
 
     def set_pool(self, pool: Pool) -> None:
-        """Replace the pool and its time-dependent weights."""
+        """Replace the pool and its time-dependent weights; moved to the device of the field."""
+        device = next(self.field.parameters()).device
+        pool = Pool(*(v.to(device) for v in pool))
         self.pool = pool
-        n0 = int(pool.from_prior.sum())
-        alpha = n0 / len(pool.y)
-        relative = pool.log_weight - _log_z(pool.log_weight, pool.from_prior)
+        relative = pool.log_weight - bennett_log_z(pool.log_weight, pool.from_prior)
         self.relative = relative.float()
-        if alpha < 1:
-            log_mixture = torch.logaddexp(
-                torch.full_like(relative, alpha).log(), (relative + torch.tensor(1 - alpha).log())
-            )
-        else:
-            log_mixture = torch.zeros_like(relative)
-        self.times = torch.linspace(0, 1, _N_TIMES, dtype=torch.float64)
-        weights = torch.softmax(self.times[:, None] * relative - log_mixture, dim=1)
+        times = torch.linspace(0, 1, _N_TIMES, dtype=torch.float64, device=device)
+        weights = torch.softmax(balance_log_weights(relative, pool.from_prior, times), dim=1)
         self.mean_log_weight = (weights @ relative).float()
         # One increasing table for all times: row k holds k + (cumulative weights), so that a single
         # searchsorted serves a batch of mixed times.
         cumulative = torch.cumsum(weights, 1)
-        offset = torch.arange(_N_TIMES, dtype=torch.float64)[:, None]
+        offset = torch.arange(_N_TIMES, dtype=torch.float64, device=device)[:, None]
         self.cumulative = (cumulative / cumulative[:, -1:] + offset).flatten()
-
-    def to(self, device: torch.device | str) -> LiouvilleLoss:
-        """Move pool and tables."""
-        self.pool = Pool(*(v.to(device) for v in self.pool))
-        for name in ("relative", "times", "mean_log_weight", "cumulative"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Indices into the pool and times, stratified over t in [0, 1]."""
-        device = self.relative.device
-        u = torch.rand(n, generator=generator, device=device)
-        t = (torch.arange(n, device=device) + u) / n
-        row = (t * (_N_TIMES - 1)).round().long()
-        level = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
+        # Drawn on the CPU whatever the device, so that a seed means the same everywhere.
+        t = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+        level = torch.rand(n, generator=generator, dtype=torch.float64)
         size = len(self.relative)
+        uniform = torch.randint(size, (n,), generator=generator)
+        wide = torch.rand(n, generator=generator) < self.breadth
+        device = self.relative.device
+        t, level, uniform, wide = (v.to(device) for v in (t, level, uniform, wide))
+        row = (t * (_N_TIMES - 1)).round().long()
         index = torch.searchsorted(self.cumulative, level + row) - row * size
-        index = index.clamp(0, size - 1)
-        uniform = torch.randint(size, (n,), generator=generator, device=device)
-        wide = torch.rand(n, generator=generator, device=device) < self.breadth
-        return torch.where(wide, uniform, index), t
+        return torch.where(wide, uniform, index.clamp(0, size - 1)), t
 
     def residual(self, index: Tensor, t: Tensor) -> Tensor:
         """Residual in kT at pool points ``index`` and times ``t``, (n,)."""

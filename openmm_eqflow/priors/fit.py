@@ -14,8 +14,8 @@ taken as the inverse of the regression of g on r.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -23,12 +23,21 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
+from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
 from openmm_eqflow.zmatrix import ZMatrix
 
-__all__ = ["fit_internal_prior"]
+__all__ = [
+    "controlled_fit",
+    "coupled_pairs",
+    "fit_internal_prior",
+    "fourier_modes",
+    "ridge_penalty",
+    "stiff_score",
+]
 
+_MAX_MISS = 4.0  # standard deviations between a hot frame's controlled target and the fit
 _SOFT_SPREAD = 0.4  # rad: circular spread above which a torsion is described by its own density
 
 
@@ -37,13 +46,13 @@ def _circular(tau: Tensor) -> tuple[Tensor, Tensor]:
     return torch.angle(mean), torch.sqrt(-2 * torch.log(mean.abs().clamp(1e-12, 1.0)))
 
 
-def _coupled_pairs(zmatrix: ZMatrix, soft: Sequence[int]) -> list[tuple[int, int]]:
+def coupled_pairs(zmatrix: ZMatrix, soft: Sequence[int]) -> list[tuple[int, int]]:
     """Soft torsions whose central bonds share an atom."""
     axes = [{zmatrix.rows[k + 3][1], zmatrix.rows[k + 3][2]} for k in soft]
     return [(i, j) for i, j in itertools.combinations(range(len(soft)), 2) if axes[i] & axes[j]]
 
 
-def _fourier_modes(
+def fourier_modes(
     n_soft: int, fold: Sequence[int], pairs: Sequence[tuple[int, int]], order: int
 ) -> Tensor:
     modes: list[list[int]] = []
@@ -60,9 +69,18 @@ def _fourier_modes(
     return torch.tensor(modes, dtype=torch.float64).reshape(len(modes), n_soft)
 
 
-def _ridge(features: Tensor, targets: Tensor, penalty: Tensor) -> Tensor:
-    gram = features.T @ features + torch.diag(penalty)
-    return torch.linalg.solve(gram, features.T @ targets)
+def _ridge(
+    features: Tensor, targets: Tensor, penalty: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    mass = torch.full_like(features[:, 0], 1 / len(features)) if weights is None else weights
+    weighted = features * mass[:, None]
+    return torch.linalg.solve(weighted.T @ features + torch.diag(penalty), weighted.T @ targets)
+
+
+def ridge_penalty(modes: Tensor) -> Tensor:
+    """Smoothness penalty of every Fourier feature, growing with its frequency."""
+    square = (modes**2).sum(1)
+    return 1e-4 * torch.cat([torch.zeros(1, dtype=modes.dtype), square, square])
 
 
 def fit_internal_prior(
@@ -72,6 +90,7 @@ def fit_internal_prior(
     *,
     gradient: Tensor | None = None,
     hot: Tensor | None = None,
+    hot_gradient: Tensor | None = None,
     order: int = 3,
     tail_share: float = 0.1,
     tail_scale: float = 1.2,
@@ -87,7 +106,11 @@ def fit_internal_prior(
     gradient
         du/dx of the frames (kT/nm); with it the stiff coordinates are fitted with far fewer frames.
     hot
-        Frames of higher temperatures: only the defensive part of the torsion density.
+        Frames of higher temperatures: the defensive part of the torsion density.
+    hot_gradient
+        du/dx of ``hot`` at the *target* temperature: then they also teach the mean function, where
+        the target's own frames are rare. (For a harmonic mode s + Sigma g is its mean whatever
+        distribution s came from.)
     order
         Highest harmonic of the mean function; lowered until the frames can carry it.
     tail_share, tail_scale
@@ -101,16 +124,16 @@ def fit_internal_prior(
     soft = [k for k in range(len(lead)) if lead[k] == k and spread[k] > _SOFT_SPREAD]
     fold = [zmatrix.fold[k] for k in soft]
     stiff = [k for k in range(len(lead)) if k not in set(soft)]
-    pairs = _coupled_pairs(zmatrix, soft)
+    pairs = coupled_pairs(zmatrix, soft)
     tau = internal.torsions[:, soft]
     density = None
     if soft:
         hot_tau = None if hot is None else zmatrix.to_internal(hot.double()).torsions[:, soft]
         density = TorsionDensity.fit(tau, fold=fold, coupled=pairs, extra=hot_tau)
         pairs = [g.members for g in density.groups if len(g.members) == 2]  # type: ignore[misc]
-    while order > 1 and 12 * len(_fourier_modes(len(soft), fold, pairs, order)) > len(x):
+    while order > 1 and 12 * len(fourier_modes(len(soft), fold, pairs, order)) > len(x):
         order -= 1
-    modes = _fourier_modes(len(soft), fold, pairs, order)
+    modes = fourier_modes(len(soft), fold, pairs, order)
     n_stiff = 2 * zmatrix.n_particles - 3 + len(stiff)
     prior = InternalCoordinatePrior(
         zmatrix,
@@ -125,27 +148,76 @@ def fit_internal_prior(
     )
     s = prior.stiff_vector(internal)
     features = prior.features(tau)
-    penalty = 1e-4 * len(x) * torch.cat([torch.zeros(1), *(2 * [(modes**2).sum(1)])]).double()
+    penalty = ridge_penalty(modes)
     prior.coefficients = _ridge(features, s, penalty)
     residual = s - features @ prior.coefficients
     if gradient is None:
         covariance = _shrunk_covariance(residual, features.shape[1])
     else:
-        score = _stiff_score(prior, s, tau, gradient.double(), x)
-        covariance = torch.eye(n_stiff, dtype=torch.float64)
-        for _ in range(2):
-            sigma = _score_covariance(residual, score)
-            controlled = s + score @ sigma
-            prior.coefficients = _ridge(features, controlled, penalty)
-            residual = s - features @ prior.coefficients
-            correction = residual.T @ (residual + score @ sigma) / len(x)
-            covariance = sigma + 0.5 * (correction + correction.T)
-        covariance = _positive(covariance, sigma)
+        score = stiff_score(prior, s, tau, gradient.double(), x)
+        extra = _Extra.from_frames(prior, hot, hot_gradient)
+        covariance = controlled_fit(
+            prior, s, features, score, torch.full_like(s[:, 0], 1 / len(s)), penalty, extra
+        )
     prior.cholesky = torch.linalg.cholesky(covariance)
     return prior
 
 
-def _stiff_score(
+class _Extra(NamedTuple):
+    """Hot frames: torsion features, stiff coordinates and scores."""
+
+    features: Tensor
+    s: Tensor
+    score: Tensor
+
+    @classmethod
+    def from_frames(
+        cls, prior: InternalCoordinatePrior, x: Tensor | None, gradient: Tensor | None
+    ) -> _Extra | None:
+        if x is None or gradient is None or not len(x):
+            return None
+        internal = prior.zmatrix.to_internal(x.double())
+        tau = internal.torsions[:, prior.soft]
+        s = prior.stiff_vector(internal)
+        score = stiff_score(prior, s, tau, gradient.double(), x.double())
+        return cls(prior.features(tau), s, score)
+
+
+def controlled_fit(
+    prior: InternalCoordinatePrior,
+    s: Tensor,
+    features: Tensor,
+    score: Tensor,
+    weights: Tensor,
+    penalty: Tensor,
+    extra: _Extra | None = None,
+) -> Tensor:
+    """Fit mean function (into ``prior``) and return the covariance; see the module docstring.
+
+    ``weights`` (n,) sum to one; ``penalty`` is the ridge of every feature for n = 1.
+    """
+    residual = s - features @ prior.coefficients
+    sigma = covariance = torch.eye(s.shape[1], dtype=s.dtype)
+    for _ in range(3):
+        sigma = _score_covariance(residual, score, weights)
+        joint, targets, mass = features, s + score @ sigma, weights
+        if extra is not None:
+            hot = extra.s + extra.score @ sigma
+            # Close contacts of hot frames are far from harmonic: leave those out.
+            miss = (hot - extra.features @ prior.coefficients) / torch.diagonal(sigma).sqrt()
+            usable = miss.abs().amax(1) < _MAX_MISS
+            share = 0.5 / len(s)
+            joint = torch.cat([joint, extra.features[usable]])
+            targets = torch.cat([targets, hot[usable]])
+            mass = torch.cat([mass, torch.full_like(hot[usable, 0], share)])
+        prior.coefficients = _ridge(joint, targets, penalty, mass)
+        residual = s - features @ prior.coefficients
+        correction = (residual * weights[:, None]).T @ (residual + score @ sigma)
+        covariance = sigma + 0.5 * (correction + correction.T)
+    return _positive(covariance, sigma)
+
+
+def stiff_score(
     prior: InternalCoordinatePrior, s: Tensor, tau: Tensor, gradient: Tensor, x: Tensor
 ) -> Tensor:
     r"""Gradient of :math:`-u + \log|dx/d(s,\tau)|` with respect to s at fixed tau (chunked)."""
@@ -160,12 +232,13 @@ def _stiff_score(
     return torch.cat(scores)
 
 
-def _score_covariance(residual: Tensor, score: Tensor) -> Tensor:
+def _score_covariance(residual: Tensor, score: Tensor, weights: Tensor) -> Tensor:
     """Inverse of the symmetrised regression of -score on the residual, kept positive definite."""
-    scale = residual.std(0)
+    scale = torch.sqrt(weights @ residual**2)
     r, g = residual / scale, score * scale
-    second = r.T @ r / len(r) + 1e-3 * torch.eye(r.shape[1], dtype=r.dtype)
-    precision = -torch.linalg.solve(second, r.T @ g / len(r))
+    weighted = r * weights[:, None]
+    second = weighted.T @ r + 1e-3 * torch.eye(r.shape[1], dtype=r.dtype)
+    precision = -torch.linalg.solve(second, weighted.T @ g)
     precision = 0.5 * (precision + precision.T)
     values, vectors = torch.linalg.eigh(precision)
     values = values.clamp(min=1e-2)

@@ -15,6 +15,7 @@ and topology, and involves no ODE.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -79,6 +80,10 @@ class InternalCoordinatePrior:
         self.n_soft, self.n_stiff = len(self.soft), int(cholesky.shape[0])
         self.event_shape = (self.n_stiff + self.n_soft,)
         self.fold = [zmatrix.fold[k] for k in self.soft]
+
+    def copy(self) -> InternalCoordinatePrior:
+        """Shallow copy whose parameters can be replaced."""
+        return copy.copy(self)
 
     def to(self, device: torch.device | str) -> InternalCoordinatePrior:
         """Move the tensors to ``device`` (in place)."""

@@ -53,10 +53,13 @@ def _histogram(tau: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     return counts / counts.sum()
 
 
-def _best_width(tau: np.ndarray) -> float:
+def _best_width(tau: np.ndarray, weights: np.ndarray | None) -> float:
     """Kernel width maximising the held-out log likelihood (interleaved blocks of frames)."""
     block = np.arange(len(tau)) * 10 // max(len(tau), 1) % 2
-    halves = [_histogram(tau[block == b], None) for b in (0, 1)]
+    halves = [
+        _histogram(tau[block == b], None if weights is None else weights[block == b])
+        for b in (0, 1)
+    ]
     cell = (2 * np.pi / _GRID) ** tau.shape[1]
 
     def score(width: float) -> float:
@@ -105,6 +108,7 @@ class TorsionDensity:
         *,
         fold: Sequence[int],
         coupled: Sequence[tuple[int, int]] = (),
+        weights: Tensor | None = None,
         extra: Tensor | None = None,
         extra_share: float = 0.04,
         floor: float = 0.004,
@@ -118,6 +122,8 @@ class TorsionDensity:
         coupled
             Pairs that may be described jointly; a maximum-weight matching by mutual information
             picks among them.
+        weights
+            Weight of every frame (n_frames,); equal by default.
         extra
             Torsions of hotter frames: mixed in with share ``extra_share`` so that regions a short
             reference run missed are still proposed.
@@ -125,19 +131,20 @@ class TorsionDensity:
             Share of the uniform density in every group (defensive).
         """
         data = tau.detach().numpy()
+        mass = None if weights is None else weights.detach().numpy()
         hot = None if extra is None or not len(extra) else extra.detach().numpy()
         graph = nx.Graph()
         for i, j in coupled:
             if fold[i] == 1 and fold[j] == 1:
-                graph.add_edge(i, j, weight=_mutual_information(data[:, [i, j]]))
+                graph.add_edge(i, j, weight=_mutual_information(data[:, [i, j]], mass))
         pairs = [tuple(sorted(e)) for e in nx.max_weight_matching(graph)]
         singles = sorted(set(range(data.shape[1])) - set(itertools.chain(*pairs)))
         groups, tables = [], []
         for members in sorted(pairs) + [(k,) for k in singles]:
             folds = tuple(int(fold[k]) for k in members)
             angles = data[:, members] * np.array(folds)
-            width = _best_width(angles)
-            table = _histogram(angles, None)
+            width = _best_width(angles, mass)
+            table = _histogram(angles, mass)
             if hot is not None:
                 hot_table = _smooth(_histogram(hot[:, members] * np.array(folds), None), width)
                 table = (1 - extra_share) * table + extra_share * hot_table / hot_table.sum()
@@ -181,8 +188,8 @@ class TorsionDensity:
         return tau
 
 
-def _mutual_information(tau: np.ndarray) -> float:
-    joint = _smooth(_histogram(tau, None), 0.3)
+def _mutual_information(tau: np.ndarray, weights: np.ndarray | None) -> float:
+    joint = _smooth(_histogram(tau, weights), 0.3)
     joint = joint / joint.sum()
     product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
     mask = joint > 1e-12

@@ -1,0 +1,110 @@
+r"""Refine the internal-coordinate prior on its own samples: adaptive importance sampling.
+
+Energies are cheap where frames are dear: a round draws samples from the prior, weighs them together
+with the frames for the target (:mod:`openmm_eqflow.balance`) and fits everything again, torsion
+densities included (population Monte Carlo: Cappé et al. 2004). Rare basins get the weight the energy
+gives them, not the one a short simulation happened to visit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from openmm_eqflow.balance import balance_log_weights, bennett_log_z
+from openmm_eqflow.priors.fit import (
+    controlled_fit,
+    coupled_pairs,
+    fourier_modes,
+    ridge_penalty,
+    stiff_score,
+)
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity
+
+__all__ = ["refine_internal_prior"]
+
+Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def refine_internal_prior(
+    prior: InternalCoordinatePrior,
+    frames: Tensor,
+    evaluate: Evaluate,
+    *,
+    rounds: int = 2,
+    n_samples: int = 40_000,
+    order: int = 4,
+    generator: torch.Generator | None = None,
+) -> InternalCoordinatePrior:
+    """Return a better prior.
+
+    Parameters
+    ----------
+    prior
+        From :func:`~openmm_eqflow.priors.fit.fit_internal_prior`.
+    frames
+        Frames of the target (n, N, 3).
+    evaluate
+        ``x -> (u, du/dx)`` of the target.
+    rounds, n_samples
+        Rounds and samples per round.
+    order
+        Highest harmonic of the mean function.
+    generator
+        Random stream.
+    """
+    for _ in range(rounds):
+        prior = _round(prior, frames.double(), evaluate, n_samples, order, generator)
+    return prior
+
+
+def _round(
+    prior: InternalCoordinatePrior,
+    frames: Tensor,
+    evaluate: Evaluate,
+    n_samples: int,
+    order: int,
+    generator: torch.Generator | None,
+) -> InternalCoordinatePrior:
+    own, _ = prior.to_cartesian(prior.sample_latent(n_samples, generator=generator))
+    x = torch.cat([frames, own])
+    from_prior = torch.arange(len(x)) >= len(frames)
+    u, gradient = evaluate(x)
+    valid = torch.isfinite(u) & torch.isfinite(x).all(2).all(1)
+    x, u, gradient, from_prior = x[valid], u[valid], gradient[valid], from_prior[valid]
+    relative = -u - prior.log_prob(x)
+    relative = relative - bennett_log_z(relative, from_prior)
+    at_target = torch.ones(1, dtype=torch.float64)
+    weights = torch.softmax(balance_log_weights(relative, from_prior, at_target)[0], 0)
+    internal = prior.zmatrix.to_internal(x)
+    tau = internal.torsions[:, prior.soft]
+    new = prior.copy()
+    modes = prior.modes
+    if prior.torsions is not None:
+        pairs = coupled_pairs(prior.zmatrix, prior.soft)
+        # The old density stays in with a small share: what it covered stays covered.
+        new.torsions = TorsionDensity.fit(
+            tau,
+            fold=prior.fold,
+            coupled=pairs,
+            weights=weights,
+            extra=prior.torsions.sample(20_000, generator=generator),
+            extra_share=0.05,
+        )
+        joint = [g.members for g in new.torsions.groups if len(g.members) == 2]
+        modes = fourier_modes(prior.n_soft, prior.fold, joint, order)  # type: ignore[arg-type]
+    new.modes = modes
+    s = new.stiff_vector(internal)
+    features = new.features(tau)
+    new.coefficients = torch.zeros(features.shape[1], s.shape[1], dtype=s.dtype)
+    start = prior.features(tau) @ prior.coefficients
+    new.coefficients = torch.linalg.lstsq(
+        features * weights.sqrt()[:, None], start * weights.sqrt()[:, None]
+    ).solution
+    score = stiff_score(new, s, tau, gradient, x)
+    covariance = controlled_fit(new, s, features, score, weights, ridge_penalty(modes))
+    new.cholesky = torch.linalg.cholesky(covariance)
+    return new
