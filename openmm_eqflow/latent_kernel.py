@@ -27,10 +27,12 @@ from openmm_eqflow.metropolis import metropolis_accept
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity
 
 __all__ = ["KernelKind", "LatentFlow", "LatentKernel", "LatentState"]
 
 KernelKind = Literal["pcn", "langevin"]
+_REDRAW_PROBABILITY = 0.25
 
 
 class LatentFlow(Protocol):
@@ -71,8 +73,10 @@ class LatentKernel:
 
     ``"pcn"`` proposes :math:`z' = \sqrt{1-s^2}\,z + s\,\xi` in the Gaussian coordinates (all of a
     mean-free Gaussian, the whitened residuals of the internal-coordinate prior), which leaves that
-    Gaussian invariant, and a symmetric step of s radians in soft torsions; any difference between
-    the prior and that reference measure enters the acceptance. ``"langevin"`` adds half a step
+    Gaussian invariant, and a symmetric step of s radians in soft torsions or, one time in four, a
+    fresh draw of the torsions from the prior, which is how barriers are crossed; any difference
+    between the prior and the proposal's own reversible measure enters the acceptance.
+    ``"langevin"`` adds half a step
     along the gradient and corrects for the asymmetry; its drift is truncated, which stays exact
     because the drift is a function of the state.
 
@@ -101,11 +105,13 @@ class LatentKernel:
         prior: object = flow.prior
         gaussian = torch.zeros(flow.prior.event_shape, dtype=torch.bool)
         self._mean_free, self._scale = False, 1.0
+        self._torsions: TorsionDensity | None = None
         if isinstance(prior, MeanFreeGaussian):
             gaussian[:] = True
             self._mean_free, self._scale = True, prior.scale
         elif isinstance(prior, InternalCoordinatePrior):
             gaussian[: prior.n_stiff] = True
+            self._torsions = prior.torsions
         self._gaussian = gaussian
 
     def state(self, z: Tensor) -> LatentState:
@@ -147,9 +153,7 @@ class LatentKernel:
         noise = torch.randn(state.z.shape, generator=generator, dtype=torch.float64)
         noise = self._scale * (remove_mean(noise) if self._mean_free else noise)
         if self.kind == "pcn":
-            shrink = torch.where(self._gaussian, math.sqrt(1.0 - self.step**2), 1.0)
-            new = self.state(shrink * state.z + self.step * noise)
-            log_ratio = self._log_reference(state.z) - self._log_reference(new.z)
+            new, log_ratio = self._propose_pcn(state, noise, generator)
         else:
             forward = state.z + self._drift(state, beta)
             new = self.state(forward + self.step * noise)
@@ -162,6 +166,27 @@ class LatentKernel:
         accepted = metropolis_accept(log_ratio, generator) & ~invalid
         accepted &= state.log_weight < torch.inf
         return new.where(accepted, state), accepted, invalid
+
+    def _propose_pcn(
+        self, state: LatentState, noise: Tensor, generator: torch.Generator | None
+    ) -> tuple[LatentState, Tensor]:
+        """Proposals and the log ratio of their reversible measure, old over new."""
+        shrink = torch.where(self._gaussian, math.sqrt(1.0 - self.step**2), 1.0)
+        z = shrink * state.z + self.step * noise
+        redrawn = torch.zeros(z.shape[0], dtype=torch.bool)
+        if self._torsions is not None:
+            chance = torch.rand(z.shape[0], generator=generator, dtype=torch.float64)
+            redrawn = chance < _REDRAW_PROBABILITY
+            tau = self._torsions.sample(z.shape[0], generator=generator).to(z.dtype)
+            z[:, ~self._gaussian] = torch.where(redrawn[:, None], tau, z[:, ~self._gaussian])
+        new = self.state(z)
+        log_ratio = self._log_reference(state.z) - self._log_reference(z)
+        if self._torsions is not None:
+            old, fresh = (
+                self._torsions.log_prob(point[:, ~self._gaussian]) for point in (state.z, z)
+            )
+            log_ratio = log_ratio + torch.where(redrawn, old - fresh, 0.0)
+        return new, log_ratio
 
     def _log_reference(self, z: Tensor) -> Tensor:
         square = torch.where(self._gaussian, (z / self._scale).square(), 0.0)

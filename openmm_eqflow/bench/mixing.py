@@ -1,0 +1,240 @@
+r"""How fast do samplers mix? Effective samples per second: Langevin, parallel tempering, flow.
+
+Every method gets the same wall-clock time, one after the other, on the same machine and from the
+same structure. Langevin dynamics and parallel tempering use the reference stage's own code
+(fastest platform, repartitioned masses, one process per core), which is a strong opponent. The
+flow enters twice: as many chains of Hamiltonian moves and flow steps, and as ``FlowMove`` after
+``LangevinDynamicsMove`` in one openmmtools ``MCMCSampler``.
+
+The coordinate is the slowest one: the indicator :math:`\phi > 0` of the first residue that has a
+phi, else the slowest observable of the tempering run. Its effective samples come from the
+autocorrelation (:func:`~openmm_eqflow.diagnostics.autocorrelation_ess`; independent walkers are
+added up). The relative error is the larger of :math:`\sqrt{10 / \mathrm{ESS}}` (Madras, Sokal
+1988, J. Stat. Phys. 50, 109, for a window of five correlation times) and, for an indicator, the
+Poisson error of its visits. A method whose indicator never changed gets an upper limit of three
+effective samples, so that the ratio to it is a lower limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from openmm import app
+
+from openmm_eqflow.atomic import write_json
+from openmm_eqflow.bench.samplers import run_dynamics, run_many_chains, run_openmmtools_chain
+from openmm_eqflow.convergence import features, torsion_angles
+from openmm_eqflow.diagnostics import autocorrelation_ess
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.library import MolecularSystem
+from openmm_eqflow.sampling_plan import SamplingPlan
+from openmm_eqflow.workflow import flow_of
+
+__all__ = ["MixingResult", "phi_torsion", "run_bench"]
+
+FloatArray = NDArray[np.float64]
+Observable = Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class MixingResult:
+    """One method: time, cost, effective samples of the coordinate, and its mean."""
+
+    method: str
+    seconds: float
+    n_samples: int
+    n_energy_evaluations: int
+    n_transitions: int | None
+    effective_samples: float
+    effective_samples_error: float
+    effective_samples_is_upper_limit: bool
+    mean: float
+    mean_error: float
+
+    @property
+    def per_second(self) -> float:
+        """Effective samples per wall-second."""
+        return self.effective_samples / self.seconds
+
+
+def phi_torsion(topology: app.Topology) -> tuple[int, int, int, int] | None:
+    """Atoms C-N-CA-C of the first backbone phi, or None."""
+    residues = list(topology.residues())
+    named = [{atom.name: atom.index for atom in residue.atoms()} for residue in residues]
+    for before, here in itertools.pairwise(named):
+        if "C" in before and {"N", "CA", "C"} <= here.keys():
+            return before["C"], here["N"], here["CA"], here["C"]
+    return None
+
+
+def summarise(
+    method: str,
+    chains: list[FloatArray],
+    seconds: float,
+    n_evaluations: int,
+    *,
+    pooled: bool,
+) -> MixingResult:
+    """Effective samples of independent chains of one coordinate.
+
+    ``pooled``: the chains are many and short, so their autocorrelation is averaged; otherwise each
+    is long enough for its own and the numbers add up.
+    """
+    values = np.concatenate(chains)
+    if pooled:
+        ess = autocorrelation_ess(np.stack(chains))
+    else:
+        ess = sum(autocorrelation_ess(chain) for chain in chains)
+    binary = bool(np.isin(values, (0.0, 1.0)).all())
+    n_transitions, is_limit, relative_error = None, False, 0.0
+    if binary:
+        n_transitions = sum(int(np.count_nonzero(np.diff(chain))) for chain in chains)
+        # A transition in and one out make a visit.
+        relative_error = 1.0 / math.sqrt(max(n_transitions / 2.0, 1.0))
+        if n_transitions == 0:
+            ess, is_limit = 3.0, True
+    relative_error = max(relative_error, math.sqrt(10.0 / ess)) if ess > 0.0 else math.inf
+    spread = float(values.std(ddof=1))
+    return MixingResult(
+        method=method,
+        seconds=seconds,
+        n_samples=values.size,
+        n_energy_evaluations=n_evaluations,
+        n_transitions=n_transitions,
+        effective_samples=float(ess),
+        effective_samples_error=float(ess * relative_error),
+        effective_samples_is_upper_limit=is_limit,
+        mean=float(values.mean()),
+        mean_error=spread / math.sqrt(ess) if ess > 0.0 and spread > 0.0 else math.inf,
+    )
+
+
+def _observable(
+    system: MolecularSystem, plan: SamplingPlan, tempering: list[FloatArray]
+) -> tuple[str, Observable]:
+    """Name and function of the slowest coordinate."""
+    phi = phi_torsion(system.topology)
+    if phi is not None:
+        return "phi > 0", lambda x: (torsion_angles(x, [phi])[:, 0] > 0.0).astype(np.float64)
+
+    def named(x: FloatArray) -> dict[str, FloatArray]:
+        return features(x, np.zeros(len(x)), plan.torsions)
+
+    sizes: dict[str, float] = {}
+    for walker in tempering:
+        for name, series in named(walker).items():
+            sizes[name] = sizes.get(name, 0.0) + autocorrelation_ess(series)
+    moving = {name: size for name, size in sizes.items() if size > 0.0}
+    slowest = min(moving, key=lambda name: moving[name])
+    return slowest, lambda x: named(x)[slowest]
+
+
+def _setup_seconds(name_or_run: str, flow: EquivariantFlow) -> float | None:
+    """Wall time of reference data and training, if it was recorded."""
+    stages = [Path(name_or_run) / "stages" / f"{stage}.json" for stage in ("reference", "train")]
+    if all(path.is_file() for path in stages):
+        facts = [json.loads(path.read_text(encoding="utf-8")) for path in stages]
+        return float(sum(f["seconds"] for f in facts))
+    recorded = flow.metadata.get("setup_seconds")
+    return None if recorded is None else float(recorded)
+
+
+def run_bench(
+    name_or_run: str, *, json_path: Path, seconds: float = 100.0, seed: int = 0
+) -> dict[str, Any]:
+    """Run all methods for ``seconds`` each and write the comparison as JSON.
+
+    Parameters
+    ----------
+    name_or_run
+        A shipped system with a flow, or a run directory with a trained one.
+    json_path
+        Where the result goes.
+    seconds
+        Sampling time per method; setup, calibration and equilibration are not counted.
+    seed
+        Seed of all methods.
+
+    Returns
+    -------
+    dict
+        Per method the fields of :class:`MixingResult` and rates; ``speedup`` of both flow methods
+        over both opponents with its error; ``break_even_seconds``, the sampling time of the
+        opponent after which reference data and training have paid for themselves.
+    """
+    system, flow, _ = flow_of(name_or_run, "cpu")
+    tempering, pt_seconds, pt_cost, plan = run_dynamics(system, seconds, None, seed)
+    name, observable = _observable(system, plan, tempering)
+    results = [
+        summarise(
+            "parallel_tempering",
+            [observable(x) for x in tempering],
+            pt_seconds,
+            pt_cost,
+            pooled=False,
+        )
+    ]
+    walkers, md_seconds, md_cost, _ = run_dynamics(system, seconds, 1.0, seed)
+    md = [observable(x) for x in walkers]
+    results.append(summarise("langevin", md, md_seconds, md_cost, pooled=False))
+    frames, elapsed, cost = run_many_chains(system, flow, seconds, seed)
+    chains = [observable(x) for x in frames]
+    results.append(summarise("flow_chains", chains, elapsed, cost, pooled=True))
+    frames, elapsed, cost = run_openmmtools_chain(system, flow, seconds, seed)
+    results.append(
+        summarise("langevin_flow_move", [observable(frames)], elapsed, cost, pooled=False)
+    )
+    by_name = {r.method: r for r in results}
+    setup = _setup_seconds(name_or_run, flow)
+    record: dict[str, Any] = {
+        "system": system.name,
+        "coordinate": name,
+        "seconds_per_method": seconds,
+        "seed": seed,
+        "n_cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "setup_seconds": setup,
+        "methods": {
+            r.method: {
+                **{k: v if v != math.inf else None for k, v in asdict(r).items()},
+                "per_second": r.per_second,
+                "per_energy_evaluation": r.effective_samples / r.n_energy_evaluations,
+            }
+            for r in results
+        },
+        "speedup": {
+            f"{ours} / {theirs}": _ratio(by_name[ours], by_name[theirs], setup)
+            for ours in ("flow_chains", "langevin_flow_move")
+            for theirs in ("langevin", "parallel_tempering")
+        },
+    }
+    write_json(json_path, record)
+    return record
+
+
+def _ratio(ours: MixingResult, theirs: MixingResult, setup: float | None) -> dict[str, Any]:
+    ratio = ours.per_second / theirs.per_second if theirs.per_second > 0.0 else math.inf
+    relative = [
+        r.effective_samples_error / r.effective_samples if r.effective_samples else math.inf
+        for r in (ours, theirs)
+    ]
+    gain = 1.0 - theirs.per_second / ours.per_second if ours.per_second > 0.0 else 0.0
+    finite = math.isfinite(ratio) and all(math.isfinite(r) for r in relative)
+    return {
+        "ratio": ratio if math.isfinite(ratio) else None,
+        "error": ratio * math.hypot(*relative) if finite else None,
+        "is_lower_limit": theirs.effective_samples_is_upper_limit,
+        "break_even_seconds": setup / gain if setup is not None and gain > 0.0 else None,
+    }
