@@ -81,8 +81,13 @@ def time_case(
     device: str = "cpu",
     n_repeats: int = 7,
     n_threads: int = 1,
+    max_seconds: float = 60.0,
 ) -> Timing:
-    """Time one case in float32, after one warm-up call."""
+    """Time one case in float32, after one warm-up call.
+
+    No repeat starts after ``max_seconds``; a case so slow that its warm-up took that long is
+    reported by that one call.
+    """
     if case not in CASES:
         raise ConfigurationError(f"unknown case {case!r}; known: {', '.join(CASES)}")
     torch.set_num_threads(n_threads)
@@ -96,25 +101,27 @@ def time_case(
     if case.endswith("divergence"):
         call = field.with_divergence  # type: ignore[assignment]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(n_repeats + 1):
+    times: list[float] = []
+    end = time.perf_counter() + max_seconds
+    while len(times) <= n_repeats and (not times or time.perf_counter() < end):
         start = time.perf_counter()
         with torch.no_grad():
             call(t, x)
         if on_gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1e3 / batch_size)
-    del times[0]
+    if len(times) > 1:
+        del times[0]
     if on_gpu:
         peak = torch.cuda.max_memory_allocated() / 2**20
     else:
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
-    quartiles = statistics.quantiles(times, n=4) if n_repeats > 1 else [times[0]] * 3
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Timing(
         case=case,
         n_particles=n_particles,
         batch_size=batch_size,
-        n_repeats=n_repeats,
+        n_repeats=len(times),
         median_ms=statistics.median(times),
         lower_quartile_ms=quartiles[0],
         upper_quartile_ms=quartiles[2],
@@ -129,8 +136,11 @@ def run_bench(
     device: str = "cpu",
     n_repeats: int = 7,
     n_threads: int = 1,
+    max_seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Measure every case at every size; write JSON if a path is given and return the same.
+
+    Each case takes up to ``n_repeats`` repeats or ``max_seconds``, whichever ends first.
 
     Returns
     -------
@@ -154,6 +164,7 @@ def run_bench(
                     device=device,
                     n_repeats=n_repeats,
                     n_threads=n_threads,
+                    max_seconds=max_seconds,
                 )
                 timings.append(job.result())
     ratios = []
