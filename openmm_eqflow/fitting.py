@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = ["fit_prior", "split_frames", "train_flow"]
 Progress = Callable[[float, str], None]
 _MAX_FIT_FRAMES = 20_000
 _MONITOR = 1000
+_MAX_THREADS = 4
 
 
 def split_frames(data: ReferenceData) -> tuple[Tensor, Tensor]:
@@ -122,6 +124,7 @@ def train_flow(
         average=recipe.average,
         seed=seed,
         evaluate_seconds=max(20.0, recipe.train_seconds / 12),
+        n_threads=min(os.cpu_count() or 1, _MAX_THREADS),
     )
     checkpoint = folder / "checkpoint.safetensors"
     feeder = None
@@ -157,6 +160,8 @@ def train_flow(
             f"objective is {recipe.objective!r}, expected 'liouville' or 'flow-matching'"
         )
     monitor = _monitor(prior, target, generator)
+    n_torch = torch.get_num_threads()
+    torch.set_num_threads(1)  # whole shards run side by side instead
     try:
         result = train(
             field,
@@ -167,6 +172,7 @@ def train_flow(
             progress=progress,
         )
     finally:
+        torch.set_num_threads(n_torch)
         if feeder is not None:
             feeder.close()
     report(1.0, "calibrating the time grid and auditing log q")
