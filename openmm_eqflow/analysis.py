@@ -16,17 +16,23 @@ True
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mdtraj
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from openmm_eqflow.atomic import write_text
+from openmm_eqflow.bootstrap import (
+    block_index,
+    block_length_of,
+    bootstrap_shares,
+    normalised_weights,
+    population,
+    split_r_hat,
+)
 from openmm_eqflow.diagnostics import Estimate, autocorrelation_ess
+from openmm_eqflow.export import to_inference_data, write_colvar
 
 __all__ = [
     "FreeEnergyMap",
@@ -44,7 +50,6 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 Observable = Callable[[mdtraj.Trajectory], ArrayLike]
-_MAX_BLOCKS = 1000
 
 
 class Histogram(NamedTuple):
@@ -97,84 +102,6 @@ class FreeEnergyMap(NamedTuple):
     probability: FloatArray
 
 
-def _weights(log_weights: ArrayLike | None, n: int) -> FloatArray:
-    if log_weights is None:
-        return np.full(n, 1.0 / n)
-    log_w = np.asarray(log_weights, dtype=np.float64)
-    if log_w.shape != (n,):
-        raise ValueError(f"log_weights has shape {log_w.shape}, expected ({n},) as the values")
-    if np.isnan(log_w).any() or (log_w == np.inf).any():
-        raise ValueError("log_weights contain NaN or +inf; give invalid frames -inf")
-    top = log_w.max()
-    if top == -np.inf:
-        raise ValueError("every weight is zero; no average exists")
-    w: FloatArray = np.exp(log_w - top)
-    return w / w.sum()
-
-
-def _by_chain(values: FloatArray, chain: ArrayLike | None) -> list[FloatArray]:
-    if chain is None:
-        return [values]
-    labels = np.asarray(chain)
-    if labels.shape != values.shape:
-        raise ValueError(f"chain has shape {labels.shape}, expected {values.shape}")
-    return [values[labels == label] for label in np.unique(labels)]
-
-
-def block_length_of(values: ArrayLike, chain: ArrayLike | None = None) -> int:
-    r"""Twice the statistical inefficiency :math:`n / \mathrm{ESS}` of one or several chains.
-
-    A quantity that never changes, or chains that disagree entirely, give whole chains as blocks.
-    """
-    parts = _by_chain(np.asarray(values, dtype=np.float64), chain)
-    shortest = min(len(part) for part in parts)
-    if shortest < 4:
-        return max(1, shortest)
-    ess = autocorrelation_ess(np.stack([part[:shortest] for part in parts]))
-    total = shortest * len(parts)
-    return shortest if ess == 0.0 else min(shortest, max(1, math.ceil(2.0 * total / ess)))
-
-
-def _blocks(n: int, block_length: int, chain: ArrayLike | None) -> NDArray[np.int64]:
-    """Block index of every frame; blocks are made longer rather than more than a thousand."""
-    block_length = max(block_length, -(-n // _MAX_BLOCKS))
-    if chain is None:
-        return np.arange(n) // block_length
-    labels = np.asarray(chain)
-    index = np.empty(n, dtype=np.int64)
-    start = 0
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        index[rows] = start + np.arange(rows.size) // block_length
-        start = int(index[rows[-1]]) + 1
-    return index
-
-
-def _bootstrap_shares(
-    bins: NDArray[np.int64],
-    n_bins: int,
-    w: FloatArray,
-    blocks: NDArray[np.int64],
-    n_bootstrap: int,
-    seed: int,
-) -> tuple[FloatArray, FloatArray]:
-    """Share of the weight in every bin and its standard error; bin -1 is outside of all."""
-    n_blocks = int(blocks.max()) + 1
-    inside = bins >= 0
-    table = np.zeros((n_blocks, n_bins))
-    np.add.at(table, (blocks[inside], bins[inside]), w[inside])
-    totals = np.bincount(blocks, weights=w, minlength=n_blocks)
-    share = table.sum(axis=0) / totals.sum()
-    if n_blocks < 2:
-        return share, np.full(n_bins, np.inf)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n_blocks, np.full(n_blocks, 1.0 / n_blocks), size=n_bootstrap)
-    denominators = counts @ totals
-    used = denominators > 0.0
-    draws = (counts[used] @ table) / denominators[used, None]
-    return share, draws.std(axis=0, ddof=1)
-
-
 def _values(
     data: mdtraj.Trajectory | ArrayLike, function: Observable | None
 ) -> FloatArray:
@@ -199,9 +126,15 @@ def _bin(values: FloatArray, edges: FloatArray) -> NDArray[np.int64]:
     return index.astype(np.int64)
 
 
-def _edges(values: FloatArray, bins: int | ArrayLike, range: tuple[float, float] | None) -> FloatArray:
+def _edges(
+    values: FloatArray, bins: int | ArrayLike, range: tuple[float, float] | None
+) -> FloatArray:
     finite = values[np.isfinite(values)]
-    edges: FloatArray = np.histogram_bin_edges(finite, bins=bins, range=range).astype(np.float64)  # type: ignore[arg-type]
+    edges: FloatArray = np.histogram_bin_edges(
+        finite,
+        bins=bins,
+        range=range,
+    ).astype(np.float64)
     return edges
 
 
@@ -238,14 +171,14 @@ def weighted_histogram(
         Number of resamples, seed of their generator.
     """
     values = _values(data, function)
-    w = _weights(log_weights, values.size)
+    w = normalised_weights(log_weights, values.size)
     edges = _edges(values, bins, range)
     length = _length(values, log_weights, chain, block_length)
-    share, error = _bootstrap_shares(
+    share, error = bootstrap_shares(
         _bin(values, edges),
         len(edges) - 1,
         w,
-        _blocks(values.size, length, chain),
+        block_index(values.size, length, chain),
         n_bootstrap,
         seed,
     )
@@ -326,159 +259,16 @@ def free_energy_map(
 ) -> FreeEnergyMap:
     r"""Free energy :math:`-\log p(x, y)` in kT, p the share of each bin (not shifted)."""
     a, b = _values(x, None), _values(y, None)
-    w = _weights(log_weights, a.size)
+    w = normalised_weights(log_weights, a.size)
     x_edges, y_edges = (np.linspace(*limits, bins + 1) for limits in range)
     i, j = _bin(a, x_edges), _bin(b, y_edges)
     index = np.where((i < 0) | (j < 0), -1, i * bins + j)
     length = max(_length(v, log_weights, chain, block_length) for v in (a, b))
-    share, error = _bootstrap_shares(
-        index, bins * bins, w, _blocks(a.size, length, chain), n_bootstrap, seed
+    share, error = bootstrap_shares(
+        index, bins * bins, w, block_index(a.size, length, chain), n_bootstrap, seed
     )
     free_energy, spread = _free_energy(share, error)
     shape = (bins, bins)
     return FreeEnergyMap(
         x_edges, y_edges, free_energy.reshape(shape), spread.reshape(shape), share.reshape(shape)
     )
-
-
-def population(
-    inside: ArrayLike,
-    *,
-    log_weights: ArrayLike | None = None,
-    chain: ArrayLike | None = None,
-) -> tuple[Estimate, float]:
-    r"""Population of a state, its standard error, and the effective sample size behind it.
-
-    The ESS is Kish's for independent weighted samples, else that of the chains' autocorrelation.
-    The error is :math:`\sqrt{\tilde p (1 - \tilde p) / \mathrm{ESS}}` with
-    :math:`\tilde p = (p\,\mathrm{ESS} + 1) / (\mathrm{ESS} + 2)` (add one success and one failure,
-    Laplace), so that a state never visited does not get an error of zero; for weighted samples
-    the bootstrap error is used where it is larger.
-
-    Parameters
-    ----------
-    inside
-        ``(n,)`` booleans.
-    log_weights, chain
-        As for :func:`weighted_histogram`.
-    """
-    state = np.asarray(inside, dtype=bool)
-    w = _weights(log_weights, state.size)
-    p = float(w[state].sum())
-    bootstrap = 0.0
-    if log_weights is not None:
-        ess = float(1.0 / np.square(w).sum())
-        blocks = _blocks(state.size, _length(w, log_weights, chain, None), chain)
-        _, errors = _bootstrap_shares(state.astype(np.int64) - 1, 1, w, blocks, 200, 0)
-        bootstrap = float(errors[0]) if np.isfinite(errors[0]) else 0.0
-    else:
-        parts = _by_chain(state.astype(np.float64), chain)
-        shortest = min(len(part) for part in parts)
-        if shortest < 4:
-            ess = float(len(parts))
-        else:
-            ess = autocorrelation_ess(np.stack([part[:shortest] for part in parts]))
-            # Nothing ever changed: each chain counts once.
-            ess = min(float(state.size), ess) if ess > 0.0 else float(len(parts))
-    smoothed = (p * ess + 1.0) / (ess + 2.0)
-    error = math.sqrt(smoothed * (1.0 - smoothed) / max(ess, 1.0))
-    return Estimate(p, max(error, bootstrap)), ess
-
-
-def split_r_hat(values: ArrayLike) -> float:
-    r"""Split :math:`\hat R` of ``(n_chains, n_steps)`` (Vehtari et al. 2021, arXiv:1903.08008).
-
-    Every chain is cut into halves; :math:`\hat R^2 = (n-1)/n + B / (n W)`. 1 is agreement, above
-    1.01 is suspicious; nan if there are fewer than 4 steps, 1 for a constant.
-    """
-    chains = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    half = chains.shape[1] // 2
-    if half < 2:
-        return math.nan
-    halves = np.concatenate([chains[:, :half], chains[:, -half:]])
-    within = float(halves.var(axis=1, ddof=1).mean())
-    between = float(halves.mean(axis=1).var(ddof=1))
-    if within <= 1e-24 * max(1.0, float(np.square(chains).max())):
-        return 1.0 if between <= within else math.inf
-    return math.sqrt((half - 1) / half + between / within)
-
-
-def write_colvar(
-    path: Path,
-    columns: Mapping[str, ArrayLike],
-    *,
-    log_weights: ArrayLike | None = None,
-    kt: float = 1.0,
-    periodic: tuple[str, ...] = (),
-) -> Path:
-    r"""Write coordinates and weights in PLUMED's COLVAR format (also read by numpy.loadtxt).
-
-    The column ``flow.bias`` is :math:`kT \log w`: PLUMED's ``REWEIGHT_BIAS ARG=flow.bias`` (with
-    the same temperature) gives each frame the weight w. Frames of weight zero are left out.
-
-    Parameters
-    ----------
-    columns
-        Name to values ``(n,)``; names without blanks.
-    log_weights
-        ``(n,)``; zero (a Markov chain) by default. Shifted so that the largest is 0.
-    kt
-        kT in the energy unit of the file (2.494 kJ/mol at 300 K).
-    periodic
-        Names of columns that are angles in radians; their domain is written as -pi, pi.
-    """
-    names = list(columns)
-    bad = [name for name in names if not name or any(c.isspace() for c in name)]
-    if bad or not names:
-        raise ValueError(f"column names {bad or names} must exist and hold no blanks")
-    values = np.column_stack([np.asarray(columns[name], dtype=np.float64) for name in names])
-    log_w = np.zeros(len(values)) if log_weights is None else np.asarray(log_weights, np.float64)
-    w = _weights(log_w, len(values))
-    lines = ["#! FIELDS time " + " ".join([*names, "flow.bias"])]
-    for name in periodic:
-        lines += [f"#! SET min_{name} -pi", f"#! SET max_{name} pi"]
-    bias = kt * (log_w - log_w.max())
-    for k in np.flatnonzero(w > 0.0):
-        row = " ".join(f"{value:.9g}" for value in (*values[k], bias[k]))
-        lines.append(f"{k} {row}")
-    write_text(Path(path), "\n".join(lines) + "\n")
-    return Path(path)
-
-
-def to_inference_data(
-    values: Mapping[str, ArrayLike],
-    chain: ArrayLike,
-    *,
-    reduced_potential: ArrayLike | None = None,
-) -> Any:
-    """Convert chains to ArviZ (InferenceData, or a DataTree from ArviZ 1.0 on).
-
-    Parameters
-    ----------
-    values
-        Name to values per frame, ``(n,)`` or ``(n, k)``.
-    chain
-        ``(n,)`` labels; chains of equal length.
-    reduced_potential
-        ``(n,)``; stored as ``lp = -u`` in ``sample_stats``.
-
-    Raises
-    ------
-    ImportError
-        ArviZ is not installed.
-    """
-    try:
-        import arviz
-    except ImportError as error:
-        raise ImportError("to_inference_data needs ArviZ: pip install arviz") from error
-    labels = np.asarray(chain)
-    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    if len({len(row) for row in rows}) != 1:
-        raise ValueError(f"chains have lengths {sorted({len(r) for r in rows})}, expected one length")
-    index = np.stack(rows)
-    groups = {"posterior": {name: np.asarray(v)[index] for name, v in values.items()}}
-    if reduced_potential is not None:
-        groups["sample_stats"] = {"lp": -np.asarray(reduced_potential)[index]}
-    if hasattr(arviz, "InferenceData"):
-        return arviz.from_dict(**groups)
-    return arviz.from_dict(groups)

@@ -47,7 +47,7 @@ class Ramachandran(NamedTuple):
 
 
 class TwoStates(NamedTuple):
-    """The arc from ``start`` anticlockwise to ``stop`` (radians) against the rest of the circle."""
+    """The arc from ``start`` up to ``stop`` (radians) against the rest of the circle."""
 
     start: float
     stop: float
@@ -78,15 +78,15 @@ def _backbone(topology: mdtraj.Topology) -> dict[tuple[int, int], tuple[str, tup
     return named
 
 
-def _is_hydrogen(topology: mdtraj.Topology, index: int) -> bool:
+def _symbol(topology: mdtraj.Topology, index: int) -> str:
     element = topology.atom(index).element
-    return element is not None and element.symbol == "H"
+    return "?" if element is None else str(element.symbol)
 
 
 def _end_fold(topology: mdtraj.Topology, graph: nx.Graph, centre: int, across: int) -> int:
     """3 for a methyl-like end, 2 for a planar end with two equal terminal atoms, else 1."""
     ends = [k for k in graph[centre] if k != across]
-    elements = {getattr(topology.atom(k).element, "symbol", "?") for k in ends}
+    elements = {_symbol(topology, k) for k in ends}
     alike = len(elements) == 1 and all(graph.degree[k] == 1 for k in ends)
     return len(ends) if alike and len(ends) in (2, 3) else 1
 
@@ -94,10 +94,9 @@ def _end_fold(topology: mdtraj.Topology, graph: nx.Graph, centre: int, across: i
 def _is_amide(topology: mdtraj.Topology, graph: nx.Graph, b: int, c: int) -> bool:
     """Whether one end is a carbonyl carbon and the other a nitrogen."""
     for carbon, nitrogen in ((b, c), (c, b)):
-        symbols = [getattr(topology.atom(k).element, "symbol", "?") for k in (carbon, nitrogen)]
-        oxygens = [k for k in graph[carbon] if getattr(topology.atom(k).element, "symbol", "?") == "O"]
-        if symbols == ["C", "N"] and any(graph.degree[k] == 1 for k in oxygens):
-            return True
+        if _symbol(topology, carbon) == "C" and _symbol(topology, nitrogen) == "N":
+            ends = [k for k in graph[carbon] if _symbol(topology, k) == "O"]
+            return any(graph.degree[k] == 1 for k in ends)
     return False
 
 
@@ -127,7 +126,7 @@ def find_torsions(topology: mdtraj.Topology) -> list[Torsion]:
             amide = bool(backbone) and _is_amide(topology, graph, b, c)
 
             def rank(k: int) -> tuple[bool, int]:
-                return (_is_hydrogen(topology, k), k)
+                return (_symbol(topology, k) == "H", k)
 
             quad = (
                 min((k for k in graph[b] if k != c), key=rank),
@@ -142,8 +141,8 @@ def find_torsions(topology: mdtraj.Topology) -> list[Torsion]:
         t if names.count(t.name) == 1 else t._replace(name=f"{t.name} ({t.atoms[1]}-{t.atoms[2]})")
         for t in found
     ]
-    order = {"φ": 0, "ψ": 1}
-    return sorted(found, key=lambda t: (t.fold, order.get(t.name[0], 3 if t.name[0] == "ω" else 2)))
+    order = {"φ": 0, "ψ": 1, "ω": 3}
+    return sorted(found, key=lambda torsion: (torsion.fold, order.get(torsion.name[0], 2)))
 
 
 def ramachandran_pairs(torsions: Sequence[Torsion]) -> list[Ramachandran]:
@@ -209,8 +208,8 @@ def two_states(
             lower = min(inner.max(), outer.max())
             if minority < least or barrier > 0.5 * lower:
                 continue
-            centres = (0.5 * (edges[first] + edges[first + 1]), 0.5 * (edges[second] + edges[second + 1]))
-            arc = TwoStates(*centres) if inner.sum() <= outer.sum() else TwoStates(*centres[::-1])
+            a, b = (float(0.5 * (edges[k] + edges[k + 1])) for k in (first, second))
+            arc = TwoStates(a, b) if inner.sum() <= outer.sum() else TwoStates(b, a)
             score = float((density[first] + density[second]) / np.sqrt(minority))
             if best is None or score < best[0]:
                 best = (score, arc)

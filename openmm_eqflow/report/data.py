@@ -79,8 +79,9 @@ class Ensemble:
         """Normalised weights ``(n,)``."""
         if self.log_weight is None:
             return np.full(len(self.x), 1.0 / len(self.x))
-        w: FloatArray = np.exp(self.log_weight - self.log_weight.max())
-        return w / w.sum()
+        w = np.exp(self.log_weight - self.log_weight.max())
+        normalised: FloatArray = w / w.sum()
+        return normalised
 
     @cached_property
     def coordinates(self) -> dict[str, FloatArray]:
@@ -275,7 +276,7 @@ def _reference(
     topology: mdtraj.Topology,
     torsions: tuple[Torsion, ...],
 ) -> tuple[Ensemble | None, SamplingPlan | None]:
-    """Reference ensemble of a run that made its own data; walkers play the part of chains."""
+    """Read the reference of a run that made its own; walkers play the part of chains."""
     folder = run.path / "reference"
     if not run.is_complete("reference") or not chunk_paths(folder, 0):
         return None, None

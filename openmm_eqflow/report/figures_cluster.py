@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from openmm_eqflow.observables import pair_distances
 from openmm_eqflow.report.data import Ensemble, RunData
-from openmm_eqflow.report.theme import COLOURS, Panel, new_figure, to_svg
+from openmm_eqflow.report.theme import COLOURS, Panel, legend, new_figure, to_svg
 
 __all__ = ["cluster_panels", "mean_histogram"]
 
@@ -100,7 +100,7 @@ def _panel(
     axes.set_ylim(bottom=0.0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("density (1/nm)")
-    axes.legend(loc="upper right")
+    legend(figure, axes)
     return Panel(key, title, to_svg(figure, key, title), caption)
 
 
@@ -112,8 +112,8 @@ def cluster_panels(run: RunData) -> list[Panel]:
             "pairs",
             "Pair distances",
             "pair distance (nm)",
-            "Radial distribution over all pairs, normalised to 1 without a shell volume (a cluster "
-            "has no bulk density). Bands: one standard error over 20 blocks.",
+            "Radial distribution over all pairs, normalised to 1 without a shell volume (a "
+            "cluster has no bulk density). Bands: one standard error over 20 blocks.",
             pair_distances,
         ),
         _panel(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from openmm_eqflow.analysis import FreeEnergyMap, free_energy_map, weighted_histogram
 from openmm_eqflow.observables import Ramachandran
 from openmm_eqflow.report.data import Ensemble, RunData
-from openmm_eqflow.report.theme import COLOURS, Panel, new_figure, to_svg
+from openmm_eqflow.report.theme import COLOURS, EMPTY, Panel, legend, new_figure, to_svg
 
 __all__ = ["ramachandran_panels", "torsion_panels"]
 
@@ -32,7 +32,7 @@ def _map(run: RunData, ensemble: Ensemble, pair: Ramachandran, bins: int) -> Fre
 def _draw(
     values: FloatArray, cmap: str, limits: tuple[float, float], label: str, extend: str
 ) -> tuple[Figure, Axes]:
-    figure, axes = new_figure(height=3.1)
+    figure, axes = new_figure(height=2.55)
     edges = np.degrees(np.linspace(-np.pi, np.pi, values.shape[0] + 1))
     colours = matplotlib.colormaps[cmap].with_extremes(bad=(0.0, 0.0, 0.0, 0.0))
     mesh = axes.pcolormesh(
@@ -48,6 +48,8 @@ def _draw(
     bar.set_label(label)
     bar.outline.set_visible(False)
     axes.set_aspect("equal")
+    # Neither end of a colour map may vanish in the page, light or dark.
+    axes.set_facecolor(EMPTY)
     axes.set_xticks(_TICKS)
     axes.set_yticks(_TICKS)
     axes.set_xlabel("φ (°)")
@@ -75,7 +77,7 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
                     to_svg(figure, f"{key}-{index}", f"Free energy against phi and psi{where}"),
                     f"{len(ensemble.x):,} frames"
                     + (", weighted" if ensemble.log_weight is not None else "")
-                    + ". Empty bins are blank; all maps share one zero.",
+                    + ". Empty bins are grey; all maps share one zero.",
                 )
             )
         first, second = run.ensembles[0], run.ensembles[1]
@@ -105,7 +107,7 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
                 f"Difference{where}: {names[0]} - {names[1]}",
                 to_svg(figure, f"{key}-difference", "Free-energy difference map"),
                 f"Positive (purple): less populated in the {names[0]}. Bins with an error above "
-                f"1.5 kT are blank.{agreement}",
+                f"1.5 kT are grey.{agreement}",
             )
         )
         figure, _ = _draw(error, "cividis", (0.0, 1.5), "standard error (kT)", "max")
@@ -114,7 +116,7 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
                 f"{key}-error",
                 f"Error of the difference{where}",
                 to_svg(figure, f"{key}-error", "Standard error of the difference map"),
-                "Block bootstrap of both ensembles, combined; blank where either saw nothing.",
+                "Block bootstrap of both ensembles, combined; grey where either saw nothing.",
             )
         )
     return panels
@@ -126,7 +128,7 @@ def torsion_panels(run: RunData) -> list[Panel]:
     torsions = run.chain.torsions
     for column, torsion in enumerate(torsions[:_MAX_TORSIONS]):
         half = 180.0 / torsion.fold
-        figure, axes = new_figure(height=2.4)
+        figure, axes = new_figure()
         for ensemble, key, dash in (
             (run.reference, "reference", "-"),
             (run.chain, "chain", "-"),
@@ -163,11 +165,9 @@ def torsion_panels(run: RunData) -> list[Panel]:
         axes.set_xlim(-half, half)
         axes.set_xticks(np.linspace(-half, half, 5))
         axes.set_ylim(bottom=0.0)
-        # Room for the legend above the highest peak.
-        axes.set_ylim(top=1.3 * axes.get_ylim()[1])
         axes.set_xlabel(f"torsion {torsion.name} (°)")
         axes.set_ylabel("density (1/°)")
-        axes.legend(loc="upper right", ncols=2, fontsize=7.5)
+        legend(figure, axes)
         fold = "" if torsion.fold == 1 else f", modulo {360 // torsion.fold}°"
         atoms = "-".join(run.chain.topology.atom(k).name for k in torsion.atoms)
         panels.append(

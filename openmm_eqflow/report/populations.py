@@ -57,7 +57,7 @@ class Quantity:
     versus: str | None = field(default=None)
 
     def z(self, a: str, b: str) -> float | None:
-        """(a - b) over the combined standard error; None if either is unknown."""
+        """Return (a - b) over the combined standard error; None if either is unknown."""
         if a not in self.estimates or b not in self.estimates:
             return None
         first, second = self.estimates[a][0], self.estimates[b][0]
@@ -159,8 +159,8 @@ def _molecule(run: RunData) -> list[Quantity]:
         if torsion.fold > 1:
             continue
         if torsion.name.startswith("φ"):
-            states, text = TwoStates(0.0, np.pi), f"{torsion.name} > 0"
-            label = text
+            states, label = TwoStates(0.0, np.pi), f"{torsion.name} > 0"
+            text = f"share with {torsion.name} between 0° and 180°"
         else:
             pooled = [e.angles[:, column] for e in run.ensembles]
             weights = [e.weights / len(run.ensembles) for e in run.ensembles]
@@ -170,17 +170,20 @@ def _molecule(run: RunData) -> list[Quantity]:
             states = found
             low, high = np.degrees(states.start), np.degrees(states.stop)
             label = f"{torsion.name}, minor state"
-            text = f"{torsion.name} from {low:.0f}° up to {high:.0f}°" + (
+            text = f"share with {torsion.name} from {low:.0f}° up to {high:.0f}°" + (
                 "" if low < high else " through 180°"
             )
-        estimates = {e.label: _share(e, states.contains(e.angles[:, column])) for e in run.ensembles}
+        estimates = {
+            e.label: _share(e, states.contains(e.angles[:, column])) for e in run.ensembles
+        }
         rows.append(Quantity(label, text, "", True, estimates, None, versus))
     return rows
 
 
 def _first_gap(distances: FloatArray) -> float | None:
     """Deepest minimum between the first peak of the pair distances and what follows."""
-    counts, edges = np.histogram(distances, bins=80, range=(0.0, float(np.quantile(distances, 0.999))))
+    high = float(np.quantile(distances, 0.999))
+    counts, edges = np.histogram(distances, bins=80, range=(0.0, high))
     kernel = np.exp(-0.5 * (np.arange(-4, 5) / 1.5) ** 2)
     density = np.convolve(counts, kernel / kernel.sum(), mode="same")
     inner = density[1:-1]

@@ -6,6 +6,7 @@ with placeholder colours; :func:`to_svg` replaces each by a CSS variable of the 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "GRID", "INK", "Panel", "new_figure", "to_svg"]
+__all__ = ["COLOURS", "EMPTY", "INK", "Panel", "legend", "new_figure", "style", "to_svg"]
 
 # Placeholder -> CSS variable. No other code may use exactly these colours.
-INK, GRID, CARD = "#010203", "#040506", "#0a0b0c"
+INK, GRID, EMPTY = "#010203", "#040506", "#0a0b0c"
 COLOURS = {
     "reference": "#100001",
     "chain": "#100002",
@@ -28,7 +29,7 @@ COLOURS = {
     "alert": "#100006",
     "sky": "#100007",
 }
-_VARIABLES = {INK: "--ink", GRID: "--grid", CARD: "--card"} | {
+_VARIABLES = {INK: "--ink", GRID: "--grid", EMPTY: "--empty"} | {
     value: f"--c-{key}" for key, value in COLOURS.items()
 }
 _STYLE: dict[Any, Any] = {
@@ -68,12 +69,23 @@ class Panel:
     caption: str
 
 
+def style() -> contextlib.AbstractContextManager[None]:
+    """Return the matplotlib settings of the report; draw every figure inside it."""
+    return matplotlib.rc_context(_STYLE)
+
+
 def new_figure(height: float = 2.7, width: float = 3.7) -> tuple[Figure, Axes]:
     """One set of axes, sized so that its text is readable on a phone without zooming (inches)."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    return figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend above the axes, in two columns, where it hides no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=2, columnspacing=1.0, handlelength=1.7
+    )
 
 
 def to_svg(figure: Figure, key: str, description: str) -> str:

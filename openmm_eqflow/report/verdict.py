@@ -1,32 +1,26 @@
-"""Is the sampling converged, and why: named checks with thresholds, one sentence."""
+"""Is the sampling converged, and why: one sentence from the checks."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-from openmm_eqflow.analysis import split_r_hat
-from openmm_eqflow.diagnostics import kish_ess
+from openmm_eqflow.report.checks import (
+    ORDER,
+    Check,
+    Grade,
+    agreement_checks,
+    audit_check,
+    chain_checks,
+    flow_checks,
+    pm,
+    worst,
+)
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
 
-__all__ = ["Check", "Verdict", "judge", "pm"]
+__all__ = ["Verdict", "judge"]
 
-Grade = Literal["good", "fair", "poor"]
-_ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One criterion: what was measured, what it means, which part of the verdict it touches."""
-
-    name: str
-    value: str
-    grade: Grade
-    meaning: str
-    about: Literal["sampling", "flow"]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -51,27 +45,18 @@ class Verdict:
         return {**asdict(self), "word": self.word}
 
 
-def _graded(value: float, good: float, fair: float, *, high: bool) -> Grade:
-    """Grade by two thresholds; ``high``: larger is better. NaN is poor."""
-    if math.isnan(value):
-        return "poor"
-    if high:
-        return "good" if value >= good else "fair" if value >= fair else "poor"
-    return "good" if value <= good else "fair" if value <= fair else "poor"
-
-
 def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
     """Apply every check that the run's data allow."""
     sizes = coordinate_sizes(run, run.chain)
     slowest = min(sizes, key=lambda name: sizes[name]) if sizes else None
     checks = [
-        _audit(run),
-        *_flow_checks(run),
-        *_chain_checks(run, sizes, slowest),
-        *_agreement(run, quantities),
+        audit_check(run),
+        *flow_checks(run),
+        *chain_checks(run, sizes, slowest),
+        *agreement_checks(run, quantities),
     ]
-    sampling = _worst([c.grade for c in checks if c.about == "sampling"])
-    flow = _worst([c.grade for c in checks if c.about == "flow"])
+    sampling = worst([c.grade for c in checks if c.about == "sampling"])
+    flow = worst([c.grade for c in checks if c.about == "flow"])
     if flow == "poor" and sampling == "good":
         # Chains that agree while the flow hardly moves them may all have missed a state.
         sampling = "fair"
@@ -86,232 +71,6 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
     )
 
 
-def _worst(grades: list[Grade]) -> Grade:
-    return max(grades, key=lambda grade: _ORDER[grade], default="good")
-
-
-def _audit(run: RunData) -> Check:
-    report = run.audit
-    if report is None:
-        return Check(
-            "audit of log q",
-            "none",
-            "poor",
-            "without it acceptance ratios can't be trusted",
-            "sampling",
-            "log q was never audited",
-        )
-    error, tolerance = float(report["log_q_error_p99"]), float(report["tolerance"])
-    passed = bool(report["passed"])
-    return Check(
-        "audit of log q",
-        f"{error:.1e} kT",
-        "good" if passed else "poor",
-        f"99th percentile of the error of log q; at most {tolerance:g} kT",
-        "sampling",
-        f"log q was audited (error {error:.0e} kT)"
-        if passed
-        else f"log q is off by {error:.1e} kT",
-    )
-
-
-def _flow_checks(run: RunData) -> list[Check]:
-    metrics = run.metrics
-    ess, n = float(metrics["relative_ess"]), int(metrics["n_samples"])
-    kish = kish_ess(run.log_weight)
-    grade = _worst(
-        [_graded(ess, 0.2, 0.03, high=True), _graded(kish, 200.0, 50.0, high=True)]
-    )
-    k = metrics.get("pareto_k")
-    k_value = math.inf if k is None else float(k)
-    prior = float(metrics["prior_relative_ess"])
-    invalid = int(metrics.get("n_invalid", 0))
-    checks = [
-        Check(
-            "raw relative ESS of the flow",
-            f"{ess:.3f} (n = {n:,})",
-            grade,
-            f"{kish:,.0f} effective of {n:,} independent samples, no weight clipped; good from "
-            "0.2, poor below 0.03",
-            "flow",
-            f"raw relative ESS {ess:.2g}, n = {n:,}",
-        ),
-        Check(
-            "Pareto k of the weights",
-            "∞" if math.isinf(k_value) else f"{k_value:.2f}",
-            _graded(k_value, 0.5, 0.7, high=False),
-            "tail of the weights; above 0.7 weighted averages and their errors can't be trusted",
-            "flow",
-            "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
-        ),
-        Check(
-            "flow against its prior",
-            f"{ess:.3f} against {prior:.3f}",
-            "good" if ess >= prior else "fair",
-            "relative ESS of the prior alone on as many samples; training should beat it",
-            "flow",
-            f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})",
-        ),
-    ]
-    if n:
-        checks.append(
-            Check(
-                "invalid proposals",
-                f"{invalid:,} of {n:,}",
-                _graded(invalid / n, 0.01, 0.2, high=False),
-                "energy not finite or wrong chirality; they have weight zero and count in n",
-                "flow",
-                f"{invalid / n:.0%} of the proposals are invalid",
-            )
-        )
-    return checks
-
-
-def _chain_checks(
-    run: RunData, sizes: dict[str, float], slowest: str | None
-) -> list[Check]:
-    chain = run.metrics["chain"]
-    n_chains, n_steps = run.accepted.shape
-    checks = []
-    if slowest is not None:
-        size = sizes[slowest]
-        checks.append(
-            Check(
-                "effective samples of the slowest coordinate",
-                f"{size:,.0f} ({slowest})",
-                _graded(size, 400.0, 100.0, high=True),
-                f"of {run.accepted.size:,} in {n_chains} chains; chains that disagree lower it; "
-                "good from 400, poor below 100",
-                "sampling",
-                f"{slowest} has {size:,.0f} effective samples",
-            )
-        )
-        hats = {
-            name: split_r_hat(run.chain.by_chain(run.chain.coordinates[name])) for name in sizes
-        }
-        worst = max(hats, key=lambda name: hats[name])
-        checks.append(
-            Check(
-                "agreement between chains",
-                f"split R̂ {hats[worst]:.3f} ({worst})",
-                _graded(hats[worst], 1.03, 1.1, high=False),
-                "spread between half-chains over spread within; 1 is agreement, poor above 1.1",
-                "sampling",
-                f"chains disagree in {worst} (R̂ {hats[worst]:.2f})",
-            )
-        )
-    else:
-        checks.append(
-            Check(
-                "effective samples of the slowest coordinate",
-                f"unknown: {n_steps} steps",
-                "poor",
-                "chains of fewer than four steps, or nothing moved",
-                "sampling",
-                f"chains of {n_steps} step(s) are too short to judge",
-            )
-        )
-    stuck = int(run.streaks.max())
-    checks.append(
-        Check(
-            "longest stuck stretch",
-            f"{stuck} of {n_steps} steps",
-            _graded(stuck / n_steps, 0.2, 0.5, high=False) if n_steps >= 4 else "fair",
-            "flow moves rejected in a row in the worst chain; poor above half of the run",
-            "sampling",
-            f"a chain rejected {stuck} of {n_steps} flow moves in a row",
-        )
-    )
-    gap = chain.get("max_log_weight_gap")
-    if gap is not None:
-        checks.append(
-            Check(
-                "largest weight in the chain against proposals",
-                f"{gap:+.1f} in log w",
-                _graded(float(gap), 2.0, 6.0, high=False),
-                "above 2 the chain found configurations that the flow hardly ever proposes",
-                "sampling",
-                f"the chain met weights e^{gap:.0f} above the largest ever proposed",
-            )
-        )
-    return checks
-
-
-def _agreement(run: RunData, quantities: list[Quantity]) -> list[Check]:
-    checks = []
-    for row in quantities:
-        if row.versus is None:
-            continue
-        z = row.z(run.chain.label, row.versus)
-        if z is None:
-            continue
-        ours, theirs = row.estimates[run.chain.label][0], row.estimates[row.versus][0]
-        text = f"{pm(ours.value, ours.error)} against {pm(theirs.value, theirs.error)}"
-        unit = f" {row.unit}" if row.unit else ""
-        checks.append(
-            Check(
-                f"{row.name}: chain against {row.versus}",
-                f"z = {z:+.1f}",
-                _graded(abs(z), 3.0, 4.0, high=False),
-                f"{text}{unit}; combined standard errors, poor above 4",
-                "sampling",
-                f"{row.name} is {text}{unit} in the {row.versus} (z = {z:+.1f})",
-            )
-        )
-    for row in quantities:
-        if row.exact is None:
-            continue
-        label = run.chain.label if run.chain.label in row.estimates else run.flow.label
-        estimate = row.estimates[label][0]
-        if not (math.isfinite(float(estimate.error)) and estimate.error > 0.0):
-            continue
-        z = float((estimate.value - row.exact) / estimate.error)
-        checks.append(
-            Check(
-                f"{row.name}: {label} against the exact value",
-                f"z = {z:+.1f}",
-                _graded(abs(z), 3.0, 4.0, high=False),
-                f"{pm(estimate.value, estimate.error)} against {row.exact:.4f}",
-                "sampling",
-                f"{row.name} misses its exact value (z = {z:+.1f})",
-            )
-        )
-    reference = run.stages.get("reference", {}).get("convergence")
-    if run.reference is not None and reference and not reference.get("converged", True):
-        checks.append(
-            Check(
-                "reference data",
-                f"{reference.get('effective_samples', 0.0):.0f} effective samples",
-                "fair",
-                "the reference run itself is short, so agreement with it proves little",
-                "sampling",
-                "the reference itself is not converged",
-            )
-        )
-    if run.reference is None:
-        checks.append(
-            Check(
-                "reference data",
-                "none",
-                "good",
-                "the flow was adopted: chains are compared with the reweighted flow, which is "
-                "not independent of them",
-                "sampling",
-                "no reference",
-            )
-        )
-    return checks
-
-
-def pm(value: Any, error: Any) -> str:
-    """Value ± error, digits by the error."""
-    value, error = float(value), float(error)
-    if not math.isfinite(error) or error <= 0.0:
-        return f"{value:.3g}"
-    digits = max(0, min(6, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
 def _sentence(
     run: RunData,
     checks: list[Check],
@@ -320,12 +79,9 @@ def _sentence(
     slowest: str | None,
     sizes: dict[str, float],
 ) -> str:
-    poor = [c.reason for c in checks if c.grade == "poor"]
-    fair = [c.reason for c in checks if c.grade == "fair"]
-    if sampling == "poor":
-        return "Not converged: " + "; ".join(poor[:4]) + "."
-    if sampling == "fair":
-        return "Doubtful: " + "; ".join((poor + fair)[:4]) + "."
+    if sampling != "good":
+        start = "Not converged" if sampling == "poor" else "Doubtful"
+        return f"{start}: " + "; ".join(_reasons(checks, sampling)) + "."
     named = {c.name: c.reason for c in checks}
     parts = [
         f"{len(run.accepted)} chains agree ({sizes[slowest]:,.0f} effective samples of the "
@@ -350,6 +106,16 @@ def _sentence(
     return "Converged: " + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}."
 
 
+def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
+    """Say what is wrong with the samples, worst first, then what is wrong with the flow."""
+    ours = [c for c in checks if c.about == "sampling" and c.grade != "good"]
+    reasons = [c.reason for c in sorted(ours, key=lambda c: -ORDER[c.grade])]
+    if sampling == "poor":
+        reasons = [c.reason for c in ours if c.grade == "poor"]
+    flow = [c.reason for c in checks if c.about == "flow" and c.grade == "poor"]
+    return reasons[:4] + ([f"the flow is poor ({', '.join(flow[:2])})"] if flow else [])
+
+
 def _advice(run: RunData, sampling: Grade, flow: Grade) -> str:
     budget = run.run.config.budget
     longer = {"quick": "standard", "standard": "thorough"}.get(budget)
@@ -362,5 +128,9 @@ def _advice(run: RunData, sampling: Grade, flow: Grade) -> str:
         return ""
     if sampling == "good":
         return f"The flow is only {flow}; {more}."
-    start = f"This was a {budget} run" if run.reference is not None else "This run used a flow that ships"
+    start = (
+        f"This was a {budget} run"
+        if run.reference is not None
+        else "This run used a flow that ships"
+    )
     return f"{start}: {more}. Until then treat averages as provisional."

@@ -1,0 +1,223 @@
+"""Tables and lines of text of the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmm_eqflow.diagnostics import kish_ess
+from openmm_eqflow.report.checks import pm
+from openmm_eqflow.report.data import RunData
+from openmm_eqflow.report.populations import Quantity, coordinate_sizes
+from openmm_eqflow.report.verdict import Verdict
+
+__all__ = ["audit_rows", "costs", "provenance", "quantity_rows", "sector", "tiles"]
+
+
+def tiles(run: RunData, verdict: Verdict) -> list[tuple[str, str, str]]:
+    """Headline numbers: value, name, note."""
+    m, chain = run.metrics, run.metrics["chain"]
+    k = m.get("pareto_k")
+    tiles = [
+        (
+            f"{m['relative_ess']:.3f}",
+            "raw relative ESS",
+            f"prior alone {m['prior_relative_ess']:.3f}; n = {m['n_samples']:,}",
+        ),
+        (
+            "∞" if k is None else f"{k:.2f}",
+            "Pareto k",
+            f"largest weight {m['max_weight_share']:.1%} of all",
+        ),
+        (
+            f"{chain['acceptance']:.0%}",
+            "flow acceptance",
+            f"best of {run.run.config.recipe.n_proposals} proposals; longest stuck "
+            f"{chain['longest_stuck']}",
+        ),
+        (
+            f"{chain['n_samples']:,}",
+            "samples",
+            f"{chain['n_chains']} chains of {chain['n_steps']} steps",
+        ),
+    ]
+    if verdict.slowest_ess is not None:
+        tiles.append((f"{verdict.slowest_ess:,.0f}", "effective samples", f"of {verdict.slowest}"))
+    if m.get("log_z") is not None:
+        value, _, error = pm(m["log_z"], m["log_z_error"] or 0.0).partition(" ± ")
+        tiles.append((value, "log Z", f"± {error or 'unknown'}; mean-free, nm, see below"))
+    return tiles
+
+
+def quantity_rows(run: RunData, quantities: list[Quantity]) -> list[dict[str, Any]]:
+    """Rows of the table of populations."""
+    rows = []
+    for quantity in quantities:
+        z = None if quantity.versus is None else quantity.z(run.chain.label, quantity.versus)
+        unit = f" ({quantity.unit})" if quantity.unit else ""
+        rows.append(
+            {
+                "name": quantity.name,
+                "definition": quantity.definition + unit,
+                "values": [
+                    pm(*quantity.estimates[e.label][0]) if e.label in quantity.estimates else "-"
+                    for e in run.ensembles
+                ],
+                "exact": "" if quantity.exact is None else f"{quantity.exact:.4f}",
+                "z": "-" if z is None else f"{z:+.1f}",
+                "grade": "good" if z is None or abs(z) <= 3 else "fair" if abs(z) <= 4 else "poor",
+            }
+        )
+    return rows
+
+
+def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
+    """Effective samples of the slowest coordinate per second and per energy evaluation."""
+    name = verdict.slowest
+    if name is None:
+        return []
+    recipe, rows = run.run.config.recipe, []
+    per_step = recipe.n_local_steps + recipe.n_proposals
+    seconds = run.stages.get("sample", {}).get("seconds")
+    rows.append(("Markov chain", verdict.slowest_ess, seconds, run.accepted.size * per_step))
+    if run.reference is not None and run.plan is not None:
+        size = coordinate_sizes(run, run.reference).get(name)
+        stage = run.stages.get("reference", {})
+        evaluations = (
+            stage.get("n_frames", len(run.reference.x))
+            * run.plan.steps_per_swap
+            * run.plan.swaps_per_frame
+            * len(run.plan.temperatures)
+        )
+        rows.append(("reference MD", size, stage.get("wall_seconds"), evaluations))
+    m = run.metrics
+    rows.append(
+        (
+            "independent flow samples",
+            kish_ess(run.log_weight),
+            m["seconds_per_sample"] * m["n_samples"],
+            m["n_samples"],
+        )
+    )
+    return [
+        {
+            "name": label,
+            "ess": "-" if ess is None else f"{ess:,.0f}",
+            "seconds": "-" if wall is None else f"{wall:,.0f}",
+            "rate": "-" if ess is None or not wall else f"{ess / wall:.2g}",
+            "evaluations": f"{evaluations:,.0f}",
+            "per_million": "-" if ess is None else f"{1e6 * ess / evaluations:,.3g}",
+        }
+        for label, ess, wall, evaluations in rows
+    ]
+
+
+def audit_rows(run: RunData) -> list[tuple[str, str, str, str]]:
+    """Quantiles of every audited difference."""
+    report = run.audit or {}
+    names = {
+        "grid_and_precision": "twice finer grid, float64 (kT)",
+        "sampling_against_log_prob": "sampling against log_prob (kT)",
+        "against_jacobian": "log determinant of the Jacobian (kT)",
+        "round_trip": "round trip of the latent (latent units)",
+    }
+    return [
+        (
+            label,
+            f"{report[key]['median']:.1e}",
+            f"{report[key]['p99']:.1e}",
+            f"{report[key]['max']:.1e}",
+        )
+        for key, label in names.items()
+        if key in report
+    ]
+
+
+def sector(run: RunData) -> list[str]:
+    """State which labels and mirror images are sampled, and what log Z means."""
+    symmetry, topology = run.symmetry, run.chain.topology
+    lines = []
+    if run.system.n_dims == 3 and symmetry.stereocentres:
+        named = ", ".join(str(topology.atom(s.centre)) for s in symmetry.stereocentres)
+        lines.append(
+            f"Chirality is that of the starting structure at {named}: mirror images have the same "
+            "energy, so proposals of the other hand get weight zero."
+        )
+    else:
+        lines.append("No stereocentre: nothing is restricted.")
+    internal = run.flow_record.get("prior", {}).get("kind") == "InternalCoordinatePrior"
+    n = len(symmetry.prochiral_centres)
+    if internal:
+        extra = (
+            f" {n} prochiral centre(s) keep the order of their interchangeable neighbours; log Z "
+            f"of all labellings is larger by {n} log 2 = {n * np.log(2):.3f}."
+            if n
+            else ""
+        )
+        lines.append("The internal-coordinate chart covers one labelling sector." + extra)
+    else:
+        lines.append(
+            "The field treats equal particles alike (symmetry group of order "
+            f"{symmetry.order:,}); log Z counts every labelling."
+        )
+    lines.append(
+        "log Z is the log of the integral of exp(-u) over the mean-free subspace, in nm to the "
+        f"power {(run.system.n_particles - 1) * run.system.n_dims}; with internal coordinates the "
+        "orientation volume 8π² is included."
+        if internal
+        else "log Z is the log of the integral of exp(-u) over the mean-free subspace, in nm to "
+        f"the power {(run.system.n_particles - 1) * run.system.n_dims}."
+    )
+    return lines
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance(run: RunData) -> list[tuple[str, str]]:
+    """Where the numbers come from: seeds, hardware, versions."""
+    config, stages = run.run.config, run.stages
+    rows = [
+        ("system hash", config.system_hash[:16] + "…"),
+        ("budget, seed", f"{config.budget}, {config.seed}"),
+        ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed + 13}"),
+        ("device", f"{run.metrics['device']}, {run.metrics['n_threads']} thread(s)"),
+        ("report written on", f"{_processor()}, {os.cpu_count()} CPUs, {platform.system()}"),
+        ("ODE steps", f"{run.metrics['n_ode_steps']} (RK4, fixed grid)"),
+        ("time per flow sample", f"{1e3 * run.metrics['seconds_per_sample']:.2f} ms"),
+        ("invalid proposals", f"{run.metrics['n_invalid']:,} of {run.metrics['n_samples']:,}"),
+    ]
+    reference = stages.get("reference")
+    if reference and run.reference is not None:
+        kelvins = reference.get("temperatures_kelvin", [])
+        rows.append(
+            (
+                "reference",
+                f"{reference.get('n_frames', 0):,} frames every "
+                f"{reference.get('frame_interval_ps', 0.0):.2f} ps (sampling masses), "
+                f"{len(kelvins)} temperature(s) up to {max(kelvins, default=0.0):.0f} K, OpenMM "
+                f"{reference.get('platform')} platform",
+            )
+        )
+    else:
+        rows.append(("reference", "none: the flow was adopted, not trained here"))
+    if run.metrics.get("test_nll") is not None:
+        rows.append(
+            (
+                "test NLL",
+                f"{pm(run.metrics['test_nll'], run.metrics.get('test_nll_error') or 0.0)} "
+                "(naive error)",
+            )
+        )
+    rows.append(("versions", ", ".join(f"{k} {v}" for k, v in run.versions.items())))
+    return rows
