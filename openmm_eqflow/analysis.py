@@ -27,11 +27,11 @@ from openmm_eqflow.bootstrap import (
     block_index,
     block_length_of,
     bootstrap_shares,
+    chosen_block_length,
     normalised_weights,
     population,
     split_r_hat,
 )
-from openmm_eqflow.diagnostics import Estimate, autocorrelation_ess
 from openmm_eqflow.export import to_inference_data, write_colvar
 
 __all__ = [
@@ -173,7 +173,7 @@ def weighted_histogram(
     values = _values(data, function)
     w = normalised_weights(log_weights, values.size)
     edges = _edges(values, bins, range)
-    length = _length(values, log_weights, chain, block_length)
+    length = chosen_block_length(values, log_weights, chain, block_length)
     share, error = bootstrap_shares(
         _bin(values, edges),
         len(edges) - 1,
@@ -183,21 +183,6 @@ def weighted_histogram(
         seed,
     )
     return Histogram(edges, share, error)
-
-
-def _length(
-    values: FloatArray,
-    log_weights: ArrayLike | None,
-    chain: ArrayLike | None,
-    block_length: int | None,
-) -> int:
-    if block_length is not None:
-        if block_length < 1:
-            raise ValueError(f"block_length is {block_length}, expected at least 1")
-        return block_length
-    if log_weights is not None and chain is None:
-        return 1
-    return block_length_of(np.where(np.isfinite(values), values, 0.0), chain)
 
 
 def _free_energy(share: FloatArray, error: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -227,7 +212,7 @@ def free_energy_profile(
     ...     trajectory, lambda t: mdtraj.compute_phi(t)[1], bins=36, range=(-np.pi, np.pi))
     """
     values = _values(data, function)
-    length = _length(
+    length = chosen_block_length(
         values, options.get("log_weights"), options.get("chain"), options.get("block_length")
     )
     histogram = weighted_histogram(values, **{**options, "block_length": length})
@@ -263,7 +248,7 @@ def free_energy_map(
     x_edges, y_edges = (np.linspace(*limits, bins + 1) for limits in range)
     i, j = _bin(a, x_edges), _bin(b, y_edges)
     index = np.where((i < 0) | (j < 0), -1, i * bins + j)
-    length = max(_length(v, log_weights, chain, block_length) for v in (a, b))
+    length = max(chosen_block_length(v, log_weights, chain, block_length) for v in (a, b))
     share, error = bootstrap_shares(
         index, bins * bins, w, block_index(a.size, length, chain), n_bootstrap, seed
     )

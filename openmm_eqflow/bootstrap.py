@@ -1,7 +1,8 @@
-r"""Errors of weighted, correlated frames: block bootstrap (Künsch 1989, Ann. Stat. 17, 1217).
+r"""Errors of weighted, correlated frames by a block bootstrap.
 
-Blocks longer than the correlation time, never across two chains, are drawn with replacement. Also populations
-of states, and agreement between chains.
+Blocks of consecutive frames, longer than the correlation time and never across two chains, are
+drawn with replacement (Künsch 1989, Ann. Stat. 17, 1217). Also populations of states, and
+agreement between chains.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = [
     "block_index",
     "block_length_of",
     "bootstrap_shares",
+    "chosen_block_length",
     "normalised_weights",
     "population",
     "split_chains",
@@ -108,6 +110,22 @@ def bootstrap_shares(
     return share, draws.std(axis=0, ddof=1)
 
 
+def chosen_block_length(
+    values: FloatArray,
+    log_weights: ArrayLike | None,
+    chain: ArrayLike | None,
+    block_length: int | None,
+) -> int:
+    """``block_length`` if given; 1 for weighted samples of no chain; else by autocorrelation."""
+    if block_length is not None:
+        if block_length < 1:
+            raise ValueError(f"block_length is {block_length}, expected at least 1")
+        return block_length
+    if log_weights is not None and chain is None:
+        return 1
+    return block_length_of(np.where(np.isfinite(values), values, 0.0), chain)
+
+
 def population(
     inside: ArrayLike,
     *,
@@ -135,7 +153,7 @@ def population(
     bootstrap = 0.0
     if log_weights is not None:
         ess = float(1.0 / np.square(w).sum())
-        blocks = block_index(state.size, _length(w, log_weights, chain, None), chain)
+        blocks = block_index(state.size, chosen_block_length(w, log_weights, chain, None), chain)
         _, errors = bootstrap_shares(state.astype(np.int64) - 1, 1, w, blocks, 200, 0)
         bootstrap = float(errors[0]) if np.isfinite(errors[0]) else 0.0
     else:
