@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["atomic_path", "write_json", "write_npz", "write_text"]
+__all__ = ["atomic_path", "plain_json", "write_json", "write_npz", "write_text"]
 
 
 @contextmanager
@@ -48,9 +49,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def plain_json(content: Any) -> Any:
+    """Copy of nested containers with non-finite floats as None: JSON has no word for them.
+
+    Examples
+    --------
+    >>> plain_json({"p99": float("inf"), "grid": (0.0, 1.0)})
+    {'p99': None, 'grid': [0.0, 1.0]}
+    """
+    if isinstance(content, Mapping):
+        return {str(key): plain_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [plain_json(value) for value in content]
+    if isinstance(content, float):
+        return float(content) if math.isfinite(content) else None
+    return content
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON atomically, readable by a person; NaN and infinities are refused."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    """Write JSON atomically, readable by a person; NaN and infinities become null."""
+    write_text(path, json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:

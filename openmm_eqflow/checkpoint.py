@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from openmm_eqflow.atomic import atomic_path, write_json
-from openmm_eqflow.errors import CheckpointError
+from openmm_eqflow.atomic import atomic_path, plain_json, write_json
+from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -38,9 +38,13 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None
 ) -> None:
     """Write named tensors and a JSON-able dictionary as one safetensors file, atomically."""
-    plain = {k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}
+    # Copies, because the format refuses tensors that share memory (as buffers of modules may).
+    plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(plain, temporary, {"json": json.dumps(metadata or {})})
+        try:
+            safetensors.torch.save_file(plain, temporary, {"json": json.dumps(metadata or {})})
+        except SafetensorError as error:  # a full disk, in the words of another library
+            raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -62,13 +66,19 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from error
 
 
+def _digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record in canonical form, its own hash left out."""
+    content = {key: value for key, value in record.items() if key != "record_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def save_flow(
     flow: EquivariantFlow, stem: str | Path, metadata: dict[str, Any] | None = None
 ) -> Path:
     """Write ``stem``.safetensors and ``stem``.json; return the path of the former.
 
-    The JSON names prior, field, grid, audit and the SHA-256 of the numbers, so that neither file
-    can be altered or exchanged unnoticed.
+    The JSON names prior, field, grid, audit, the SHA-256 of the numbers and that of its own
+    content, so that neither file can be altered or exchanged unnoticed.
 
     Parameters
     ----------
@@ -98,7 +108,8 @@ def save_flow(
         "audit": flow.audit_report,
         "metadata": metadata or {},
     }
-    write_json(stem.with_suffix(".json"), record)
+    record = plain_json(record)
+    write_json(stem.with_suffix(".json"), record | {"record_sha256": _digest(record)})
     flow.metadata = dict(metadata or {})
     flow.source = (str(path), record["sha256"])
     return path
@@ -123,6 +134,11 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
         raise CheckpointError(f"{words} is not valid JSON ({error}); restore the file") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise CheckpointError(f"{words} is not of format {FORMAT}; retrain with this version")
+    if record.get("record_sha256") != _digest(record):
+        raise CheckpointError(
+            f"{words} was altered (its content does not match its SHA-256); restore the file or "
+            "train again"
+        )
     digest = file_sha256(weights)
     if digest != record["sha256"]:
         raise CheckpointError(
@@ -134,13 +150,18 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-    prior: Prior = _PRIORS[record["prior"]["kind"]].from_state(
-        record["prior"]["config"], part("prior.")
-    )
-    field = build_vector_field(
-        record["vector_field"]["kind"], record["vector_field"]["config"]
-    )
-    field.load_state_dict(part("field."))
+    try:
+        prior: Prior = _PRIORS[record["prior"]["kind"]].from_state(
+            record["prior"]["config"], part("prior.")
+        )
+        spec = record["vector_field"]
+        field = build_vector_field(spec["kind"], spec["config"])
+        field.load_state_dict(part("field."))
+    except (KeyError, TypeError, ValueError, RuntimeError, ConfigurationError) as error:
+        raise CheckpointError(
+            f"{words} does not describe a flow of this version ({' '.join(str(error).split())}); "
+            "train again"
+        ) from error
     flow = EquivariantFlow(
         prior,
         field.to(device).eval(),  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.geometry import random_rotations, rotate
+from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
 from openmm_eqflow.integrate import calibrate_grid, rk4
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.vector_fields.base import VectorField
@@ -32,8 +32,8 @@ class EquivariantFlow:
     grid
         Times of the RK4 steps, from 0 to 1.
     chunk_size
-        Configurations integrated at once; every chunk is padded to this size when ``padded`` so
-        that log q is bit for bit the same whatever the batch-mates.
+        Configurations integrated at once, which bounds memory. Rows of a batch never see each
+        other: at a given batch size log q is bit for bit the same whatever the batch-mates.
 
     Raises
     ------
@@ -87,7 +87,9 @@ class EquivariantFlow:
 
     def _field(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         v, div = self.vector_field.with_divergence(t.to(self.dtype), y.to(self.dtype))
-        return v.to(y.dtype), div.to(y.dtype)
+        v = v.to(y.dtype)
+        # Rounding of a float32 network would make the centroid of Cartesian flows drift.
+        return (remove_mean(v) if v.ndim == 3 else v), div.to(y.dtype)
 
     # -- differentiable core --------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from flow_stand_ins import CHAIN, METHANOL, WATER, chain_prior, stream, table, water_prior
 from scipy import stats
 
 from openmm_eqflow.flow import EquivariantFlow
@@ -18,61 +19,6 @@ from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 from openmm_eqflow.vector_fields.chart import ChartField
 from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
-
-CHAIN = ([(0, 1), (1, 2), (2, 3), (3, 4)], [12.0, 12.0, 14.0, 12.0, 16.0])
-METHANOL = ([(0, 1), (0, 2), (0, 3), (0, 4), (4, 5)], [12.0, 1.0, 1.0, 1.0, 16.0, 1.0])
-WATER = ([(0, 1), (0, 2)], [16.0, 1.0, 1.0])
-
-
-def stream(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def table(*peaks: float, n: int = 72) -> torch.Tensor:
-    grid = -math.pi + (torch.arange(n, dtype=torch.float64) + 0.5) * 2 * math.pi / n
-    weights = sum(torch.exp(4 * torch.cos(grid - p)) for p in peaks)
-    return weights / weights.sum()
-
-
-def chain_prior(*, tail_share: float = 0.0, coupling: float = 1.0) -> InternalCoordinatePrior:
-    """Five atoms in a row: two coupled soft torsions, means that follow them, correlations."""
-    zmatrix = ZMatrix.from_bonds(5, CHAIN[0], masses=CHAIN[1])
-    joint = torch.outer(table(1.0, -2.0), table(0.5)) + torch.outer(table(2.5), table(-1.5))
-    torsions = TorsionDensity([TorsionGroup((0, 1), (1, 1), 0.15, 0.01)], [joint / joint.sum()])
-    modes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    generator = stream(3)
-    spread = torch.tensor([0.003] * 4 + [0.06] * 3, dtype=torch.float64)
-    coefficients = 0.7 * coupling * torch.randn(7, 7, generator=generator).double() * spread
-    coefficients[0] = torch.tensor([0.15, 0.14, 0.15, 0.12, 1.9, 2.0, 1.8])
-    mixing = torch.eye(7).double() + 0.4 * torch.randn(7, 7, generator=generator).double().tril(-1)
-    return InternalCoordinatePrior(
-        zmatrix,
-        soft=[0, 1],
-        centre=torch.zeros(0),
-        modes=modes,
-        coefficients=coefficients,
-        cholesky=spread[:, None] * mixing,
-        torsions=torsions,
-        tail_share=tail_share,
-    )
-
-
-def water_prior(spread: float = 0.003) -> InternalCoordinatePrior:
-    """Three atoms: no torsion at all."""
-    zmatrix = ZMatrix.from_bonds(3, WATER[0], masses=WATER[1])
-    scale = torch.tensor([[spread, 0, 0], [0.3 * spread, spread, 0], [0.1, -0.1, 0.15]])
-    return InternalCoordinatePrior(
-        zmatrix,
-        soft=[],
-        centre=torch.zeros(0),
-        modes=torch.zeros(0, 0),
-        coefficients=torch.tensor([[0.1, 0.11, 1.82]]),
-        cholesky=scale,
-        torsions=None,
-        tail_share=0.2,
-        tail_scale=1.5,
-    )
-
 
 # -- torsion densities ----------------------------------------------------------------------------
 
