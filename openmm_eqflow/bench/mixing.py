@@ -9,10 +9,11 @@ flow enters twice: as many chains of Hamiltonian moves and flow steps, and as ``
 The coordinate is the slowest one: the indicator :math:`\phi > 0` of the first residue that has a
 phi, else the slowest observable of the tempering run. Its effective samples come from the
 autocorrelation (:func:`~openmm_eqflow.diagnostics.autocorrelation_ess`; independent walkers are
-added up). The relative error is the larger of :math:`\sqrt{10 / \mathrm{ESS}}` (Madras, Sokal
-1988, J. Stat. Phys. 50, 109, for a window of five correlation times) and, for an indicator, the
-Poisson error of its visits. A method whose indicator never changed gets an upper limit of three
-effective samples, so that the ratio to it is a lower limit.
+added up), bounded by the number of transitions (:func:`summarise`). The relative error is the
+larger of :math:`\sqrt{10 / \mathrm{ESS}}` (Madras, Sokal 1988, J. Stat. Phys. 50, 109, for a window
+of five correlation times) and, for an indicator, the Poisson error of its visits. A method whose
+indicator never changed is given three transitions (95 % upper limit), so that the ratio to it is
+a lower limit.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from openmm import app
 
 from openmm_eqflow.atomic import write_json
-from openmm_eqflow.bench.samplers import run_dynamics, run_many_chains, run_openmmtools_chain
+from openmm_eqflow.bench.samplers import (
+    run_dynamics,
+    run_many_chains,
+    run_on_every_core,
+    run_openmmtools_chain,
+)
 from openmm_eqflow.convergence import features, torsion_angles
 from openmm_eqflow.diagnostics import autocorrelation_ess
 from openmm_eqflow.flow import EquivariantFlow
@@ -83,13 +88,25 @@ def summarise(
     chains: list[FloatArray],
     seconds: float,
     n_evaluations: int,
+    population: float,
     *,
-    pooled: bool,
+    pooled: bool = False,
 ) -> MixingResult:
-    """Effective samples of independent chains of one coordinate.
+    r"""Effective samples of independent chains of one coordinate.
 
-    ``pooled``: the chains are many and short, so their autocorrelation is averaged; otherwise each
-    is long enough for its own and the numbers add up.
+    A chain that has hardly visited a rare state looks uncorrelated to itself. The number N of
+    transitions in n steps cannot be fooled like that: a two-state chain of population p has lag-1
+    autocorrelation :math:`1 - k`, :math:`k = N / (2 p (1 - p) n)`, so that
+    :math:`\mathrm{ESS} \le n k / (2 - k)`, with p from the method that knows it best. For an
+    indicator the smaller number counts.
+
+    Parameters
+    ----------
+    population
+        p; not used for other coordinates.
+    pooled
+        The chains are many and short, so their autocorrelation is averaged; otherwise each is
+        long enough for its own and the numbers add up.
     """
     values = np.concatenate(chains)
     if pooled:
@@ -102,8 +119,16 @@ def summarise(
         n_transitions = sum(int(np.count_nonzero(np.diff(chain))) for chain in chains)
         # A transition in and one out make a visit.
         relative_error = 1.0 / math.sqrt(max(n_transitions / 2.0, 1.0))
-        if n_transitions == 0:
-            ess, is_limit = 3.0, True
+        is_limit = n_transitions == 0
+        if is_limit:
+            n_transitions_counted, ess = 3, math.inf
+        else:
+            n_transitions_counted = n_transitions
+        if 0.0 < population < 1.0:
+            k = n_transitions_counted / (2.0 * population * (1.0 - population) * values.size)
+            ess = min(ess, values.size * k / max(2.0 - k, 1e-9))
+        elif is_limit:
+            ess = 3.0
     relative_error = max(relative_error, math.sqrt(10.0 / ess)) if ess > 0.0 else math.inf
     spread = float(values.std(ddof=1))
     return MixingResult(
@@ -138,6 +163,12 @@ def _observable(
     moving = {name: size for name, size in sizes.items() if size > 0.0}
     slowest = min(moving, key=lambda name: moving[name])
     return slowest, lambda x: named(x)[slowest]
+
+
+def _equal_length(parts: list[FloatArray]) -> list[FloatArray]:
+    """Cut the chains of all processes (n_chains, n_steps, N, D) to the shortest."""
+    n_steps = min(part.shape[1] for part in parts)
+    return [part[:, :n_steps] for part in parts]
 
 
 def _setup_seconds(name_or_run: str, flow: EquivariantFlow) -> float | None:
@@ -176,25 +207,24 @@ def run_bench(
     system, flow, _ = flow_of(name_or_run, "cpu")
     tempering, pt_seconds, pt_cost, plan = run_dynamics(system, seconds, None, seed)
     name, observable = _observable(system, plan, tempering)
-    results = [
-        summarise(
-            "parallel_tempering",
-            [observable(x) for x in tempering],
-            pt_seconds,
-            pt_cost,
-            pooled=False,
-        )
-    ]
     walkers, md_seconds, md_cost, _ = run_dynamics(system, seconds, 1.0, seed)
     md = [observable(x) for x in walkers]
-    results.append(summarise("langevin", md, md_seconds, md_cost, pooled=False))
-    frames, elapsed, cost = run_many_chains(system, flow, seconds, seed)
-    chains = [observable(x) for x in frames]
-    results.append(summarise("flow_chains", chains, elapsed, cost, pooled=True))
-    frames, elapsed, cost = run_openmmtools_chain(system, flow, seconds, seed)
-    results.append(
-        summarise("langevin_flow_move", [observable(frames)], elapsed, cost, pooled=False)
+    parts, chains_seconds, chains_cost = run_on_every_core(
+        run_many_chains, system, flow, seconds, seed
     )
+    chains = [observable(x) for part in _equal_length(parts) for x in part]
+    rows, single_seconds, single_cost = run_on_every_core(
+        run_openmmtools_chain, system, flow, seconds, seed
+    )
+    tempered = [observable(x) for x in tempering]
+    single = [observable(x) for x in rows]
+    population = float(np.mean(chains))
+    results = [
+        summarise("parallel_tempering", tempered, pt_seconds, pt_cost, population),
+        summarise("langevin", md, md_seconds, md_cost, population),
+        summarise("flow_chains", chains, chains_seconds, chains_cost, population, pooled=True),
+        summarise("langevin_flow_move", single, single_seconds, single_cost, population),
+    ]
     by_name = {r.method: r for r in results}
     setup = _setup_seconds(name_or_run, flow)
     record: dict[str, Any] = {
@@ -203,7 +233,6 @@ def run_bench(
         "seconds_per_method": seconds,
         "seed": seed,
         "n_cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "setup_seconds": setup,
         "methods": {

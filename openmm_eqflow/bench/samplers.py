@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +19,54 @@ from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
 from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
+from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
-from openmm_eqflow.library import MolecularSystem
+from openmm_eqflow.library import MolecularSystem, load_system
 from openmm_eqflow.moves import FlowMove
 from openmm_eqflow.reference import load_reference, run_reference
 from openmm_eqflow.sampling_plan import SamplingPlan
 from openmm_eqflow.thermo import positions_in_nm
 from openmm_eqflow.workflow import build_target
 
-__all__ = ["run_dynamics", "run_many_chains", "run_openmmtools_chain"]
+__all__ = ["run_dynamics", "run_many_chains", "run_on_every_core", "run_openmmtools_chain"]
 
 FloatArray = NDArray[np.float64]
+FlowSampler = Callable[
+    [MolecularSystem, EquivariantFlow, float, int], tuple[FloatArray, float, int]
+]
 _N_CHAINS, _N_LEAPFROG, _N_FLOW_STEPS = 64, 4, 8
+
+
+def run_on_every_core(
+    sampler: FlowSampler, system: MolecularSystem, flow: EquivariantFlow, seconds: float, seed: int
+) -> tuple[list[FloatArray], float, int]:
+    """Run a flow sampler in one single-threaded process per core, as the opponents are.
+
+    Returns
+    -------
+    frames of every process, the longest time, energy evaluations of all
+    """
+    if flow.source is None:
+        raise ConfigurationError("the flow is not on disk; call save_flow(flow, path) first")
+    n = os.cpu_count() or 1
+    with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [
+            pool.submit(_worker, sampler, system.directory, flow.source[0], seconds, seed + 1 + k)
+            for k in range(n)
+        ]
+        results = [future.result() for future in futures]
+    frames, elapsed, costs = zip(*results, strict=True)
+    return list(frames), max(elapsed), sum(costs)
+
+
+def _worker(
+    sampler: FlowSampler, directory: Path, flow_path: str, seconds: float, seed: int
+) -> tuple[FloatArray, float, int]:
+    torch.set_num_threads(1)
+    return sampler(load_system(directory), load_flow(flow_path), seconds, seed)
 
 
 def run_dynamics(
