@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.audit import audit
+from openmm_eqflow.checkpoint import load_tensors, save_tensors
 from openmm_eqflow.diagnostics import (
     log_z,
     max_weight_share,
@@ -41,22 +43,52 @@ def draw_weighted(
     target: BoltzmannTarget,
     n: int,
     *,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> FlowSamples:
-    """Draw ``n`` samples with their log weights -u - log q (-inf where invalid)."""
-    parts, seconds = [], 0.0
-    for start in range(0, n, flow.chunk_size):
+    """Draw ``n`` samples with their log weights -u - log q (-inf where invalid).
+
+    Chunk k depends on ``seed`` and k only; with ``folder`` finished chunks are kept there, so that an
+    interrupted evaluation continues.
+    """
+    parts: list[FlowSamples] = []
+    for k, start in enumerate(range(0, n, flow.chunk_size)):
         m = min(flow.chunk_size, n - start)
-        clock = time.perf_counter()
-        x, log_q = flow.sample_and_log_prob(m, generator=generator)
-        seconds += time.perf_counter() - clock
-        u = target.reduced_potential(x)
-        parts.append((x, u, log_q, -u - log_q))
+        path = None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
+        parts.append(_stored(path) or _drawn(flow, target, m, seed, k, path))
         if progress is not None:
             progress((start + m) / n, f"{start + m} samples")
-    x, u, log_q, log_w = (torch.cat(column) for column in zip(*parts, strict=True))
-    return FlowSamples(x, u, log_q, log_w, seconds)
+    columns = [torch.cat(column) for column in zip(*(p[:4] for p in parts), strict=True)]
+    return FlowSamples(*columns, sum(p.seconds for p in parts))
+
+
+def _drawn(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    n: int,
+    seed: int,
+    k: int,
+    path: Path | None,
+) -> FlowSamples:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
+    clock = time.perf_counter()
+    x, log_q = flow.sample_and_log_prob(n, generator=generator)
+    seconds = time.perf_counter() - clock
+    x, log_q = x.cpu(), log_q.cpu()
+    u = target.reduced_potential(x)
+    samples = FlowSamples(x, u, log_q, -u - log_q, seconds)
+    if path is not None:
+        tensors = dict(zip(FlowSamples._fields[:4], samples[:4], strict=True))
+        save_tensors(path, tensors, {"seconds": seconds})
+    return samples
+
+
+def _stored(path: Path | None) -> FlowSamples | None:
+    if path is None or not path.is_file():
+        return None
+    tensors, words = load_tensors(path)
+    return FlowSamples(*(tensors[f] for f in FlowSamples._fields[:4]), words["seconds"])
 
 
 def prior_log_weights(
@@ -86,6 +118,7 @@ def evaluate_flow(
     seed: int,
     name: str,
     test_frames: Tensor | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], FlowSamples, Tensor]:
     """Measure a flow on fresh independent samples.
@@ -96,6 +129,8 @@ def evaluate_flow(
         Number of samples of flow and of prior; reported with every figure.
     test_frames
         Frames of the target the flow was not trained on, for ``test_nll`` (None without them).
+    folder
+        Keeps finished chunks, so that an interrupted evaluation continues.
 
     Returns
     -------
@@ -105,7 +140,9 @@ def evaluate_flow(
         The samples, and the log weights of the prior.
     """
     generator = torch.Generator().manual_seed(seed)
-    samples = draw_weighted(flow, target, n_samples, generator=generator, progress=progress)
+    samples = draw_weighted(
+        flow, target, n_samples, seed=seed, folder=folder, progress=progress
+    )
     prior_weights = prior_log_weights(flow, target, n_samples, generator=generator)
     log_w = samples.log_weight.numpy()
     u = samples.u.numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -216,6 +217,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             seed=seed + 11,
             name=system.name,
             test_frames=test,
+            folder=run.path / "evaluation",
             progress=lambda f, text: progress(0.5 * f, f"independent flow samples: {text}"),
         )
         write_npz(
@@ -246,6 +248,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     if reference_u is not None:
         metrics["reference_mean_reduced_potential"] = float(reference_u.mean())
     write_json(run.path / "metrics.json", metrics)
+    shutil.rmtree(run.path / "evaluation")
     return {key: metrics[key] for key in ("relative_ess", "prior_relative_ess", "pareto_k")}
 
 
