@@ -6,15 +6,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
-import torch
 from openmm import unit
 from rich.console import Console
 from rich.table import Table
 
-from openmm_eqflow.atomic import write_json
+from openmm_eqflow import cli_measure
+from openmm_eqflow.cli_measure import device_option, seed_option
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.progress import stage_progress
 from openmm_eqflow.recipes import BUDGETS
@@ -29,11 +28,6 @@ _out = click.option("--out", type=click.Path(path_type=Path), help="Run director
 _budget = click.option(
     "--budget", type=click.Choice(BUDGETS), help="About 4, 15 or 60 minutes on 2 cores."
 )
-_seed = click.option("--seed", type=int, help="Random seed (default 0).")
-_device = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="openmm_eqflow")
@@ -104,8 +98,8 @@ def _print_outcome(run: RunDirectory) -> None:
 @click.argument("system")
 @_out
 @_budget
-@_seed
-@_device
+@seed_option
+@device_option
 def run(
     system: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> None:
@@ -121,8 +115,8 @@ def _stage_command(stage: str, summary: str) -> None:
     @click.argument("system")
     @_out
     @_budget
-    @_seed
-    @_device
+    @seed_option
+    @device_option
     def command(
         system: str, out: Path | None, budget: str | None, seed: int | None, device: str
     ) -> None:
@@ -139,8 +133,8 @@ _stage_command("report", "Write report.html of a run.")
 @click.argument("system")
 @_out
 @_budget
-@_seed
-@_device
+@seed_option
+@device_option
 def sample(
     system: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> None:
@@ -201,89 +195,10 @@ def init(
     console.print(f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}")
 
 
-@cli.command()
-@click.argument("name_or_run")
-@click.option("--n-samples", type=click.IntRange(10), default=10_000, show_default=True)
-@_seed
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
-@_device
-def evaluate(
-    name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
-) -> None:
-    """Measure a flow: raw weights of fresh independent samples."""
-    from openmm_eqflow.evaluation import evaluate_flow
-    from openmm_eqflow.workflow import build_target, flow_of
-
-    system, flow, test = flow_of(name_or_run, device)
-    with build_target(system) as target, stage_progress("evaluate", console) as progress:
-        metrics, _, _ = evaluate_flow(
-            flow,
-            target,
-            n_samples=n_samples,
-            seed=0 if seed is None else seed,
-            name=system.name,
-            test_frames=test,
-            progress=progress,
-        )
-    if json_path is not None:
-        write_json(json_path, metrics)
-    for key, value in metrics.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        console.print(f"{key:<32} {shown}", highlight=False)
-
-
-@cli.command()
-@click.argument("name_or_run")
-@click.option("--n-samples", type=click.IntRange(16), default=256, show_default=True)
-@_seed
-@_device
-def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
-    """Check the accuracy of log q."""
-    from openmm_eqflow.audit import audit as run_audit
-    from openmm_eqflow.workflow import flow_of
-
-    _, flow, test = flow_of(name_or_run, device)
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    report = run_audit(
-        flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
-    )
-    console.print_json(json.dumps(report))
-    if not report["passed"]:
-        raise EqFlowError(
-            f"log q is off by {report['log_q_error_p99']:.2g} kT (99th percentile), more than "
-            f"{report['tolerance']:g}: the flow can't be used for acceptance"
-        )
-
-
-@cli.group()
-def bench() -> None:
-    """Measure speed on this machine."""
-
-
-def _bench_command(name: str, summary: str, argument: str | None) -> None:
-    def body(json_path: Path, **arguments: Any) -> None:
-        from importlib import import_module
-
-        module = import_module(f"openmm_eqflow.bench.{name}")
-        result = module.run_bench(*arguments.values(), json_path=json_path)
-        console.print_json(json.dumps(result))
-
-    body = click.option(
-        "--json", "json_path", type=click.Path(path_type=Path), required=True
-    )(body)
-    if argument is not None:
-        body = click.argument(argument)(body)
-    bench.command(name, help=summary)(body)
-
-
-_bench_command("energies", "Energy evaluations per second of every evaluator.", None)
-_bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.", None)
-_bench_command("mixing", "Effective samples per second: MD, tempering, flow.", "system")
-
-
 def main() -> None:
     """Entry point: one line per error, exit code 2, traceback only with --debug."""
     debug = "--debug" in sys.argv[1:]
+    cli_measure.register(cli)
     try:
         sys.exit(cli(standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:

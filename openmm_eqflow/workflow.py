@@ -9,23 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mdtraj
-import numpy as np
 import torch
-from openmm import app
 
-from openmm_eqflow import thermo
-from openmm_eqflow.atomic import atomic_path, write_json, write_npz
+from openmm_eqflow.atomic import write_json, write_npz
 from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.diagnostics import autocorrelation_ess, longest_stuck
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.evaluation import evaluate_flow
 from openmm_eqflow.fitting import split_frames, train_flow
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.outputs import chain_metrics, write_trajectory
 from openmm_eqflow.reference import load_reference, run_reference
 from openmm_eqflow.rundir import STAGES, RunDirectory
-from openmm_eqflow.sampling import ChainSamples, run_chains
+from openmm_eqflow.sampling import run_chains
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = [
@@ -258,59 +254,6 @@ def _starting_points(
     """Sampling-importance-resampling: chains start where the reweighted flow says."""
     weights = torch.softmax(log_weight, 0)
     return x[torch.multinomial(weights, n, replacement=True, generator=generator)]
-
-
-def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) -> None:
-    """Write samples.dcd + topology.pdb (chain after chain, superposed) and samples.npz."""
-    x = chains.positions.swapaxes(0, 1)
-    n_chains, n_steps = x.shape[:2]
-    frames = x.reshape(-1, *x.shape[2:])
-    if frames.shape[2] == 2:
-        frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
-    topology = mdtraj.Topology.from_openmm(system.topology)
-    trajectory = mdtraj.Trajectory(frames, topology)
-    if system.kind == "molecule":
-        trajectory.superpose(trajectory, 0)
-    with atomic_path(path / "samples.dcd") as temporary:
-        trajectory.save_dcd(str(temporary))
-    with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
-        app.PDBFile.writeFile(
-            system.topology, thermo.positions_quantity(frames[0]), handle, keepIds=True
-        )
-
-    def flat(values: np.ndarray) -> np.ndarray:
-        return values.swapaxes(0, 1).reshape(-1)
-
-    write_npz(
-        path / "samples.npz",
-        {
-            "u": flat(chains.reduced_potential),
-            "log_q": flat(chains.log_q),
-            "log_weight": flat(chains.log_weight),
-            "accepted": flat(chains.accepted),
-            "chain": np.repeat(np.arange(n_chains), n_steps),
-            "local_acceptance": chains.local_acceptance,
-        },
-    )
-
-
-def chain_metrics(chains: ChainSamples) -> dict[str, Any]:
-    """Acceptance, stuck stretches and effective samples of the Markov chains."""
-    u = chains.reduced_potential.T
-    return {
-        "n_samples": chains.n_samples,
-        "n_chains": int(u.shape[0]),
-        "n_steps": int(u.shape[1]),
-        "acceptance": float(chains.accepted.mean()),
-        "local_acceptance": float(chains.local_acceptance.mean()),
-        "longest_stuck": longest_stuck(chains.accepted.T),
-        "energy_ess": autocorrelation_ess(u),
-        "mean_reduced_potential": float(u.mean()),
-        "max_log_weight_gap": float(
-            chains.log_weight.max()
-            - chains.proposal_log_weight[np.isfinite(chains.proposal_log_weight)].max()
-        ),
-    }
 
 
 def _report(run: RunDirectory, progress: Progress) -> dict[str, Any]:

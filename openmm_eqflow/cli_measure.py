@@ -1,0 +1,126 @@
+"""Command line, second part: measure flows and machines, compare runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from openmm_eqflow.atomic import write_json
+from openmm_eqflow.errors import EqFlowError
+from openmm_eqflow.progress import stage_progress
+
+__all__ = ["device_option", "register", "seed_option"]
+
+console = Console()
+seed_option = click.option("--seed", type=int, help="Random seed (default 0).")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+)
+
+
+def register(group: click.Group) -> None:
+    """Add the commands of this module."""
+    for command in (evaluate, audit, bench, compare):
+        group.add_command(command)
+
+
+@click.command()
+@click.argument("name_or_run")
+@click.option("--n-samples", type=click.IntRange(10), default=10_000, show_default=True)
+@seed_option
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
+@device_option
+def evaluate(
+    name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
+) -> None:
+    """Measure a flow: raw weights of fresh independent samples."""
+    from openmm_eqflow.evaluation import evaluate_flow
+    from openmm_eqflow.workflow import build_target, flow_of
+
+    system, flow, test = flow_of(name_or_run, device)
+    with build_target(system) as target, stage_progress("evaluate", console) as progress:
+        metrics, _, _ = evaluate_flow(
+            flow,
+            target,
+            n_samples=n_samples,
+            seed=0 if seed is None else seed,
+            name=system.name,
+            test_frames=test,
+            progress=progress,
+        )
+    if json_path is not None:
+        write_json(json_path, metrics)
+    for key, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        console.print(f"{key:<32} {shown}", highlight=False)
+
+
+@click.command()
+@click.argument("name_or_run")
+@click.option("--n-samples", type=click.IntRange(16), default=256, show_default=True)
+@seed_option
+@device_option
+def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
+    """Check the accuracy of log q."""
+    from openmm_eqflow.audit import audit as run_audit
+    from openmm_eqflow.workflow import flow_of
+
+    _, flow, test = flow_of(name_or_run, device)
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    report = run_audit(
+        flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
+    )
+    console.print_json(json.dumps(report))
+    if not report["passed"]:
+        raise EqFlowError(
+            f"log q is off by {report['log_q_error_p99']:.2g} kT (99th percentile), more than "
+            f"{report['tolerance']:g}: the flow can't be used for acceptance"
+        )
+
+
+@click.group()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+def _bench_command(name: str, summary: str, argument: str | None) -> None:
+    def body(json_path: Path, **arguments: Any) -> None:
+        from importlib import import_module
+
+        module = import_module(f"openmm_eqflow.bench.{name}")
+        result = module.run_bench(*arguments.values(), json_path=json_path)
+        console.print_json(json.dumps(result))
+
+    body = click.option(
+        "--json", "json_path", type=click.Path(path_type=Path), required=True
+    )(body)
+    if argument is not None:
+        body = click.argument(argument)(body)
+    bench.command(name, help=summary)(body)
+
+
+_bench_command("energies", "Energy evaluations per second of every evaluator.", None)
+_bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.", None)
+_bench_command("mixing", "Effective samples per second: MD, tempering, flow.", "system")
+
+
+@click.command()
+@click.argument(
+    "runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("comparison.html"),
+    show_default=True,
+)
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Table and overlays of several runs."""
+    from openmm_eqflow.compare import compare as compare_runs
+
+    console.print(f"wrote {compare_runs(list(runs), out)}", highlight=False, soft_wrap=True)
