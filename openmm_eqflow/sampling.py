@@ -1,7 +1,8 @@
-"""MCMC of many chains: local Hamiltonian moves and global flow moves, stored in resumable chunks."""
+"""MCMC of many chains: Hamiltonian and flow moves, stored in resumable chunks."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,16 +69,21 @@ _ARRAYS = (
 
 
 def _chunk_paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("chunk-*.npz"))
+    """Finished chunks in order; stops at the first gap, so later files cannot be misread."""
+    paths: list[Path] = []
+    while (path := folder / f"chunk-{len(paths):05d}.npz").is_file():
+        paths.append(path)
+    return paths
 
 
 def _read(path: Path) -> dict[str, NDArray[np.float64]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves the file open when it is not a whole archive.
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(
-            f"{path} is damaged ({error}); delete the folder {path.parent} and run again"
+            f"{path} is damaged ({error}); delete it to continue from the one before"
         ) from error
 
 
@@ -132,7 +138,7 @@ def run_chains(
     """
     require_passed_audit(flow)
     generator = torch.Generator().manual_seed(seed)
-    done, x, size = _resume(folder, generator)
+    done, x, size = _resume(folder, generator, (len(start), n_proposals))
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
         size, x = tune_step_size(target, x, n_steps=n_local_steps, generator=generator)
@@ -152,8 +158,9 @@ def run_chains(
         x, local = hamiltonian_step(
             target, x, step_size=size, n_steps=n_local_steps, generator=generator
         )
+        # Both moves keep the centroid, and a state that stays keeps every bit: the memory of its
+        # log q depends on it.
         x, info = flow_step(flow, target, x, buffer, generator, memory=memory)
-        x = x - x.mean(1, keepdim=True)
         if step >= 0:
             u = target.reduced_potential(x)
             if not bool(torch.isfinite(u).all()):
@@ -161,7 +168,7 @@ def run_chains(
                     "a chain has an infinite energy: its starting structure overlaps; minimise it"
                 )
             row = (
-                x.float().numpy(),
+                (x - x.mean(1, keepdim=True)).float().numpy(),
                 u.numpy(),
                 (-u - info.log_weight).numpy(),
                 info.log_weight.numpy(),
@@ -179,20 +186,35 @@ def run_chains(
             write_npz(folder / f"chunk-{index:05d}.npz", arrays | state)
             index += 1
             rows = {key: [] for key in _ARRAYS}
-            # Draws not yet used are forgotten at a restart: drop them here too.
+            # A restart forgets unused draws and remembered log q: drop them here too, so that a
+            # resumed chain is the uninterrupted one bit for bit.
             buffer.discard()
+            memory = StateMemory(capacity=4 * len(x))
         if progress is not None:
             rate = float(info.accepted.double().mean())
             progress((step + 1) / n_steps if step >= 0 else 0.0, f"acceptance {rate:.0%}")
     return load_chains(folder)
 
 
-def _resume(folder: Path, generator: torch.Generator) -> tuple[int, Tensor | None, float]:
-    """Steps done, positions, step size; the generator is put where the last chunk left it."""
+def _resume(
+    folder: Path, generator: torch.Generator, shape: tuple[int, int]
+) -> tuple[int, Tensor | None, float]:
+    """Read steps done, positions, step size; the generator is put where the last chunk left it."""
     paths = _chunk_paths(folder)
     if not paths:
         return 0, None, 0.0
     done = sum(len(_read(path)["accepted"]) for path in paths)
     last = _read(paths[-1])
-    generator.set_state(torch.from_numpy(last["state_generator"]))
-    return done, torch.from_numpy(last["state_x"]), float(last["state_size"])
+    try:
+        found = last["proposal_log_weight"].shape[1:]
+        if found != shape:
+            raise CheckpointError(
+                f"{folder} holds {found[0]} chains with {found[1]} proposals, expected {shape[0]} "
+                f"with {shape[1]}; delete it to start anew"
+            )
+        generator.set_state(torch.from_numpy(last["state_generator"]))
+        return done, torch.from_numpy(last["state_x"]), float(last["state_size"])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{paths[-1]} is damaged ({error}); delete it to continue from the one before"
+        ) from error

@@ -1,7 +1,9 @@
 r"""The training loop: one objective, Adam, cosine schedule, exponential moving average, resume.
 
-A checkpoint (weights, average, optimiser moments, random stream, history) is written at least every
-``checkpoint_seconds`` by atomic rename. A run killed at any moment continues from the last one with
+A checkpoint (weights, average, optimiser moments, random stream, history) is written at least
+every
+``checkpoint_seconds`` by atomic rename. A run killed at any moment continues from the last one
+with
 the same data order: the objective draws only from the generator that is stored, and grows its data
 at step numbers, not at wall-clock times.
 """
@@ -108,7 +110,7 @@ class _State:
         n = self.n_threads
         if n == 1:
             loss = objective(batch_size, self.generator)
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = _gradients(loss, parameters)
         else:
             seeds = torch.randint(2**62, (n,), generator=self.generator).tolist()
 
@@ -116,7 +118,7 @@ class _State:
                 torch.set_num_threads(1)
                 stream = torch.Generator().manual_seed(seed)
                 part = objective(-(-batch_size // n), stream)
-                return part.detach(), torch.autograd.grad(part, parameters)
+                return part.detach(), _gradients(part, parameters)
 
             parts = list(self.executor.map(shard, seeds))
             loss = sum((p[0] for p in parts[1:]), parts[0][0]) / n
@@ -163,6 +165,14 @@ class _State:
         self.history = list(words["history"])
 
 
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Gradients, zero for weights the loss does not see (a field without torsions has some)."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return tuple(
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+    )
+
+
 def _learning_rate(step: int, fraction: float, settings: TrainingSettings) -> float:
     warmup = min(1.0, (step + 1) / settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
@@ -202,6 +212,23 @@ def train(
     state = _State(module, settings)
     if checkpoint is not None and checkpoint.is_file():
         state.load(checkpoint)
+    elif checkpoint is not None:
+        state.save(checkpoint)
+    try:
+        _loop(state, objective, settings, checkpoint, evaluate, progress)
+    finally:
+        state.executor.shutdown()
+    return TrainingResult(state.average, state.history, state.step, state.seconds)
+
+
+def _loop(
+    state: _State,
+    objective: Objective,
+    settings: TrainingSettings,
+    checkpoint: Path | None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    progress: Callable[[float, str], None] | None,
+) -> None:
     started = time.monotonic() - state.seconds
     saved = recorded = time.monotonic()
     losses: list[float] = []
@@ -214,9 +241,10 @@ def train(
         if losses and (due or fraction >= 1.0):
             state.history.append(_record(state, objective, settings, losses, evaluate))
             losses, recorded = [], time.monotonic()
-        if checkpoint is not None and (
-            fraction >= 1.0 or time.monotonic() - saved > settings.checkpoint_seconds
-        ):
+        due = fraction >= 1.0 or time.monotonic() - saved > settings.checkpoint_seconds
+        # Weights that give no finite loss are not worth keeping: the file holds the last good
+        # ones.
+        if checkpoint is not None and due and not bad:
             state.save(checkpoint)
             saved = time.monotonic()
         if fraction >= 1.0:
@@ -237,7 +265,6 @@ def train(
             losses.append(loss)
         if progress is not None and state.step % 20 == 0:
             progress(fraction, _summary(state, losses))
-    return TrainingResult(state.average, state.history, state.step, state.seconds)
 
 
 def _step(

@@ -153,9 +153,9 @@ def test_batch_mates_do_not_matter(name):
     assert torch.equal(alone[:13], mixed[:13])  # bit for bit at one batch size
     for size in (1, 5, 33):
         gap = (flow.log_prob(x[:size]) - alone[:size]).abs().max()
-        assert float(gap) < 1e-5, size
+        assert float(gap) < 1e-6, size
     flow.chunk_size = 20
-    assert float((flow.log_prob(x) - alone).abs().max()) < 1e-5
+    assert float((flow.log_prob(x) - alone).abs().max()) < 1e-6
 
 
 def test_chunks_and_seeds():

@@ -1,0 +1,170 @@
+"""The training loop: resume bit for bit, give up cleanly, keep what is good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from openmm_eqflow.checkpoint import load_tensors
+from openmm_eqflow.errors import CheckpointError, TrainingError
+from openmm_eqflow.training import TrainingResult, TrainingSettings, train
+
+
+class Regression:
+    """Fit y = sin(3 x); grows its data, and fails or goes bad at chosen calls."""
+
+    def __init__(self, module: nn.Module, *, stop_at: int = 10**9, bad_from: int = 10**9) -> None:
+        self.module, self.stop_at, self.bad_from = module, stop_at, bad_from
+        self.n_calls, self.grown = 0, 0
+
+    def grow(self, step: int) -> None:
+        self.grown = step // 10
+
+    def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        self.n_calls += 1
+        if self.n_calls > self.stop_at:
+            raise KeyboardInterrupt
+        x = 2 * torch.rand(batch_size, 1, generator=generator) - 1
+        loss = (self.module(x) - torch.sin(3 * x) - 0.001 * self.grown).square().mean()
+        return loss * float("nan") if self.n_calls >= self.bad_from else loss
+
+    def validation(self, n: int, generator: torch.Generator) -> Tensor:
+        x = 2 * torch.rand(n, 1, generator=generator) - 1
+        return (self.module(x) - torch.sin(3 * x)).square().mean()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def settings(n_threads: int = 1, **changes: float) -> TrainingSettings:
+    options: dict[str, float] = {"seconds": 1e6, "max_steps": 60, "batch_size": 16}
+    options |= {"warmup_steps": 5, "checkpoint_seconds": 0.0, "validation_size": 64}
+    options |= changes
+    return TrainingSettings(n_threads=n_threads, **options)  # type: ignore[arg-type]
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def _single_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(path: Path | None, n_threads: int = 1, **faults: int) -> tuple[TrainingResult, nn.Module]:
+    module = network()
+    objective = Regression(module, **faults)
+    return train(module, objective, settings(n_threads), checkpoint=path), module
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_resume_is_bit_identical(tmp_path, n_threads):
+    whole, module = run(None, n_threads)
+    path = tmp_path / "training" / "checkpoint.safetensors"
+    for stop_at in (n_threads * 13, n_threads * 20):  # interrupted twice
+        with pytest.raises(KeyboardInterrupt):
+            run(path, n_threads, stop_at=stop_at)
+    assert 0 < load_tensors(path)[1]["step"] < 60
+    resumed, module_resumed = run(path, n_threads)
+    assert resumed.n_steps == whole.n_steps == 60
+    assert same(module, module_resumed)
+    assert same(whole.average, resumed.average)
+    assert not same(module, whole.average)
+    # A finished run is not trained further.
+    again, module_again = run(path, n_threads)
+    assert again.n_steps == 60
+    assert same(module_again, module)
+    assert same(again.average, whole.average)
+    # Power control: another data order gives other weights.
+    other = network()
+    train(other, Regression(other), settings(n_threads, seed=1))
+    assert not same(other, module)
+
+
+def test_loss_falls_and_history_tells():
+    module = network()
+    before = Regression(module).validation(512, torch.Generator().manual_seed(5))
+    result = train(
+        module,
+        Regression(module),
+        settings(max_steps=400, learning_rate=1e-2, average=0.98, batch_size=64),
+        evaluate=lambda average: {"relative_ess": 0.5},
+    )
+    after = Regression(result.average).validation(512, torch.Generator().manual_seed(5))
+    assert float(after.detach()) < 0.2 * float(before.detach())
+    assert result.history[-1]["step"] == 400
+    assert result.history[-1]["relative_ess"] == 0.5
+    assert result.history[-1]["validation_loss"] > 0
+
+
+@pytest.mark.parametrize("bad_from", [1, 31])
+def test_lasting_nan_stops_and_keeps_the_last_good_weights(tmp_path, bad_from):
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(TrainingError, match=r"not finite 20 times.*checkpoint\.safetensors") as info:
+        run(path, bad_from=bad_from)
+    assert "\n" not in str(info.value)
+    tensors, words = load_tensors(path)
+    assert words["step"] == bad_from - 1
+    assert all(bool(torch.isfinite(v).all()) for k, v in tensors.items() if k != "generator")
+    module = network()
+    with pytest.raises(TrainingError, match="none kept"):
+        train(module, Regression(module, bad_from=1), settings())
+
+
+def test_a_single_nan_is_passed_over():
+    class Hiccup(Regression):
+        def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
+            loss = super().__call__(batch_size, generator)
+            return loss * float("inf") if self.n_calls % 10 == 0 else loss
+
+    module = network()
+    result = train(module, Hiccup(module), settings())
+    assert result.n_steps == 60
+    assert all(bool(torch.isfinite(p).all()) for p in result.average.parameters())
+
+
+def test_weights_the_loss_does_not_see():
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(1, 1), nn.Linear(1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    module = Spare()
+    before = module.spare.weight.detach().clone()
+    train(module, Regression(module), settings(max_steps=5))
+    assert torch.equal(before, module.spare.weight)
+
+
+def test_checkpoint_of_another_architecture(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    run(path)
+    module = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    with pytest.raises(CheckpointError, match="another architecture; delete the folder"):
+        train(module, Regression(module), settings(), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(path)
+
+
+def test_time_budget_counts_earlier_attempts(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    module = network()
+    short = settings(seconds=0.3, max_steps=10**9)
+    first = train(module, Regression(module), short, checkpoint=path)
+    assert 0.3 <= first.seconds < 3
+    module = network()
+    second = train(module, Regression(module), short, checkpoint=path)
+    assert second.n_steps == first.n_steps
