@@ -10,7 +10,7 @@ The coordinate is the slowest one: the indicator :math:`\phi > 0` of the first r
 phi, else the slowest observable of the tempering run. Its effective samples come from the
 autocorrelation (:func:`~openmm_eqflow.diagnostics.autocorrelation_ess`; independent walkers are
 added up), bounded by the number of transitions (:func:`summarise`). The relative error is the
-larger of :math:`\sqrt{10 / \mathrm{ESS}}` (Madras, Sokal 1988, J. Stat. Phys. 50, 109, for a window
+larger of :math:`\sqrt{10 / \mathrm{ESS}}` (Madras, Sokal 1988, J. Stat. Phys. 50, 109; a window
 of five correlation times) and, for an indicator, the Poisson error of its visits. A method whose
 indicator never changed is given three transitions (95 % upper limit), so that the ratio to it is
 a lower limit.
