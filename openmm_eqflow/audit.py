@@ -9,6 +9,7 @@ Hutchinson estimates never enter an acceptance ratio: a flow whose divergence is
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -76,8 +77,8 @@ def audit(
     """
     if not flow.vector_field.exact_divergence:
         raise AuditError(
-            f"{type(flow.vector_field).__name__} estimates its divergence: exp of an unbiased log q "
-            "is biased, so it can't be used for acceptance; use an exact divergence"
+            f"{type(flow.vector_field).__name__} estimates its divergence: exp of an unbiased "
+            "log q is biased, so it can't be used for acceptance; use an exact divergence"
         )
     z = flow.prior.sample_latent(n, generator=generator).to(flow.device)
     with torch.no_grad():
@@ -117,7 +118,7 @@ def audit(
 def _fine_log_q(flow: EquivariantFlow, x: Tensor) -> Tensor:
     """Log q with twice the steps, everything in float64."""
     grid, dtype = flow.grid, flow.dtype
-    middles = [0.5 * (a + b) for a, b in zip(grid[:-1], grid[1:], strict=True)]
+    middles = [0.5 * (a + b) for a, b in itertools.pairwise(grid)]
     flow.module.double()
     flow.grid = tuple(sorted([*grid, *middles]))
     try:

@@ -1,13 +1,13 @@
 r"""Samples of two densities used together: Bennett's log Z and the balance heuristic.
 
 With :math:`n_0` samples of a normalised p_0 and :math:`n_1` of p_1 / Z,
-:math:`\log w = \log p_1 - \log p_0` and :math:`\alpha = n_0/(n_0+n_1)`, the pooled points represent
-the mixture :math:`\alpha p_0 + (1-\alpha) p_1/Z`, so that
+:math:`\log w = \log p_1 - \log p_0` and :math:`\alpha = n_0/(n_0+n_1)`, the pooled points
+represent the mixture :math:`\alpha p_0 + (1-\alpha) p_1/Z`, so that
 
 .. math:: \omega_t \propto \frac{w^t}{\alpha + (1-\alpha)\, w/Z}
 
-weighs them for :math:`p_t \propto p_0^{1-t} p_1^t` (Veach, Guibas 1995): bounded wherever p_0 is too
-thin.
+weighs them for :math:`p_t \propto p_0^{1-t} p_1^t` (Veach, Guibas 1995): bounded wherever p_0 is
+too thin.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["balance_log_weights", "bennett_log_z"]
 
 
 def bennett_log_z(log_weight: Tensor, from_prior: Tensor) -> Tensor:
-    """Bennett acceptance ratio (Bennett 1976): log Z from both kinds of samples.
+    r"""Bennett acceptance ratio (Bennett 1976): log Z from both kinds of samples.
 
     Parameters
     ----------
     log_weight
-        :math:`\\log w`, (n,); -inf is a weight of zero.
+        :math:`\log w`, (n,); -inf is a weight of zero.
     from_prior
         True where the sample came from p_0, (n,). Without others this is plain averaging.
     """

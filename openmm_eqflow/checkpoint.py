@@ -1,4 +1,4 @@
-"""Flows on disk: safetensors for numbers, JSON for words, SHA-256 over both. No pickle anywhere."""
+"""Flows on disk: safetensors for numbers, JSON for words, SHA-256 over both; no pickle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as handle:
             metadata = json.loads((handle.metadata() or {}).get("json", "{}"))
-            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
+            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): the file is missing, truncated or not a "

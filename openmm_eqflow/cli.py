@@ -42,7 +42,7 @@ def cli(debug: bool) -> None:
 def _open_run(
     name: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> RunDirectory:
-    """An existing run directory by its path, or a new one for a system."""
+    """Open a run directory by its path, or make one for a system."""
     from openmm_eqflow.library import load_system
     from openmm_eqflow.workflow import build_target, resolve_device
 

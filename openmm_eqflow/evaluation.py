@@ -21,11 +21,13 @@ from openmm_eqflow.diagnostics import (
     weighted_mean_with_error,
 )
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.parallel import available_threads
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = ["FlowSamples", "draw_weighted", "evaluate_flow", "prior_log_weights"]
 
 Progress = Callable[[float, str], None]
+_CHUNKS_PER_BLOCK = 4  # fixed, so that a seed means the same on every machine
 
 
 class FlowSamples(NamedTuple):
@@ -49,12 +51,13 @@ def draw_weighted(
 ) -> FlowSamples:
     """Draw ``n`` samples with their log weights -u - log q (-inf where invalid).
 
-    Chunk k depends on ``seed`` and k only; with ``folder`` finished chunks are kept there, so that an
-    interrupted evaluation continues.
+    Chunk k depends on ``seed`` and k only; with ``folder`` finished chunks are kept there, so that
+    an interrupted evaluation continues.
     """
     parts: list[FlowSamples] = []
-    for k, start in enumerate(range(0, n, flow.chunk_size)):
-        m = min(flow.chunk_size, n - start)
+    block = _CHUNKS_PER_BLOCK * flow.chunk_size
+    for k, start in enumerate(range(0, n, block)):
+        m = min(block, n - start)
         path = None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
         parts.append(_stored(path) or _drawn(flow, target, m, seed, k, path))
         if progress is not None:
@@ -170,7 +173,7 @@ def evaluate_flow(
         "seconds_per_sample": samples.seconds / n_samples,
         "log_q_error_p99": report["log_q_error_p99"],
         "n_ode_steps": flow.n_ode_steps,
-        "n_threads": torch.get_num_threads(),
+        "n_threads": available_threads(),
         "device": str(flow.device),
     }
     return result, samples, prior_weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
 from openmm_eqflow.losses.liouville import LiouvilleLoss
 from openmm_eqflow.losses.pool import PoolFeeder, build_pool
+from openmm_eqflow.parallel import available_threads, one_torch_thread
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -33,7 +33,6 @@ __all__ = ["fit_prior", "split_frames", "train_flow"]
 Progress = Callable[[float, str], None]
 _MAX_FIT_FRAMES = 20_000
 _MONITOR = 1000
-_MAX_THREADS = 4
 
 
 def split_frames(data: ReferenceData) -> tuple[Tensor, Tensor]:
@@ -106,6 +105,19 @@ def train_flow(
     progress: Progress | None = None,
 ) -> tuple[EquivariantFlow, TrainingResult]:
     """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``."""
+    with one_torch_thread():
+        return _train_flow(recipe, target, data, seed, folder, device, progress)
+
+
+def _train_flow(
+    recipe: Recipe,
+    target: BoltzmannTarget,
+    data: ReferenceData,
+    seed: int,
+    folder: Path,
+    device: str,
+    progress: Progress | None,
+) -> tuple[EquivariantFlow, TrainingResult]:
     report = progress or (lambda fraction, text: None)
     torch.manual_seed(seed)  # initial weights only; everything else has its own generator
     frames, test = split_frames(data)
@@ -124,7 +136,7 @@ def train_flow(
         average=recipe.average,
         seed=seed,
         evaluate_seconds=max(20.0, recipe.train_seconds / 12),
-        n_threads=min(os.cpu_count() or 1, _MAX_THREADS),
+        n_threads=available_threads(),
     )
     checkpoint = folder / "checkpoint.safetensors"
     feeder = None
@@ -160,8 +172,6 @@ def train_flow(
             f"objective is {recipe.objective!r}, expected 'liouville' or 'flow-matching'"
         )
     monitor = _monitor(prior, target, generator)
-    n_torch = torch.get_num_threads()
-    torch.set_num_threads(1)  # whole shards run side by side instead
     try:
         result = train(
             field,
@@ -172,7 +182,6 @@ def train_flow(
             progress=progress,
         )
     finally:
-        torch.set_num_threads(n_torch)
         if feeder is not None:
             feeder.close()
     report(1.0, "calibrating the time grid and auditing log q")
@@ -187,7 +196,7 @@ def train_flow(
 def _monitor(
     prior: Prior, target: BoltzmannTarget, generator: torch.Generator
 ) -> Callable[[nn.Module], dict[str, float]]:
-    """Raw relative ESS on the same few latents every time, on a coarse grid: a trend, not a claim."""
+    """Raw relative ESS on the same few latents every time: a trend, not a claim."""
     latents = prior.sample_latent(
         _MONITOR if len(prior.event_shape) == 1 else 256, generator=generator
     )

@@ -3,7 +3,8 @@ r"""Equivariant continuous normalizing flow with exact likelihood.
 .. math:: y_1 = y_0 + \int_0^1 v(t, y_t)\,dt, \quad \mathrm{ladj} = \int_0^1 \nabla\cdot v\,dt,
           \quad \log q(x) = \log p_0(y_0) - \mathrm{ladj} - \mathrm{log\_volume}(y_1)
 
-(Chen et al. 2018, arXiv:1806.07366; Köhler, Klein, Noé 2020). The chart y is the prior's: Cartesian
+(Chen et al. 2018, arXiv:1806.07366; Köhler, Klein, Noé 2020). The chart y is the prior's:
+Cartesian
 for a Gaussian, internal coordinates for a molecule. log q is normalised on the mean-free subspace.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
 from openmm_eqflow.integrate import calibrate_grid, rk4
+from openmm_eqflow.parallel import map_chunks
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.vector_fields.base import VectorField
 
@@ -124,16 +126,21 @@ class EquivariantFlow:
     def sample_and_log_prob(
         self, n: int, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Samples (n, N, D) float64 and log q (n,) float64; memory bounded by ``chunk_size``.
+        """Draw samples (n, N, D) and their log q (n,), float64; memory bounded by ``chunk_size``.
 
         A sample whose internal coordinates leave the chart has log q = +inf: weight zero.
         """
-        parts = []
-        with torch.no_grad():
-            for start in range(0, n, self.chunk_size):
-                m = min(self.chunk_size, n - start)
-                parts.append(self.rsample_and_log_prob(m, generator=generator))
-        xs, log_qs = zip(*parts, strict=True)
+        draws = []
+        for start in range(0, n, self.chunk_size):
+            m = min(self.chunk_size, n - start)
+            z = self.prior.sample_latent(m, generator=generator)
+            draws.append((z, random_rotations(m, self.n_dims, generator=generator)))
+
+        def run(draw: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            x, log_q = self.transform(draw[0].to(self.device))
+            return rotate(x, draw[1].to(x.device)), log_q
+
+        xs, log_qs = zip(*map_chunks(run, draws), strict=True)
         return torch.cat(xs), torch.cat(log_qs)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -146,11 +153,10 @@ class EquivariantFlow:
 
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latent points and log q of positions (n, N, D), without gradients, chunked."""
-        parts = []
-        with torch.no_grad():
-            for chunk in x.to(device=self.device, dtype=torch.float64).split(self.chunk_size):
-                parts.append(self.latent_and_log_prob(chunk))
-        zs, log_qs = zip(*parts, strict=True)
+        x = x.to(device=self.device, dtype=torch.float64)
+        zs, log_qs = zip(
+            *map_chunks(self.latent_and_log_prob, x.split(self.chunk_size)), strict=True
+        )
         return torch.cat(zs), torch.cat(log_qs)
 
     def log_prob(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ runs in the dtype of its weights.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,7 +44,7 @@ def rk4(
     """
     times = list(reversed(grid)) if reverse else list(grid)
     ladj = torch.zeros(y.shape[0], dtype=y.dtype, device=y.device)
-    for start, stop in zip(times[:-1], times[1:], strict=True):
+    for start, stop in itertools.pairwise(times):
         h = stop - start
         t0, tm, t1 = (torch.tensor(t, dtype=y.dtype, device=y.device) for t in
                       (start, start + 0.5 * h, stop))
@@ -59,7 +60,7 @@ def rk4(
 def odeint_adaptive(
     field: FieldWithDivergence, y: Tensor, *, rtol: float = 1e-9, atol: float = 1e-9
 ) -> tuple[Tensor, Tensor]:
-    """Reference solution from 0 to 1 by torchdiffeq's dopri5 (Dormand, Prince 1980)."""
+    """Solve accurately from 0 to 1 by torchdiffeq's dopri5 (Dormand, Prince 1980)."""
     shape = y.shape
 
     def joint(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

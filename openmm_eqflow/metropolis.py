@@ -103,7 +103,7 @@ def _relative_weights(
 
 
 def i_sir_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -> Tensor:
-    r"""Selection probabilities of iterated sampling importance resampling.
+    r"""Give the selection probabilities of iterated sampling importance resampling.
 
     .. math:: P(\text{choose } k) = \frac{w_k}{w_0 + \sum_{j=1}^{K} w_j}, \quad k = 0, \dots, K
 
@@ -122,7 +122,7 @@ def i_sir_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -> Tenso
 
 
 def multiple_try_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -> Tensor:
-    r"""Selection probabilities of the multiple-try Metropolised independence sampler.
+    r"""Give the selection probabilities of the multiple-try Metropolised independence sampler.
 
     One of the K proposals is chosen with probability proportional to its weight and then accepted
     against the set it would have been proposed from (Liu 2001, section 5.5.1):

@@ -157,7 +157,7 @@ class RunDirectory:
     # -- stages -------------------------------------------------------------------------------
 
     def load_system(self) -> MolecularSystem:
-        """The system of the run."""
+        """Load the system of the run."""
         return load_system(self.config.system)
 
     def is_complete(self, stage: str) -> bool:
@@ -176,7 +176,8 @@ class RunDirectory:
         """Raise unless ``stage`` is complete."""
         if not self.is_complete(stage):
             raise CheckpointError(
-                f"{self.path} has no complete {stage!r} stage; run: openmm-eqflow {stage} {self.path}"
+                f"{self.path} has no complete {stage!r} stage; run: openmm-eqflow {stage} "
+                f"{self.path}"
             )
 
     def log_to_file(self) -> logging.Handler:

@@ -18,6 +18,7 @@ from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
+from openmm_eqflow.parallel import one_torch_thread
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = ["ChainSamples", "load_chains", "run_chains"]
@@ -136,6 +137,33 @@ def run_chains(
     AuditError
         The flow's log q is not accurate enough.
     """
+    with one_torch_thread():
+        return _run_chains(
+            flow,
+            target,
+            start,
+            folder,
+            n_steps,
+            n_proposals,
+            n_local_steps,
+            seed,
+            chunk_steps,
+            progress,
+        )
+
+
+def _run_chains(
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    start: Tensor,
+    folder: Path,
+    n_steps: int,
+    n_proposals: int,
+    n_local_steps: int,
+    seed: int,
+    chunk_steps: int,
+    progress: Callable[[float, str], None] | None,
+) -> ChainSamples:
     require_passed_audit(flow)
     generator = torch.Generator().manual_seed(seed)
     done, x, size = _resume(folder, generator, (len(start), n_proposals))

@@ -130,7 +130,8 @@ class ZMatrix:
         queue = deque(roots)
         while queue:
             p = queue.popleft()
-            children = sorted((k for k in graph[p] if k not in placed), key=lambda k: (weight[k], k))
+            free = [k for k in graph[p] if k not in placed]
+            children = sorted(free, key=lambda k: (weight[k], k))
             g = parent[p]
             for i in children:
                 if (p, g) in group_lead:
@@ -155,7 +156,7 @@ class ZMatrix:
     # -- differentiable maps ------------------------------------------------------------------
 
     def to_internal(self, x: Tensor) -> InternalCoordinates:
-        """Internal coordinates of positions ``(n, N, 3)``; invariant under rigid motions."""
+        """Compute the internal coordinates, invariant under rigid motions, of ``(n, N, 3)``."""
         idx = torch.tensor(self.rows, device=x.device)
         atom, par, grand, ref = idx.unbind(1)
         to_parent = x[:, atom[1:]] - x[:, par[1:]]

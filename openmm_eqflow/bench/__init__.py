@@ -1,1 +1,1 @@
-
+"""Speed on this machine, measured: ``openmm-eqflow bench``."""

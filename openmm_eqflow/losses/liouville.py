@@ -1,12 +1,13 @@
 r"""Liouville residual: train a flow between two overlapping densities without simulating it.
 
-Along :math:`\log p_t = (1-t)\log p_0 + t\log p_1 - F(t)` the field that transports p_0 to p_1 obeys
+Along :math:`\log p_t = (1-t)\log p_0 + t\log p_1 - F(t)` the field that transports p_0 to p_1
+obeys
 
 .. math:: r_t(y) = \nabla\cdot v + v\cdot\nabla\log p_t + (\log w(y) - E_{p_t}[\log w]) = 0,
           \qquad \log w = \log p_1 - \log p_0
 
-(Máté, Fleuret 2023, arXiv:2301.07388; NETS, arXiv:2410.02711). The residual vanishes *pointwise* for
-the exact field: no irreducible noise, one field evaluation per sample, no ODE in training. The
+(Máté, Fleuret 2023, arXiv:2301.07388; NETS, arXiv:2410.02711). The residual vanishes *pointwise*
+for the exact field: no irreducible noise, one field evaluation per sample, no ODE in training. The
 points come from a pool of prior samples and reference frames, weighted for every t by the balance
 heuristic (:mod:`openmm_eqflow.balance`). The pool only decides where the residual is made
 small; it never biases the field it converges to.
@@ -81,14 +82,14 @@ class LiouvilleLoss:
         times = torch.linspace(0, 1, _N_TIMES, dtype=torch.float64, device=device)
         weights = torch.softmax(balance_log_weights(relative, pool.from_prior, times), dim=1)
         self.mean_log_weight = (weights @ relative).float()
-        # One increasing table for all times: row k holds k + (cumulative weights), so that a single
-        # searchsorted serves a batch of mixed times.
+        # One increasing table for all times: row k holds k + (cumulative weights), so that a
+        # single searchsorted serves a batch of mixed times.
         cumulative = torch.cumsum(weights, 1)
         offset = torch.arange(_N_TIMES, dtype=torch.float64, device=device)[:, None]
         self.cumulative = (cumulative / cumulative[:, -1:] + offset).flatten()
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Indices into the pool and times, stratified over t in [0, 1]."""
+        """Draw indices into the pool and times, stratified over t in [0, 1]."""
         # Drawn on the CPU whatever the device, so that a seed means the same everywhere.
         t = (torch.arange(n) + torch.rand(n, generator=generator)) / n
         level = torch.rand(n, generator=generator, dtype=torch.float64)

@@ -1,7 +1,8 @@
-r"""Training pools: points of the chart with the scores of prior and target, made in the background.
+r"""Training pools: points of the chart with scores of prior and target.
 
-Energies and forces dominate the cost of a pool, and OpenMM and numba release the interpreter lock, so
-a feeder thread makes fresh chunks on one core while the network trains on the other. Chunk k depends
+Energies and forces dominate the cost of a pool, and OpenMM and numba release the interpreter lock,
+so a feeder thread makes fresh chunks on one core while the network trains on the other. Chunk k
+depends
 on the seed and on k only, and is consumed at a fixed step: a resumed run sees the same data.
 """
 
@@ -119,7 +120,9 @@ class PoolFeeder:
     ) -> None:
         self.prior, self.target = prior, target
         self.chunk, self.n_chunks, self.seed = chunk, n_chunks, seed
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="pool-feeder")
+        self._executor = ThreadPoolExecutor(
+            1, "pool-feeder", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._stop = threading.Event()
         self._pending: dict[int, Future[Pool]] = {}
         self._next = 0

@@ -1,1 +1,1 @@
-
+"""Invariant priors."""

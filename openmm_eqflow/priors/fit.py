@@ -1,7 +1,7 @@
 r"""Fit the internal-coordinate prior to molecular dynamics frames, with or without their forces.
 
-Forces make the fit data-efficient. With :math:`g = \nabla_s \log p(s, \tau)` (the target's score in
-internal coordinates) Stein's identity gives, for any fixed symmetric :math:`\Sigma`,
+Forces make the fit data-efficient. With :math:`g = \nabla_s \log p(s, \tau)` (the target's score
+in internal coordinates) Stein's identity gives, for any fixed symmetric :math:`\Sigma`,
 
 .. math:: E[s + \Sigma g \mid \tau] = E[s \mid \tau], \qquad
           \mathrm{Cov}(s|\tau) = \Sigma + E[r (r + \Sigma g)^T], \quad r = s - \mu(\tau).
@@ -17,12 +17,10 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
@@ -55,6 +53,7 @@ def coupled_pairs(zmatrix: ZMatrix, soft: Sequence[int]) -> list[tuple[int, int]
 def fourier_modes(
     n_soft: int, fold: Sequence[int], pairs: Sequence[tuple[int, int]], order: int
 ) -> Tensor:
+    """Integer modes (n_modes, n_soft): harmonics of every torsion, cross terms of ``pairs``."""
     modes: list[list[int]] = []
     for k in range(n_soft):
         # A folded torsion repeats itself: its first harmonic is `fold`.
@@ -104,7 +103,8 @@ def fit_internal_prior(
     bonds, masses
         Molecular graph.
     gradient
-        du/dx of the frames (kT/nm); with it the stiff coordinates are fitted with far fewer frames.
+        du/dx of the frames (kT/nm); with it the stiff coordinates are fitted with far fewer
+        frames.
     hot
         Frames of higher temperatures: the defensive part of the torsion density.
     hot_gradient

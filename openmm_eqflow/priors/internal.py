@@ -149,8 +149,8 @@ class InternalCoordinatePrior:
     def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, 3), mean-free in the root frame, and ``log_volume`` (n,).
 
-        Points that leave the chart (b <= 0, theta outside (0, pi), a stiff torsion more than half a turn
-        from its centre) get ``log_volume = nan``: their weight is zero.
+        Points that leave the chart (b <= 0, theta outside (0, pi), a stiff torsion more than half
+        a turn from its centre) get ``log_volume = nan``: their weight is zero.
         """
         z, tau = self.split(y)
         s = self.features(tau) @ self.coefficients.to(y) + z @ self.cholesky.to(y).T

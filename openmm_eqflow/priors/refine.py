@@ -1,9 +1,10 @@
 r"""Refine the internal-coordinate prior on its own samples: adaptive importance sampling.
 
-Energies are cheap where frames are dear: a round draws samples from the prior, weighs them together
+Energies are cheap where frames are dear: a round draws samples from the prior, weighs them
+together
 with the frames for the target (:mod:`openmm_eqflow.balance`) and fits everything again, torsion
-densities included (population Monte Carlo: Cappé et al. 2004). Rare basins get the weight the energy
-gives them, not the one a short simulation happened to visit.
+densities included (population Monte Carlo: Cappé et al. 2004). Rare basins get the weight the
+energy gives them, not the one a short simulation happened to visit.
 """
 
 from __future__ import annotations

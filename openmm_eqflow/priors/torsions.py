@@ -31,7 +31,7 @@ _GRID = 72
 
 
 def _kernel(delta: Tensor, width: Tensor) -> Tensor:
-    """Wrapped Gaussian; three images are exact to float64 for widths below 1 rad."""
+    """Evaluate a wrapped Gaussian; three images are exact to float64 for widths below 1 rad."""
     delta = wrap_angle(delta)
     total = torch.zeros_like(delta)
     for image in (-1, 0, 1):

@@ -42,7 +42,7 @@ class VectorField(Protocol):
         ...
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        r"""Velocity and :math:`+\mathrm{tr}\,\partial v/\partial y`, shapes as y and ``(batch,)``."""
+        r"""Velocity and :math:`+\mathrm{tr}\,\partial v/\partial y`, shapes of y, ``(batch,)``."""
         ...
 
 

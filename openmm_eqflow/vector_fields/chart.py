@@ -14,7 +14,8 @@ With :math:`d_k = s_k \odot \sigma'(\cdot)` its exact divergence in z is the bil
           = d_1^T \left[W_1 \odot (W_0 W_2)^T\right] d_0 + \mathrm{diag}(W_0 W_3)^T d_0,
 
 because :math:`\mathrm{tr}(W_2 D_1 W_1 D_0 W_0) = \sum_{ij} (D_1)_i (W_1)_{ij} (D_0)_j
-(W_0 W_2)_{ji}`: no tangents at all, whatever the number of coordinates (closed-form traces of shallow
+(W_0 W_2)_{ji}`: no tangents at all, whatever the number of coordinates (closed-form traces of
+shallow
 networks: Onken et al. 2021, OT-Flow, arXiv:2006.00104). The few torsions have a small network of
 their own, whose trace takes one forward-mode tangent per torsion.
 """
