@@ -17,7 +17,7 @@ from openmm_eqflow.report.build import render
 from openmm_eqflow.report.checks import pm
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.figures_compare import DASHES, SERIES, Entry
-from openmm_eqflow.report.populations import compare_ensembles
+from openmm_eqflow.report.populations import States, compare_ensembles, define_states
 from openmm_eqflow.report.theme import COLOURS, style
 from openmm_eqflow.report.verdict import judge
 
@@ -49,16 +49,24 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
             f"got {len(folders)} run director{'y' if len(folders) == 1 else 'ies'}, expected two "
             "or more different ones: openmm-eqflow compare RUN_A RUN_B"
         )
-    entries = []
+    entries: list[Entry] = []
+    hashes: list[str] = []
+    states: States | None = None
     for k, (folder, name) in enumerate(zip(folders, _names(folders), strict=True)):
         run = load_run(folder)
-        quantities = compare_ensembles(run)
+        hashes.append(run.run.config.system_hash)
+        # The same cuts in every run of the same system, or populations would not compare.
+        if hashes[0] == hashes[-1]:
+            states = states or define_states(run)
+            quantities = compare_ensembles(run, states)
+        else:
+            quantities = compare_ensembles(run)
         verdict = judge(run, quantities)
         colour = COLOURS[SERIES[k % len(SERIES)]]
         entries.append(
             Entry(name, run, quantities, verdict, colour, DASHES[k // len(SERIES) % 4])
         )
-    alike = len({entry.run.run.config.system_hash for entry in entries}) == 1
+    alike = len(set(hashes)) == 1
     with style():
         panels = [
             figures_compare.weights_panel(entries),

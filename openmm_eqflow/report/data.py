@@ -79,7 +79,10 @@ class Ensemble:
         """Normalised weights ``(n,)``."""
         if self.log_weight is None:
             return np.full(len(self.x), 1.0 / len(self.x))
-        w = np.exp(self.log_weight - self.log_weight.max())
+        top = self.log_weight.max()
+        if top == -np.inf:
+            return np.zeros(len(self.x))
+        w = np.exp(self.log_weight - top)
         normalised: FloatArray = w / w.sum()
         return normalised
 
@@ -160,8 +163,9 @@ class RunData:
 
     @cached_property
     def ensembles(self) -> list[Ensemble]:
-        """Reference (if any), chain, reweighted flow."""
-        return [e for e in (self.reference, self.chain, self.flow) if e is not None]
+        """Reference (if any), chain, reweighted flow (if any weight is positive)."""
+        flow = self.flow if self.flow.weights.any() else None
+        return [e for e in (self.reference, self.chain, flow) if e is not None]
 
 
 def _json(path: Path) -> dict[str, Any]:

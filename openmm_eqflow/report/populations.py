@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import find_peaks
 
 from openmm_eqflow.analysis import population
 from openmm_eqflow.diagnostics import (
@@ -26,7 +27,7 @@ from openmm_eqflow.observables import (
 )
 from openmm_eqflow.report.data import Ensemble, RunData
 
-__all__ = ["Quantity", "compare_ensembles", "coordinate_sizes"]
+__all__ = ["Quantity", "States", "compare_ensembles", "coordinate_sizes", "define_states"]
 
 FloatArray = NDArray[np.float64]
 _FEW_PAIRS = 10
@@ -112,10 +113,43 @@ def _share(ensemble: Ensemble, inside: NDArray[np.bool_]) -> tuple[Estimate, flo
     return population(inside, log_weights=ensemble.log_weight, chain=ensemble.chain)
 
 
-def compare_ensembles(run: RunData) -> list[Quantity]:
-    """Every quantity of the run's kind, in every ensemble."""
+@dataclass(frozen=True)
+class States:
+    """Where states are cut: arcs of torsions by name, and the distance of a close pair (nm)."""
+
+    arcs: dict[str, TwoStates]
+    close: float | None
+
+
+def define_states(run: RunData) -> States:
+    """Cut at the barriers of all ensembles together; phi of a peptide always at 0."""
+    arcs = {}
+    for column, torsion in enumerate(run.chain.torsions):
+        if torsion.fold > 1:
+            continue
+        if torsion.name.startswith("φ"):
+            arcs[torsion.name] = TwoStates(0.0, np.pi)
+            continue
+        pooled = [e.angles[:, column] for e in run.ensembles]
+        weights = [e.weights / len(run.ensembles) for e in run.ensembles]
+        found = two_states(np.concatenate(pooled), np.concatenate(weights))
+        if found is not None:
+            arcs[torsion.name] = found
+    close = None
+    if run.kind == "cluster":
+        x = run.ensembles[0].x
+        close = _first_gap(pair_distances(x[:: max(1, len(x) // 4000)]))
+    return States(arcs, close)
+
+
+def compare_ensembles(run: RunData, states: States | None = None) -> list[Quantity]:
+    """Estimate every quantity of the run's kind in every ensemble.
+
+    ``states`` of another run make the rows of two runs comparable.
+    """
     versus = run.reference.label if run.reference is not None else run.flow.label
-    rows = _molecule(run) if run.kind == "molecule" else _particles(run)
+    states = states or define_states(run)
+    rows = _molecule(run, states, versus) if states.arcs else _close_pairs(run, states, versus)
     energy = {e.label: _mean(e, e.u) for e in run.ensembles}
     size = {
         e.label: _mean(e, np.sqrt(squared_radius_of_gyration(e.x))) for e in run.ensembles
@@ -152,30 +186,22 @@ def compare_ensembles(run: RunData) -> list[Quantity]:
     return rows
 
 
-def _molecule(run: RunData) -> list[Quantity]:
+def _molecule(run: RunData, states: States, versus: str) -> list[Quantity]:
     rows = []
-    versus = run.reference.label if run.reference is not None else run.flow.label
     for column, torsion in enumerate(run.chain.torsions):
-        if torsion.fold > 1:
+        arc = states.arcs.get(torsion.name)
+        if arc is None:
             continue
         if torsion.name.startswith("φ"):
-            states, label = TwoStates(0.0, np.pi), f"{torsion.name} > 0"
+            label = f"{torsion.name} > 0"
             text = f"share with {torsion.name} between 0° and 180°"
         else:
-            pooled = [e.angles[:, column] for e in run.ensembles]
-            weights = [e.weights / len(run.ensembles) for e in run.ensembles]
-            found = two_states(np.concatenate(pooled), np.concatenate(weights))
-            if found is None:
-                continue
-            states = found
-            low, high = np.degrees(states.start), np.degrees(states.stop)
+            low, high = np.degrees(arc.start), np.degrees(arc.stop)
             label = f"{torsion.name}, minor state"
             text = f"share with {torsion.name} from {low:.0f}° up to {high:.0f}°" + (
                 "" if low < high else " through 180°"
             )
-        estimates = {
-            e.label: _share(e, states.contains(e.angles[:, column])) for e in run.ensembles
-        }
+        estimates = {e.label: _share(e, arc.contains(e.angles[:, column])) for e in run.ensembles}
         rows.append(Quantity(label, text, "", True, estimates, None, versus))
     return rows
 
@@ -186,23 +212,19 @@ def _first_gap(distances: FloatArray) -> float | None:
     counts, edges = np.histogram(distances, bins=80, range=(0.0, high))
     kernel = np.exp(-0.5 * (np.arange(-4, 5) / 1.5) ** 2)
     density = np.convolve(counts, kernel / kernel.sum(), mode="same")
-    inner = density[1:-1]
-    peaks = 1 + np.flatnonzero((inner >= density[:-2]) & (inner > density[2:]))
-    peaks = peaks[density[peaks] > 0.05 * density.max()]
+    # Prominent ones only: the noise of a histogram has peaks of its own.
+    peaks, _ = find_peaks(np.pad(density, 1), prominence=0.15 * density.max())
+    peaks = peaks - 1
     if len(peaks) < 2:
         return None
     between = density[peaks[0] : peaks[1] + 1]
     k = int(peaks[0] + np.argmin(between))
-    if density[k] > 0.8 * min(density[peaks[0]], density[peaks[1]]):
-        return None
     return float(0.5 * (edges[k] + edges[k + 1]))
 
 
-def _particles(run: RunData) -> list[Quantity]:
-    versus = run.reference.label if run.reference is not None else run.flow.label
-    source = run.ensembles[0]
-    cut = _first_gap(pair_distances(source.x[:: max(1, len(source.x) // 4000)]))
-    if cut is None or run.kind == "harmonic":
+def _close_pairs(run: RunData, states: States, versus: str) -> list[Quantity]:
+    cut = states.close
+    if cut is None:
         return []
     close = {e.label: (pair_distances(e.x) < cut).sum(axis=1) for e in run.ensembles}
     rows = [
