@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
-from openmm import unit
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +20,11 @@ from openmm_eqflow.cli_measure import device_option, seed_option
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.progress import stage_progress
 from openmm_eqflow.recipes import BUDGETS
-from openmm_eqflow.rundir import STAGES, RunDirectory
+
+if TYPE_CHECKING:
+    from openmm_eqflow.rundir import RunDirectory
+
+# OpenMM and torch take seconds to load: commands import what they need, --help stays quick.
 
 __all__ = ["main"]
 
@@ -44,8 +51,10 @@ def _open_run(
 ) -> RunDirectory:
     """Open a run directory by its path, or make one for a system."""
     from openmm_eqflow.library import load_system
+    from openmm_eqflow.rundir import RunDirectory
     from openmm_eqflow.workflow import build_target, resolve_device
 
+    resolve_device(device)
     if out is None and (Path(name) / "config.yaml").is_file():
         run = RunDirectory.open(Path(name))
         for key, value in (("budget", budget), ("seed", seed)):
@@ -104,6 +113,8 @@ def run(
     system: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
+    from openmm_eqflow.rundir import STAGES
+
     directory = _open_run(system, out, budget, seed, device)
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     _run_stages(directory, STAGES)
@@ -183,28 +194,51 @@ def init(
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
     from openmm_eqflow.own_system import init_system
+    from openmm_eqflow.thermo import temperature_quantity
 
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigurationError(f"temperature is {temperature} K, expected a positive one")
     init_system(
         folder,
         pdb=pdb,
         forcefield=[*forcefield, *more_forcefields] or None,
         system_xml=system_xml,
-        temperature=temperature * unit.kelvin,
+        temperature=temperature_quantity(temperature),
         add_hydrogens=add_hydrogens,
     )
-    console.print(f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}")
+    text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    errors.print(f"error: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _unexpected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print one line instead of a traceback (``sys.excepthook``); Python then exits with 1."""
+    _complain(f"unexpected {kind.__name__}: {error}; --debug shows where, please report it")
 
 
 def main() -> None:
     """Entry point: one line per error, exit code 2, traceback only with --debug."""
-    debug = "--debug" in sys.argv[1:]
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        sys.excepthook = _unexpected
+        logging.raiseExceptions = False  # run.log on a full disk: the stage itself will tell
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     cli_measure.register(cli)
     try:
-        sys.exit(cli(standalone_mode=False) or 0)
+        sys.exit(cli(arguments, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "openmm-eqflow"
+        _complain(f"{error.format_message()} (see {where} --help)")
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         errors.print("stopped; run the same command again to continue")
@@ -212,8 +246,7 @@ def main() -> None:
     except (EqFlowError, OSError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        errors.print(f"error: {message}", highlight=False, soft_wrap=True, markup=False)
+        _complain(str(error))
         sys.exit(2)
 
 

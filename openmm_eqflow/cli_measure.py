@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from rich.console import Console
 
 from openmm_eqflow.atomic import write_json
@@ -67,6 +66,8 @@ def evaluate(
 @device_option
 def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
     """Check the accuracy of log q."""
+    import torch
+
     from openmm_eqflow.audit import audit as run_audit
     from openmm_eqflow.workflow import flow_of
 

@@ -108,6 +108,7 @@ def prior_log_weights(
         with torch.no_grad():
             x, log_volume = flow.prior.to_cartesian(y)
             log_q = flow.prior.latent_log_prob(y) - log_volume
+        # A point outside the chart has log_volume nan.
         log_w = -target.reduced_potential(x) - log_q
         parts.append(torch.where(torch.isnan(log_w), -torch.inf, log_w))
     return torch.cat(parts)

@@ -98,7 +98,7 @@ def tune_step_size(
     The size is then frozen: adaptation during production would break detailed balance.
     """
     size = start
-    gain = 1.0
+    gain = 4.0  # finds the scale, whatever it is, in a few rounds; then settle
     history = []
     for k in range(n_rounds):
         x, info = hamiltonian_step(
@@ -106,6 +106,6 @@ def tune_step_size(
         )
         history.append(size)
         size *= float(torch.exp(gain * (info.acceptance.mean() - aim)))
-        gain = 1.0 if k < n_rounds // 2 else 0.4
+        gain = 4.0 if k < n_rounds // 2 else 0.5
     tail = torch.tensor(history[-8:], dtype=torch.float64)
     return float(tail.log().mean().exp()), x

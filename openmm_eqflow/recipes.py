@@ -7,6 +7,7 @@ system's ``settings`` (system.yaml) override single entries.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -77,15 +78,33 @@ class Recipe:
 
 
 def check_keys(content: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigurationError for a key that is no recipe entry."""
+    """Raise ConfigurationError for a key that is no recipe entry, or a value of a wrong type."""
     known = [f.name for f in fields(Recipe)]
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {known}"
             raise ConfigurationError(f"{where}: unknown key {key!r}; {hint}")
+        value, wanted = content[key], _misfit(key, content[key])
+        if wanted is not None:
+            raise ConfigurationError(f"{where}: key {key!r} is {value!r}, expected {wanted}")
 
 
+def _misfit(key: str, value: Any) -> str | None:
+    """Say what the entry should be, or None if ``value`` is that."""
+    example = getattr(_EXAMPLE, key)
+    if example is None:
+        return None if value is None or isinstance(value, Mapping) else "a mapping"
+    if isinstance(example, str):
+        return None if isinstance(value, str) else "text"
+    kinds = (int,) if isinstance(example, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
+        return "a whole number" if isinstance(example, int) else "a number that is not negative"
+    return "more than 0" if key.endswith("_seconds") and value == 0 else None
+
+
+_EXAMPLE = Recipe(1.0, 1.0)
+_SECTIONS = ("recipe", "reference", *BUDGETS)
 _MOLECULE: dict[Budget, Recipe] = {
     "quick": Recipe(45, 90, n_pool=60_000, n_chunks=8, n_evaluate=10_000, n_samples=5_000),
     "standard": Recipe(180, 450),
@@ -122,6 +141,11 @@ def make_recipe(
     """
     if budget not in BUDGETS:
         raise ConfigurationError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
+    for section in overrides or {}:
+        if section not in _SECTIONS:
+            near = difflib.get_close_matches(section, _SECTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {_SECTIONS}"
+            raise ConfigurationError(f"settings: unknown section {section!r}; {hint}")
     if kind == "molecule":
         recipe = _MOLECULE[budget]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from openmm import unit
 
 from openmm_eqflow.atomic import write_json, write_text
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
-from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.library import MolecularSystem, load_system, systems_directory
 from openmm_eqflow.recipes import Recipe, make_recipe
 from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.thermo import masses_in_dalton
+from openmm_eqflow.zmatrix import ZMatrix
 
 __all__ = ["STAGES", "RunConfig", "RunDirectory"]
 
@@ -27,6 +30,7 @@ _OUTPUTS = {
     "sample": ("samples.npz", "samples.dcd", "topology.pdb", "metrics.json"),
     "report": ("report.html",),
 }
+_FOLLOWING_WORK = {"reference": ("training",), "train": ("evaluation", "samples")}
 _PACKAGES = ("openmm", "openmmtools", "mdtraj", "torch", "torchdiffeq", "numpy", "scipy")
 
 
@@ -76,9 +80,8 @@ class RunDirectory:
             The folder belongs to another system, temperature, budget or seed.
         """
         kelvin = float(system.temperature.value_in_unit(unit.kelvin))
-        source = system.name if system.directory.parent.name == "systems" else str(
-            system.directory.resolve()
-        )
+        shipped = system.directory.parent == systems_directory()
+        source = system.name if shipped else str(system.directory.resolve())
         if (path / "config.yaml").is_file():
             run = cls.open(path)
             wanted = {
@@ -95,11 +98,17 @@ class RunDirectory:
                         f"{_short(found)}, now {_short(value)}; choose another --out or delete it"
                     )
             return run
-        if path.exists() and any(path.iterdir()):
+        # A run killed while it wrote config.yaml leaves a hidden temporary file, which is no run.
+        if path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise ConfigurationError(
                 f"{path} exists and is no run directory (no config.yaml); choose another --out"
             )
         chosen = budget or "standard"
+        recipe = make_recipe(system.kind, chosen, system.settings)  # type: ignore[arg-type]
+        if recipe.prior == "internal":  # refused now, not after the reference data are made
+            bonds = [(bond[0].index, bond[1].index) for bond in system.topology.bonds()]
+            masses = [float(m) for m in masses_in_dalton(system.system)]
+            ZMatrix.from_bonds(system.n_particles, bonds, masses=masses)
         config = RunConfig(
             source,
             target.system_hash,
@@ -107,7 +116,7 @@ class RunDirectory:
             chosen,
             0 if seed is None else seed,
             device,
-            make_recipe(system.kind, chosen, system.settings),  # type: ignore[arg-type]
+            recipe,
         )
         run = cls(path, config)
         run._write_config()
@@ -170,6 +179,9 @@ class RunDirectory:
         """Mark a stage complete; later ones that were complete are made again."""
         for later in STAGES[STAGES.index(stage) + 1 :]:
             (self.path / "stages" / f"{later}.json").unlink(missing_ok=True)
+        # What a later stage had begun belongs to the data or the flow that were replaced.
+        for folder in _FOLLOWING_WORK.get(stage, ()):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
         write_json(self.path / "stages" / f"{stage}.json", facts)
 
     def require(self, stage: str) -> None:

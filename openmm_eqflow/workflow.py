@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -9,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openmm
 import torch
 
 from openmm_eqflow.atomic import write_json, write_npz
 from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.evaluation import evaluate_flow
 from openmm_eqflow.fitting import split_frames, train_flow
 from openmm_eqflow.flow import EquivariantFlow
@@ -97,14 +99,15 @@ def flow_of(
         run = RunDirectory.open(path)
         run.require("train")
         test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
-        return run.load_system(), load_flow(path / "flow", device=where), test
+        system = run.load_system()
+        return system, _own_flow(path / "flow", _system_hash(system), where), test
     system = load_system(name_or_run)
     source = shipped_flow(system)
     if source is None:
         raise ConfigurationError(
             f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
         )
-    return system, load_flow(source, device=where), None
+    return system, _own_flow(source, _system_hash(system), where), None
 
 
 def run_stage(
@@ -184,13 +187,19 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _checked_flow(run: RunDirectory, target: BoltzmannTarget) -> EquivariantFlow:
-    flow = load_flow(run.path / "flow")
+def _system_hash(system: MolecularSystem) -> str:
+    """Hash of the System as ``BoltzmannTarget.system_hash``, without making the target."""
+    return hashlib.sha256(openmm.XmlSerializer.serialize(system.system).encode()).hexdigest()
+
+
+def _own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:
+    """Load a flow and make sure that it was trained for this System."""
+    flow = load_flow(path, device=device)
     made_for = flow.metadata.get("system_hash")
-    if made_for != target.system_hash:
+    if made_for != system_hash:
         raise ConfigurationError(
-            f"{run.path / 'flow.json'} was trained for another System "
-            f"({str(made_for)[:12]}..., now {target.system_hash[:12]}...); train it anew"
+            f"{path.with_suffix('.json')} was trained for another System "
+            f"({str(made_for)[:12]}..., now {system_hash[:12]}...); train it anew"
         )
     return flow
 
@@ -200,7 +209,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     recipe, seed = run.config.recipe, run.config.seed
     system = run.load_system()
     with build_target(system) as target:
-        flow = _checked_flow(run, target)
+        flow = _own_flow(run.path / "flow", target.system_hash)
         test, reference_u = None, None
         if run.is_complete("reference"):
             data = load_reference(run.path)
@@ -244,7 +253,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     if reference_u is not None:
         metrics["reference_mean_reduced_potential"] = float(reference_u.mean())
     write_json(run.path / "metrics.json", metrics)
-    shutil.rmtree(run.path / "evaluation")
+    shutil.rmtree(run.path / "evaluation", ignore_errors=True)
     return {key: metrics[key] for key in ("relative_ess", "prior_relative_ess", "pareto_k")}
 
 
@@ -252,6 +261,11 @@ def _starting_points(
     n: int, x: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Sampling-importance-resampling: chains start where the reweighted flow says."""
+    if not bool(torch.isfinite(log_weight).any()):
+        raise TrainingError(
+            f"none of {len(log_weight)} flow samples has a finite weight; train longer or give "
+            "the reference stage more time"
+        )
     weights = torch.softmax(log_weight, 0)
     return x[torch.multinomial(weights, n, replacement=True, generator=generator)]
 

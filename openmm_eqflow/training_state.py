@@ -1,0 +1,152 @@
+"""What a training run is made of: objective, settings, and the state a resumed run needs."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from openmm_eqflow.checkpoint import load_tensors, save_tensors
+from openmm_eqflow.errors import CheckpointError
+
+__all__ = ["GrowingObjective", "Objective", "TrainingSettings", "TrainingState"]
+
+
+class Objective(Protocol):
+    """A differentiable loss over fresh batches."""
+
+    def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Scalar loss of one batch."""
+        ...
+
+    def validation(self, n: int, generator: torch.Generator) -> Tensor:
+        """Loss on held-out data."""
+        ...
+
+
+@runtime_checkable
+class GrowingObjective(Objective, Protocol):
+    """An objective whose data grow with the step number."""
+
+    def grow(self, step: int) -> None:
+        """Add the data that are due at ``step``."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What one training run does; ``seconds`` counts earlier attempts too."""
+
+    seconds: float
+    max_steps: int = 10**9
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    final_fraction: float = 0.005
+    warmup_steps: int = 100
+    average: float = 0.999
+    gradient_clip: float = 2.0
+    weight_decay: float = 0.0
+    validation_size: int = 4096
+    checkpoint_seconds: float = 20.0
+    evaluate_seconds: float = 40.0
+    n_threads: int = 1
+    seed: int = 0
+
+
+class TrainingState:
+    """Everything a resumed run needs, as tensors and JSON."""
+
+    def __init__(self, module: nn.Module, settings: TrainingSettings) -> None:
+        self.module = module
+        self.average = copy.deepcopy(module)
+        self.optimiser = torch.optim.AdamW(
+            module.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+        )
+        device = next(module.parameters()).device
+        self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
+        self.n_threads = settings.n_threads if device.type == "cpu" else 1
+        self.executor = ThreadPoolExecutor(self.n_threads)
+        self.step, self.seconds, self.since_record = 0, 0.0, 0.0
+        self.history: list[dict[str, float]] = []
+
+    def gradient(self, objective: Objective, batch_size: int) -> Tensor:
+        """Set the gradients of one batch, split over threads; return its mean loss.
+
+        Torch splits single operations over threads, which hardly pays at these sizes; whole
+        shards side by side do. Every shard has its own stream, seeded from the stored one.
+        """
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        n = self.n_threads
+        if n == 1:
+            loss = objective(batch_size, self.generator)
+            gradients = _gradients(loss, parameters)
+        else:
+            seeds = torch.randint(2**62, (n,), generator=self.generator).tolist()
+
+            def shard(seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+                torch.set_num_threads(1)
+                stream = torch.Generator().manual_seed(seed)
+                part = objective(-(-batch_size // n), stream)
+                return part.detach(), _gradients(part, parameters)
+
+            parts = list(self.executor.map(shard, seeds))
+            loss = sum((p[0] for p in parts[1:]), parts[0][0]) / n
+            gradients = tuple(
+                sum(column[1:], column[0]) / n
+                for column in zip(*(p[1] for p in parts), strict=True)
+            )
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    def save(self, path: Path) -> None:
+        """Write everything atomically."""
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for name, module in (("module", self.module), ("average", self.average)):
+            tensors |= {f"{name}.{k}": v for k, v in module.state_dict().items()}
+        moments = self.optimiser.state_dict()["state"]
+        for index, slots in moments.items():
+            tensors |= {f"adam.{index}.{k}": v for k, v in slots.items()}
+        words = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        save_tensors(path, tensors, words)
+
+    def load(self, path: Path) -> None:
+        """Continue from what :meth:`save` wrote."""
+        tensors, words = load_tensors(path)
+        try:
+            for name, module in (("module", self.module), ("average", self.average)):
+                start = f"{name}."
+                module.load_state_dict(
+                    {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+                )
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path} belongs to another architecture; delete the folder {path.parent} to "
+                "train anew"
+            ) from error
+        state = self.optimiser.state_dict()
+        state["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("adam."):
+                _, index, slot = key.split(".")
+                state["state"].setdefault(int(index), {})[slot] = value
+        self.optimiser.load_state_dict(state)
+        self.generator.set_state(tensors["generator"])
+        self.step, self.seconds = int(words["step"]), float(words["seconds"])
+        self.history = list(words["history"])
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    """Gradients, zero for weights the loss does not see (a field without torsions has some)."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return tuple(
+        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
+    )
