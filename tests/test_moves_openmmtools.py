@@ -346,7 +346,7 @@ kind, flow_path, storage, n_iterations = sys.argv[1:]
 system = load_system("harmonic")
 flow = load_flow(flow_path)
 local = LangevinDynamicsMove(timestep=10 * unit.femtosecond, n_steps=10)
-flow_move = FlowMove(flow, n_proposals=4, seed=7)
+flow_move = FlowMove(flow, n_proposals=16, seed=7)
 moves = {
     "ReplicaExchangeSampler": SequenceMove([local, flow_move]),
     "MultiStateSampler": WeightedMove([(local, 0.3), (flow_move, 0.4),
@@ -408,7 +408,7 @@ def test_samplers_resume_in_a_fresh_process(
             iteration, replica = np.nonzero(assigned[20:] == state)
             u = energies[20:][iteration, replica, state]
             mean = mean_with_error(u)
-            assert mean.error < 0.4
+            assert mean.error < 0.6
             assert abs(mean.value - DOF / 2) < 4 * mean.error
         content = flow_path.read_bytes()
         flow_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
