@@ -137,6 +137,10 @@ class ProposalBuffer:
         self.n_used += n
         return Proposals(*(values[:n] for values in pending))
 
+    def discard(self) -> None:
+        """Forget the draws that were not handed out."""
+        self._pending = None
+
 
 def _joined(first: Proposals, second: Proposals) -> Proposals:
     return Proposals(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
