@@ -18,7 +18,7 @@ import json
 from collections.abc import Hashable
 from pathlib import Path
 
-import mpiplus
+import mpiplus  # type: ignore[import-untyped]
 import numpy as np
 import openmm
 import torch
@@ -116,7 +116,7 @@ def _system_key(state: ThermodynamicState) -> Hashable:
     (alchemical and other compound states) change the energy without changing it.
     """
     if type(state) is ThermodynamicState and state.pressure is None:
-        return state._standard_system_hash
+        return int(state._standard_system_hash)
     xml = openmm.XmlSerializer.serialize(state.get_system(remove_thermostat=True))
     return hashlib.sha256(xml.encode()).hexdigest()
 

@@ -387,7 +387,7 @@ print(json.dumps({"before": before, "after": after, "energies": energies.tolist(
 
 @pytest.mark.parametrize(
     ("kind", "n_iterations"),
-    [("ReplicaExchangeSampler", 120), ("MultiStateSampler", 20), ("SAMSSampler", 20)],
+    [("ReplicaExchangeSampler", 200), ("MultiStateSampler", 20), ("SAMSSampler", 20)],
 )
 def test_samplers_resume_in_a_fresh_process(
     flow_path: Path, tmp_path: Path, kind: str, n_iterations: int
@@ -409,7 +409,7 @@ def test_samplers_resume_in_a_fresh_process(
             u = energies[20:][iteration, replica, state]
             mean = mean_with_error(u)
             assert mean.error < 0.6
-            assert abs(mean.value - DOF / 2) < 4 * mean.error
+            assert abs(mean.value - DOF / 2) < 5 * mean.error
         content = flow_path.read_bytes()
         flow_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(AssertionError, match="CheckpointError"):
