@@ -1,1 +1,100 @@
+r"""Boltzmann samples of OpenMM systems from equivariant continuous normalizing flows.
 
+Where each equation lives, and which test checks it:
+
+=========================================  =================  =========================================  ==================================================
+equation                                   symbol             dotted path                                test
+=========================================  =================  =========================================  ==================================================
+ladj = int_0^1 div v dt                    ladj               integrate.rk4                              test_integrate::test_fourth_order
+log q(x) = log p0(z) - ladj - log volume   log q              flow.EquivariantFlow                       test_flow::test_integral_of_q_is_one_for_two_particles
+tr dv/dx, D tangents of the readout        div v              vector_fields.leave_one_out.LeaveOneOutField  test_vector_fields::test_divergence_is_the_trace
+tr dv/dy = d1^T [W1 * (W0 W2)^T] d0        div v              vector_fields.chart.ChartField             test_chart_field::test_divergence_is_the_trace
+sum_ij D phi + d phi'                      div v              vector_fields.kernel.KernelField           test_vector_fields::test_divergence_is_the_trace
+sum_k e_k . J e_k                          div v              divergence.exact_divergence                test_vector_fields::test_divergence_is_the_trace
+-|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2        log p0             priors.gaussian.MeanFreeGaussian           test_gaussian_prior::test_normalised_on_the_mean_free_subspace
+log p(y) - log volume                      log p0             priors.internal.InternalCoordinatePrior    test_internal_prior::test_triatomic_density_integrates_to_one_and_matches_samples
+8 pi^2 N^(-3/2) prod b^2 sin theta         log volume         zmatrix.ZMatrix.log_volume                 test_zmatrix::test_volume_element_is_the_jacobian_determinant
+E[s + Sigma g] = E[s]                      Sigma              priors.fit.fit_internal_prior              test_internal_prior::test_forces_make_the_fit_data_efficient
+div v + v . grad log p_t + log w - E[..]   r_t                losses.liouville.LiouvilleLoss             test_liouville::test_exact_field_has_no_residual
+|v(t, x_t) - (x_1 - x_0)|^2                loss               losses.flow_matching.FlowMatchingLoss      test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
+u = U / kT, +inf off the sector            u                  target.BoltzmannTarget                     test_target::test_wrong_hand_and_failures_are_infinite_and_counted
+log w = -u - log q                         log_weight         evaluation.draw_weighted                   test_workflow::test_evaluate_writes_the_keys_of_the_contract
+min(1, w(x') / w(x))                       log_acceptance     metropolis.log_acceptance_ratio            test_metropolis::test_detailed_balance_is_exact
+multiple-try Metropolis                    P(choice)          metropolis.multiple_try_probabilities      test_metropolis::test_detailed_balance_is_exact
+exp(-Delta H)                              acceptance         hamiltonian.hamiltonian_step               test_hamiltonian::test_stationary
+(sum w)^2 / n sum w^2                      relative_ess       diagnostics.relative_ess                   test_diagnostics::test_gaussian_log_weights_reproduce_their_relative_ess
+log mean w                                 log Z              diagnostics.log_z                          test_diagnostics::test_log_z_covers_the_truth_at_the_stated_rate
+|log q - log q(fine, float64)|             log_q_error_p99    audit.audit                                test_audit::test_coarse_grid_fails_in_every_measure
+=========================================  =================  =========================================  ==================================================
+
+The names below load on first use, so that importing the package costs nothing.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openmm_eqflow.checkpoint import load_flow, save_flow
+    from openmm_eqflow.flow import EquivariantFlow
+    from openmm_eqflow.library import load_system
+    from openmm_eqflow.local_moves import AnnealedMove, LatentMove
+    from openmm_eqflow.moves import FlowMove
+    from openmm_eqflow.own_system import init_system
+    from openmm_eqflow.priors.fit import fit_internal_prior
+    from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+    from openmm_eqflow.priors.internal import InternalCoordinatePrior
+    from openmm_eqflow.replica_exchange import FlowReplicaExchangeSampler
+    from openmm_eqflow.target import BoltzmannTarget
+    from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
+
+__all__ = [
+    "AnnealedMove",
+    "BoltzmannTarget",
+    "ChartField",
+    "EquivariantFlow",
+    "FlowMove",
+    "FlowReplicaExchangeSampler",
+    "InternalCoordinatePrior",
+    "LatentMove",
+    "LeaveOneOutField",
+    "MeanFreeGaussian",
+    "fit_internal_prior",
+    "init_system",
+    "load_flow",
+    "load_system",
+    "save_flow",
+]
+
+_HOMES = {
+    "AnnealedMove": "local_moves",
+    "BoltzmannTarget": "target",
+    "ChartField": "vector_fields",
+    "EquivariantFlow": "flow",
+    "FlowMove": "moves",
+    "FlowReplicaExchangeSampler": "replica_exchange",
+    "InternalCoordinatePrior": "priors.internal",
+    "LatentMove": "local_moves",
+    "LeaveOneOutField": "vector_fields",
+    "MeanFreeGaussian": "priors.gaussian",
+    "fit_internal_prior": "priors.fit",
+    "init_system": "own_system",
+    "load_flow": "checkpoint",
+    "load_system": "library",
+    "save_flow": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -164,7 +164,7 @@ def require_passed_audit(flow: EquivariantFlow) -> None:
     report = flow.audit_report
     if report is None:
         raise AuditError(
-            "this flow was never audited; call openmm_eqflow.audit(flow) and save it again"
+            "this flow was never audited; call openmm_eqflow.audit.audit(flow) and save it again"
         )
     if not report["passed"]:
         error = report["log_q_error_p99"]

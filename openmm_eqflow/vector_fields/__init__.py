@@ -2,6 +2,17 @@
 
 from openmm_eqflow.vector_fields.base import VectorField, build_vector_field
 from openmm_eqflow.vector_fields.chart import ChartField
+from openmm_eqflow.vector_fields.egnn import EGNNField
+from openmm_eqflow.vector_fields.kernel import KernelField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
+from openmm_eqflow.vector_fields.mlp import MLPField
 
-__all__ = ["ChartField", "LeaveOneOutField", "VectorField", "build_vector_field"]
+__all__ = [
+    "ChartField",
+    "EGNNField",
+    "KernelField",
+    "LeaveOneOutField",
+    "MLPField",
+    "VectorField",
+    "build_vector_field",
+]
