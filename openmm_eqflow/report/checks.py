@@ -155,15 +155,16 @@ def chain_checks(
         hats = {
             name: split_r_hat(run.chain.by_chain(run.chain.coordinates[name])) for name in sizes
         }
-        worst = max(hats, key=lambda name: hats[name])
+        widest = max(hats, key=lambda name: hats[name])
         checks.append(
             Check(
                 "agreement between chains",
-                f"split R̂ {hats[worst]:.3f} ({worst})",
-                _graded(hats[worst], 1.03, 1.1, high=False),
-                "spread between half-chains over spread within; 1 is agreement, poor above 1.1",
+                f"split R̂ {hats[widest]:.3f} ({widest})",
+                # Many short chains: R-hat is 1 + tau / (2 n) even when they agree.
+                _graded(hats[widest], 1.05, 1.2, high=False),
+                "spread between half-chains over spread within; 1 is agreement, poor above 1.2",
                 "sampling",
-                f"chains disagree in {worst} (R̂ {hats[worst]:.2f})",
+                f"chains disagree in {widest} (R̂ {hats[widest]:.2f})",
             )
         )
     else:

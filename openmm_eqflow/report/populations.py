@@ -242,7 +242,7 @@ def _close_pairs(run: RunData, states: States, versus: str) -> list[Quantity]:
     if n_pairs <= _FEW_PAIRS:
         for k in range(n_pairs + 1):
             shares = {e.label: _share(e, close[e.label] == k) for e in run.ensembles}
-            if max(float(estimate.value) for estimate, _ in shares.values()) > 0.01:
+            if any(0.01 < float(estimate.value) < 0.99 for estimate, _ in shares.values()):
                 text = f"exactly {k} pairs closer than {cut:.3g} nm"
                 rows.append(Quantity(f"{k} close pairs", text, "", True, shares, None, versus))
     return rows

@@ -108,12 +108,16 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
             "name": label,
             "ess": "-" if ess is None else f"{ess:,.0f}",
             "seconds": "-" if wall is None else f"{wall:,.0f}",
-            "rate": "-" if ess is None or not wall else f"{ess / wall:.2g}",
+            "rate": "-" if ess is None or not wall else _short(ess / wall),
             "evaluations": f"{evaluations:,.0f}",
-            "per_million": "-" if ess is None else f"{1e6 * ess / evaluations:,.3g}",
+            "per_million": "-" if ess is None else _short(1e6 * ess / evaluations),
         }
         for label, ess, wall, evaluations in rows
     ]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100.0 else f"{value:.2g}"
 
 
 def audit_rows(run: RunData) -> list[tuple[str, str, str, str]]:
