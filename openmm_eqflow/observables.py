@@ -219,9 +219,12 @@ def two_states(
 def pair_distances(x: NDArray[np.floating[Any]]) -> FloatArray:
     """Distances of all pairs, ``(n_frames, N (N - 1) / 2)`` in nm, of ``(n_frames, N, D)``."""
     i, j = np.triu_indices(x.shape[1], k=1)
-    distances: FloatArray = np.linalg.norm(
-        x[:, i].astype(np.float64) - x[:, j].astype(np.float64), axis=-1
-    )
+    distances = np.empty((len(x), len(i)))
+    # The differences of many frames of a large cluster would fill the memory.
+    step = max(1, 2_000_000 // max(1, len(i)))
+    for start in range(0, len(x), step):
+        y = x[start : start + step].astype(np.float64)
+        distances[start : start + step] = np.linalg.norm(y[:, i] - y[:, j], axis=-1)
     return distances
 
 

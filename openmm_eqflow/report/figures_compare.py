@@ -29,6 +29,7 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 SERIES = ("chain", "flow", "prior", "alert", "raw", "sky", "reference")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
+_MAX_FRAMES = 4000
 _MAX_TORSIONS = 6
 
 
@@ -168,7 +169,8 @@ def structure_panels(entries: Sequence[Entry]) -> list[Panel]:
     """Torsions of molecules, pair distances of anything else."""
     torsions = entries[0].run.chain.torsions
     if not torsions:
-        values = [pair_distances(e.run.chain.x[::2]).ravel() for e in entries]
+        x = [e.run.chain.x for e in entries]
+        values = [pair_distances(v[:: max(1, len(v) // _MAX_FRAMES)]).ravel() for v in x]
         edges = np.linspace(
             min(float(v.min()) for v in values), max(float(v.max()) for v in values), 81
         )

@@ -222,11 +222,16 @@ def _first_gap(distances: FloatArray) -> float | None:
     return float(0.5 * (edges[k] + edges[k + 1]))
 
 
+def _count_close(x: NDArray[np.float32], cut: float) -> NDArray[np.int64]:
+    parts = np.array_split(x, max(1, len(x) // 1000))
+    return np.concatenate([(pair_distances(part) < cut).sum(axis=1) for part in parts])
+
+
 def _close_pairs(run: RunData, states: States, versus: str) -> list[Quantity]:
     cut = states.close
     if cut is None:
         return []
-    close = {e.label: (pair_distances(e.x) < cut).sum(axis=1) for e in run.ensembles}
+    close = {e.label: _count_close(e.x, cut) for e in run.ensembles}
     rows = [
         Quantity(
             "close pairs",

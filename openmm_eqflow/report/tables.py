@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from pathlib import Path
@@ -116,6 +117,11 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
     ]
 
 
+def _big(number: int) -> str:
+    """Write a group order; factorials overflow a float."""
+    return f"{number:,}" if number < 10**6 else f"10^{math.log10(number):.1f}"
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100.0 else f"{value:.2g}"
 
@@ -166,7 +172,7 @@ def sector(run: RunData) -> list[str]:
     else:
         lines.append(
             "The field treats equal particles alike (symmetry group of order "
-            f"{symmetry.order:,}); log Z counts every labelling."
+            f"{_big(symmetry.order)}); log Z counts every labelling."
         )
     lines.append(
         "log Z is the log of the integral of exp(-u) over the mean-free subspace, in nm to the "
