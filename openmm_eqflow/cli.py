@@ -18,6 +18,7 @@ from rich.table import Table
 from openmm_eqflow import cli_measure
 from openmm_eqflow.cli_measure import device_option, seed_option
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.parallel import keep_freed_memory
 from openmm_eqflow.progress import stage_progress
 from openmm_eqflow.recipes import BUDGETS
 
@@ -231,6 +232,7 @@ def main() -> None:
         logging.raiseExceptions = False  # run.log on a full disk: the stage itself will tell
         warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     cli_measure.register(cli)
+    keep_freed_memory()
     try:
         sys.exit(cli(arguments, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:

@@ -21,6 +21,7 @@ __all__ = [
     "Proposals",
     "ReducedPotential",
     "StateMemory",
+    "StoredProposals",
     "flow_step",
 ]
 
@@ -140,6 +141,31 @@ class ProposalBuffer:
     def discard(self) -> None:
         """Forget the draws that were not handed out."""
         self._pending = None
+
+
+class StoredProposals(ProposalBuffer):
+    """Independent draws made earlier (by an evaluation, say), each handed out once, in order."""
+
+    def __init__(self, proposals: Proposals, *, n_proposals: int) -> None:
+        self.proposals, self.n_proposals = proposals, n_proposals
+        self.n_used = 0
+
+    @property
+    def n_left(self) -> int:
+        """Draws not handed out yet."""
+        return int(self.proposals.log_q.shape[0]) - self.n_used
+
+    def skip(self, n: int) -> None:
+        """Count ``n`` draws as used (they were, before a restart)."""
+        self.n_used += min(n, self.n_left)
+
+    def take(self, n: int) -> Proposals:
+        """Hand out the next ``n`` draws."""
+        if n > self.n_left:
+            raise ValueError(f"{n} draws wanted, {self.n_left} left; check n_left first")
+        rows = slice(self.n_used, self.n_used + n)
+        self.n_used += n
+        return Proposals(*(values[rows] for values in self.proposals))
 
 
 def _joined(first: Proposals, second: Proposals) -> Proposals:

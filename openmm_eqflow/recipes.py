@@ -117,10 +117,19 @@ _CLUSTER = Recipe(
     480,
     prior="gaussian",
     objective="flow-matching",
+    field={
+        "width": 32,
+        "n_layers": 2,
+        "n_vectors": 8,
+        "readout_width": 32,
+        "n_steps": 3,
+        "n_nodes": 32,
+        "n_rbf": 16,
+    },
     batch_size=256,
-    learning_rate=1e-3,
+    grid_tolerance=1e-3,
     n_evaluate=10_000,
-    n_samples=5_000,
+    n_samples=2_000,
 )
 
 
@@ -150,13 +159,13 @@ def make_recipe(
         recipe = _MOLECULE[budget]
     else:
         scale = {"quick": 0.2, "standard": 1.0, "thorough": 4.0}[budget]
-        n = {"quick": 2_000, "standard": 10_000, "thorough": 20_000}[budget]
+        n = {"quick": 1_000, "standard": 10_000, "thorough": 20_000}[budget]
         recipe = replace(
             _CLUSTER,
             reference_seconds=scale * _CLUSTER.reference_seconds,
             train_seconds=scale * _CLUSTER.train_seconds,
             n_evaluate=n,
-            n_samples=min(n, 5_000),
+            n_samples=n // 5,
         )
     for section in ("recipe", budget):
         changes = dict((overrides or {}).get(section, {}))

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from openmm_eqflow.atomic import write_npz
 from openmm_eqflow.audit import require_passed_audit
-from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.ensemble import (
+    ProposalBuffer,
+    Proposals,
+    StateMemory,
+    StoredProposals,
+    flow_step,
+)
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
@@ -107,6 +113,7 @@ def run_chains(
     n_local_steps: int,
     seed: int,
     chunk_steps: int = 10,
+    stored: Proposals | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> ChainSamples:
     """Run (or continue) chains of local and flow moves; exact for exp(-u) whatever the flow.
@@ -131,6 +138,8 @@ def run_chains(
         With it the chains are reproducible; a resumed run continues the stored random stream.
     chunk_steps
         Steps between chunks on disk.
+    stored
+        Independent flow samples drawn earlier, used (once each) before fresh ones are drawn.
 
     Raises
     ------
@@ -148,6 +157,7 @@ def run_chains(
             n_local_steps,
             seed,
             chunk_steps,
+            stored,
             progress,
         )
 
@@ -162,6 +172,7 @@ def _run_chains(
     n_local_steps: int,
     seed: int,
     chunk_steps: int,
+    stored: Proposals | None,
     progress: Callable[[float, str], None] | None,
 ) -> ChainSamples:
     require_passed_audit(flow)
@@ -177,18 +188,24 @@ def _run_chains(
         n_predraw=max(flow.chunk_size, len(x) * n_proposals),
         generator=generator,
     )
+    per_step = len(x) * n_proposals
+    earlier = None if stored is None else StoredProposals(stored, n_proposals=n_proposals)
     memory = StateMemory(capacity=4 * len(x))
     rows: dict[str, list[NDArray[np.float64]]] = {key: [] for key in _ARRAYS}
     index = len(_chunk_paths(folder))
     # Steps before the first chunk are burn-in; chains restarted from a chunk have had theirs.
     first = -_BURN_IN if done == 0 else done
+    if earlier is not None:
+        earlier.skip((first + _BURN_IN) * per_step)
     for step in range(first, n_steps):
         x, local = hamiltonian_step(
             target, x, step_size=size, n_steps=n_local_steps, generator=generator
         )
         # Both moves keep the centroid, and a state that stays keeps every bit: the memory of its
         # log q depends on it.
-        x, info = flow_step(flow, target, x, buffer, generator, memory=memory)
+        enough = earlier is not None and earlier.n_left >= per_step
+        source = earlier if earlier is not None and enough else buffer
+        x, info = flow_step(flow, target, x, source, generator, memory=memory)
         if step >= 0:
             u = target.reduced_potential(x)
             if not bool(torch.isfinite(u).all()):

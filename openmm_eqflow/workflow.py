@@ -15,6 +15,7 @@ import torch
 
 from openmm_eqflow.atomic import write_json, write_npz
 from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.ensemble import Proposals
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.evaluation import evaluate_flow
 from openmm_eqflow.fitting import split_frames, train_flow
@@ -236,7 +237,12 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             },
         )
         generator = torch.Generator().manual_seed(seed + 12)
-        start = _starting_points(recipe.n_chains, samples.x, samples.log_weight, generator)
+        # The first samples choose where the chains start, the others are their first proposals.
+        k = len(samples.u) // 10
+        start = _starting_points(
+            recipe.n_chains, samples.x[:k], samples.log_weight[:k], generator
+        )
+        rest = Proposals(samples.x[k:], samples.log_q[k:], samples.u[k:] * target.kT)
         chains = run_chains(
             flow,
             target,
@@ -246,6 +252,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             n_proposals=recipe.n_proposals,
             n_local_steps=recipe.n_local_steps,
             seed=seed + 13,
+            stored=rest,
             progress=lambda f, text: progress(0.5 + 0.5 * f, f"Markov chains: {text}"),
         )
     write_trajectory(run.path, system, chains)
