@@ -7,11 +7,14 @@ from typing import Any
 
 import mdtraj
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from openmm import app
 
 from openmm_eqflow import thermo
 from openmm_eqflow.atomic import atomic_path, write_npz
 from openmm_eqflow.diagnostics import autocorrelation_ess, longest_stuck
+from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.library import MolecularSystem
 from openmm_eqflow.sampling import ChainSamples
 
@@ -25,10 +28,9 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
     frames = x.reshape(-1, *x.shape[2:])
     if frames.shape[2] == 2:
         frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
-    topology = mdtraj.Topology.from_openmm(system.topology)
-    trajectory = mdtraj.Trajectory(frames, topology)
     if system.kind == "molecule":
-        trajectory.superpose(trajectory, 0)
+        frames = _superposed(frames)
+    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
     with atomic_path(path / "samples.dcd") as temporary:
         trajectory.save_dcd(str(temporary))
     with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
@@ -50,6 +52,16 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
             "local_acceptance": chains.local_acceptance,
         },
     )
+
+
+def _superposed(frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn every centred frame onto the first.
+
+    Not by mdtraj: its quaternion iteration does not converge for some small molecules, and says so
+    on stderr once per frame.
+    """
+    x = torch.from_numpy(frames).double()
+    return rotate(x, align_rotations(x, x[:1])).float().numpy()
 
 
 def chain_metrics(chains: ChainSamples) -> dict[str, Any]:

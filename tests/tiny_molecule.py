@@ -1,0 +1,92 @@
+"""Hydrogen peroxide as a user's own System: the whole main job on it takes seconds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import openmm
+import yaml
+from openmm import app, unit
+
+ATOMS = (("H1", "H"), ("O1", "O"), ("O2", "O"), ("H2", "H"))
+POSITIONS = ((0.096, 0.0, 0.0), (0.0, 0.0, 0.0), (-0.03, 0.14, 0.0), (0.05, 0.165, 0.06))
+QUICK: dict[str, Any] = {
+    "reference_seconds": 60,
+    "train_seconds": 2.0,
+    "max_frames": 1200,
+    "batch_size": 128,
+    "field": {"width": 16, "conditioner_width": 16, "torsion_width": 16},
+    "prior_rounds": 1,
+    "prior_samples": 1000,
+    "n_pool": 3000,
+    "chunk": 1000,
+    "n_chunks": 2,
+    "n_evaluate": 1200,
+    "n_samples": 240,
+    "n_chains": 12,
+    "n_local_steps": 5,
+}
+
+
+def topology() -> app.Topology:
+    made = app.Topology()
+    residue = made.addResidue("HPX", made.addChain("A"))
+    atoms = [made.addAtom(n, app.Element.getBySymbol(s), residue) for n, s in ATOMS]
+    for first, second in ((0, 1), (1, 2), (2, 3)):
+        made.addBond(atoms[first], atoms[second])
+    return made
+
+
+def system(stiffness: float = 300_000.0) -> openmm.System:
+    made = openmm.System()
+    for _, symbol in ATOMS:
+        made.addParticle(app.Element.getBySymbol(symbol).mass)
+    bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+    for first, second, length in ((0, 1, 0.097), (1, 2, 0.147), (2, 3, 0.097)):
+        bonds.addBond(first, second, length, stiffness)
+    angles.addAngle(0, 1, 2, 1.77, 500.0)
+    angles.addAngle(1, 2, 3, 1.77, 500.0)
+    torsions = openmm.PeriodicTorsionForce()
+    torsions.addTorsion(0, 1, 2, 3, 2, 0.3, 4.0)
+    torsions.addTorsion(0, 1, 2, 3, 1, math.pi, 3.0)
+    for force in (bonds, angles, torsions):
+        made.addForce(force)
+    return made
+
+
+def write_inputs(folder: Path, made: openmm.System | None = None) -> tuple[Path, Path]:
+    """Write mol.pdb and system.xml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "mol.pdb").open("w") as handle:
+        positions = [openmm.Vec3(*p) for p in POSITIONS] * unit.nanometer
+        app.PDBFile.writeFile(topology(), positions, handle, keepIds=True)
+    (folder / "system.xml").write_text(openmm.XmlSerializer.serialize(made or system()))
+    return folder / "mol.pdb", folder / "system.xml"
+
+
+def write_system(
+    folder: Path, *, recipe: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Write a complete system folder; ``changes`` replace keys of system.yaml."""
+    write_inputs(folder)
+    content: dict[str, Any] = {
+        "name": folder.name,
+        "kind": "molecule",
+        "coordinates": "mol.pdb",
+        "temperature_kelvin": 300,
+        "system_xml": "system.xml",
+        "settings": {
+            "reference": {
+                "max_temperature_ratio": 1.2,
+                "steps_per_swap": 20,
+                "swaps_per_frame": 1,
+                "equilibration_frames": 10,
+            },
+            "recipe": QUICK | (recipe or {}),
+        },
+    }
+    content |= changes
+    (folder / "system.yaml").write_text(yaml.safe_dump(content))
+    return content
