@@ -134,6 +134,7 @@ def _train_flow(
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         average=recipe.average,
+        gradient_clip=recipe.gradient_clip,
         seed=seed,
         evaluate_seconds=max(20.0, recipe.train_seconds / 12),
         n_threads=available_threads(),

@@ -53,6 +53,7 @@ class Recipe:
     batch_size: int = 512
     learning_rate: float = 2e-3
     average: float = 0.999
+    gradient_clip: float = 2.0
     prior_rounds: int = 3
     prior_samples: int = 40_000
     n_pool: int = 100_000
@@ -127,6 +128,7 @@ _CLUSTER = Recipe(
         "n_rbf": 16,
     },
     batch_size=256,
+    gradient_clip=10.0,
     grid_tolerance=1e-3,
     n_evaluate=10_000,
     n_samples=2_000,
