@@ -45,6 +45,7 @@ def save_tensors(
             safetensors.torch.save_file(plain, temporary, {"json": json.dumps(metadata or {})})
         except SafetensorError as error:  # a full disk, in the words of another library
             raise OSError(f"{path} cannot be written ({error})") from error
+        temporary.chmod(0o644)  # safetensors makes its files private
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -12,7 +12,6 @@ run is from converged.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from openmm_eqflow.energies.support import check_system
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.library import MolecularSystem
 from openmm_eqflow.sampling_plan import ReferenceSettings, SamplingPlan
+from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.thermo import kelvin, kt_in_kj_mol, temperature_quantity
 from openmm_eqflow.walker_pool import WalkerPool
 
@@ -168,8 +168,7 @@ def _finished(folder: Path, walker: int, seconds: float, quota: int) -> bool:
 
 def _plan(system: MolecularSystem, folder: Path, *, n_walkers: int, seed: int) -> SamplingPlan:
     """Read the plan of an earlier attempt, or make one."""
-    serialised = openmm.XmlSerializer.serialize(system.system)
-    system_hash = hashlib.sha256(serialised.encode()).hexdigest()
+    system_hash = system_sha256(system.system)
     path = folder / "plan.json"
     if path.is_file():
         plan = SamplingPlan.read(path)

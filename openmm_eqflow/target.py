@@ -11,7 +11,6 @@ without the indicator a Metropolis test would accept the wrong enantiomer.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from openmm_eqflow.energies.platforms import probe_positions
 from openmm_eqflow.energies.support import check_invariance, check_system
 from openmm_eqflow.energies.torch_port import TorchEnergy
 from openmm_eqflow.symmetry import Symmetry, chirality_signs, find_symmetry
+from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.thermo import kt_in_kj_mol
 from openmm_eqflow.topology_record import topology_from_record, topology_record
 
@@ -100,7 +100,7 @@ class BoltzmannTarget:
         self.n_particles: int = system.getNumParticles()
         self.n_dims = n_dims
         self._system_xml: str = openmm.XmlSerializer.serialize(system)
-        self.system_hash: str = hashlib.sha256(self._system_xml.encode()).hexdigest()
+        self.system_hash: str = system_sha256(system)
         self._set_temperature(temperature)
         self.symmetry: Symmetry = find_symmetry(system, topology)
         self.positions = self._reference(positions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import time
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import openmm
 import torch
 
 from openmm_eqflow.atomic import write_json, write_npz
@@ -25,6 +23,7 @@ from openmm_eqflow.outputs import chain_metrics, write_trajectory
 from openmm_eqflow.reference import load_reference, run_reference
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.sampling import run_chains
+from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = [
@@ -190,7 +189,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
 
 def _system_hash(system: MolecularSystem) -> str:
     """Hash of the System as ``BoltzmannTarget.system_hash``, without making the target."""
-    return hashlib.sha256(openmm.XmlSerializer.serialize(system.system).encode()).hexdigest()
+    return system_sha256(system.system)
 
 
 def _own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:

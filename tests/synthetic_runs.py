@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import types
 
 import mdtraj
 import numpy as np
-import openmm
 
 from openmm_eqflow.atomic import write_json, write_npz
 from openmm_eqflow.chunks import Chunk, WalkerState, write_chunk
@@ -20,12 +18,13 @@ from openmm_eqflow.diagnostics import (
 )
 from openmm_eqflow.library import load_system
 from openmm_eqflow.model_systems import harmonic_log_z, harmonic_stiffness
+from openmm_eqflow.outputs import chain_metrics, write_trajectory
 from openmm_eqflow.reference import load_reference
 from openmm_eqflow.rundir import RunDirectory
 from openmm_eqflow.sampling import ChainSamples
 from openmm_eqflow.sampling_plan import SamplingPlan
+from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.thermo import kelvin, kt_in_kj_mol
-from openmm_eqflow.workflow import chain_metrics, write_trajectory
 
 PHI_POSITIVE = 0.2
 
@@ -96,8 +95,7 @@ def write_run(
     """Write a run; ``stuck`` chains never move, ``spread`` is the sd of the flow's log weights."""
     rng = np.random.default_rng(seed)
     system = load_system(name)
-    serialised = openmm.XmlSerializer.serialize(system.system)
-    system_hash = hashlib.sha256(serialised.encode()).hexdigest()
+    system_hash = system_sha256(system.system)
     run = RunDirectory.create(
         path,
         system,
