@@ -268,3 +268,14 @@ def test_svg_follows_the_page_and_does_not_depend_on_the_clock():
     assert "font-family" not in svg
     assert all(found.startswith("key-") for found in re.findall(r'\bid="([^"]+)"', svg))
     ElementTree.fromstring(svg)
+
+
+def test_moderate_weight_gap_is_a_warning(tmp_path):
+    path = write_run(tmp_path / "run")
+    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    for gap, word in ((3.5, "Converged"), (7.0, "Not converged")):
+        metrics["chain"]["max_log_weight_gap"] = gap
+        (path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+        verdict, _ = judged(path)
+        assert verdict.word == word
+        assert f"weights e^{gap:.1f} times" in verdict.sentence

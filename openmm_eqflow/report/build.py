@@ -68,14 +68,6 @@ def render(template: str, context: dict[str, Any]) -> str:
 def _context(run: RunData, quantities: list[Quantity], verdict: Verdict) -> dict[str, Any]:
     config = run.run.config
     sections: list[tuple[str, str, list[Panel]]] = []
-    structure = (
-        [
-            *ramachandran_panels(run, ramachandran_pairs(run.chain.torsions)),
-            *torsion_panels(run),
-        ]
-        if run.kind == "molecule"
-        else cluster_panels(run)
-    )
     overlap = [
         figures.energy_panel(run),
         figures.log_weight_panel(run),
@@ -86,11 +78,16 @@ def _context(run: RunData, quantities: list[Quantity], verdict: Verdict) -> dict
         panel = figures_chain.autocorrelation_panel(run, verdict.slowest)
         mixing += [panel] if panel is not None else []
     sections.append(("Overlap of flow and target", "overlap", overlap))
-    sections.append(("Structure", "structure", structure))
+    if run.kind == "molecule":
+        for k, pair in enumerate(ramachandran_pairs(run.chain.torsions)):
+            heading = f"Backbone of {pair.residue}" if pair.residue else "Backbone"
+            sections.append((heading, f"backbone-{k}", ramachandran_panels(run, [pair])))
+        sections.append(("Torsions", "torsions", torsion_panels(run)))
+    else:
+        sections.append(("Structure", "structure", cluster_panels(run)))
     sections.append(("Mixing of the chains", "mixing", mixing))
     training = figures_chain.training_panels(run)
-    if training:
-        sections.append(("Training", "training", training))
+    sections.append(("Training", "training", training))
     return {
         "title": run.system.name,
         "description": run.system.description,
@@ -98,7 +95,7 @@ def _context(run: RunData, quantities: list[Quantity], verdict: Verdict) -> dict
         "temperature": f"{config.temperature_kelvin:g} K",
         "verdict": verdict,
         "tiles": tables.tiles(run, verdict),
-        "sections": sections,
+        "sections": [section for section in sections if section[2]],
         "quantities": tables.quantity_rows(run, quantities),
         "labels": [e.label for e in run.ensembles],
         "costs": tables.costs(run, verdict),

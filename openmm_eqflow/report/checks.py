@@ -191,14 +191,17 @@ def chain_checks(
     )
     gap = chain.get("max_log_weight_gap")
     if gap is not None:
+        grade = _graded(float(gap), 2.0, 6.0, high=False)
         checks.append(
             Check(
                 "largest weight in the chain against proposals",
                 f"{gap:+.1f} in log w",
-                _graded(float(gap), 2.0, 6.0, high=False),
-                "above 2 the chain found configurations that the flow hardly ever proposes",
-                "sampling",
-                f"the chain met weights e^{gap:.0f} times the largest ever proposed",
+                grade,
+                "above 2 the chain found configurations that the flow hardly ever proposes; poor "
+                "above 6",
+                # A moderate gap is the flow's fault; the checks above tell whether chains suffer.
+                "sampling" if grade == "poor" else "flow",
+                f"the chain met weights e^{gap:.1f} times the largest ever proposed",
             )
         )
     return checks

@@ -103,7 +103,9 @@ def _sentence(
             f"{pm(theirs.value, theirs.error)} in the {row.versus}"
         )
     parts.append(named["audit of log q"])
-    return "Converged: " + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}."
+    warnings = [c.reason for c in checks if c.grade == "fair"]
+    warning = f" Warning: {'; '.join(warnings[:2])}." if warnings else ""
+    return "Converged: " + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
 
 
 def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
