@@ -18,7 +18,7 @@ from rich.table import Table
 from openmm_eqflow import cli_measure
 from openmm_eqflow.cli_measure import device_option, seed_option
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
-from openmm_eqflow.parallel import keep_freed_memory
+from openmm_eqflow.memory import keep_freed_memory
 from openmm_eqflow.progress import stage_progress
 from openmm_eqflow.recipes import BUDGETS
 

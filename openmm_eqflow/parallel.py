@@ -7,7 +7,6 @@ numba and OpenMM release the interpreter lock.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["available_threads", "keep_freed_memory", "map_chunks", "one_torch_thread"]
+__all__ = ["available_threads", "map_chunks", "one_torch_thread"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -57,17 +56,3 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep large freed blocks instead of handing them back to the kernel.
-
-    A training step allocates the same large tensors again and again; page faults would cost up to
-    half of its time. Returns False where the C library has no such setting.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    return bool(mallopt(mmap_threshold, 1 << 30) and mallopt(trim_threshold, 2**31 - 1))

@@ -21,9 +21,7 @@ class Outcome(NamedTuple):
 class Shell:
     """Runs ``openmm-eqflow ARGUMENTS`` and undoes what main() sets for a whole process."""
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-    ) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self.monkeypatch, self.capfd = monkeypatch, capfd
 
     def __call__(self, *arguments: object) -> Outcome:

@@ -116,7 +116,5 @@ def test_rebuilt_from_its_configuration():
     again.requires_grad_(False)  # matmul folds its operands differently where it tracks gradients
     y = points("prior").float()
     t = torch.linspace(0, 1, 6)
-    for one, two in zip(
-        field.with_divergence(t, y), again.with_divergence(t, y), strict=True
-    ):
+    for one, two in zip(field.with_divergence(t, y), again.with_divergence(t, y), strict=True):
         assert torch.equal(one, two)

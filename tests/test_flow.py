@@ -102,7 +102,9 @@ def test_log_q_against_the_jacobian_of_the_discrete_map_for_dw4():
     for row in range(2):
         w = (basis.T @ z[row]).flatten()
         jacobian = torch.autograd.functional.jacobian(run, w)
-        expected = flow.prior.latent_log_prob(z[row : row + 1])[0] - torch.linalg.slogdet(jacobian)[1]
+        expected = (
+            flow.prior.latent_log_prob(z[row : row + 1])[0] - torch.linalg.slogdet(jacobian)[1]
+        )
         assert float(log_q[row]) == pytest.approx(float(expected), abs=1e-6)
         assert abs(float(torch.linalg.slogdet(jacobian)[1])) > 1e-3
 
@@ -177,8 +179,7 @@ def test_rsample_is_differentiable():
     x, log_q = flow.rsample_and_log_prob(4, generator=stream(10))
     (x.square().sum() + log_q.sum()).backward()
     assert all(
-        p.grad is not None and bool(torch.isfinite(p.grad).all())
-        for p in flow.module.parameters()
+        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in flow.module.parameters()
     )
     assert flow.rsample(2, generator=stream(1)).requires_grad
 

@@ -1,4 +1,4 @@
-"""The internal-coordinate prior: normalisation, sampling, invariance, fits with and without forces."""
+"""The internal-coordinate prior: normalisation, sampling, invariance, fits with forces or not."""
 
 from __future__ import annotations
 

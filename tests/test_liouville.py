@@ -33,8 +33,8 @@ class FlatPrior:
         return torch.cat([z, tau], 1)
 
     def latent_log_prob(self, y: Tensor) -> Tensor:
-        return -0.5 * y[:, :3].square().sum(1) - 1.5 * math.log(2 * math.pi) - math.log(
-            2 * math.pi
+        return (
+            -0.5 * y[:, :3].square().sum(1) - 1.5 * math.log(2 * math.pi) - math.log(2 * math.pi)
         )
 
     def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,11 @@ def test_training_drives_residual_down_and_weights_are_right():
         field,
         loss,
         TrainingSettings(
-            seconds=1e6, max_steps=700, batch_size=256, learning_rate=6e-3, average=0.99,
+            seconds=1e6,
+            max_steps=700,
+            batch_size=256,
+            learning_rate=6e-3,
+            average=0.99,
             warmup_steps=20,
         ),
     )

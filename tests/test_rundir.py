@@ -84,7 +84,10 @@ def test_other_folders_are_left_alone(tmp_path, system):
     [
         ({"seed": None}, "TypeError"),
         ({"recipe": {"train_secnods": 3}}, "did you mean 'train_seconds'"),
-        ({"recipe": {"reference_seconds": 1, "train_seconds": "long"}}, "'train_seconds' is 'long'"),
+        (
+            {"recipe": {"reference_seconds": 1, "train_seconds": "long"}},
+            "'train_seconds' is 'long'",
+        ),
     ],
 )
 def test_malformed_config_is_named(tmp_path, system, change, message):
@@ -107,7 +110,7 @@ def test_malformed_config_is_named(tmp_path, system, change, message):
 def test_stages_complete_and_invalidate_what_follows(tmp_path, system):
     run = create(tmp_path / "run", system)
     assert not any(run.is_complete(stage) for stage in STAGES)
-    with pytest.raises(CheckpointError, match="no complete 'train' stage; run: openmm-eqflow train"):
+    with pytest.raises(CheckpointError, match="no complete 'train' stage; run: openmm-eqflow"):
         run.require("train")
     for stage in STAGES:
         fake_stage(run, stage)

@@ -11,6 +11,7 @@ from flow_stand_ins import stream, uniform_grid
 from torch import Tensor
 
 from openmm_eqflow.audit import audit
+from openmm_eqflow.ensemble import Proposals
 from openmm_eqflow.errors import AuditError, CheckpointError, EnergyError
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
@@ -139,6 +140,22 @@ def test_a_gap_or_damage_never_mixes_chunks(whole, tmp_path):
         run(tmp_path / "cut", chains=5)
     with pytest.raises(CheckpointError, match="no finished chunk"):
         load_chains(tmp_path / "nothing")
+
+
+def test_stored_proposals_are_used_once_and_resume_bit_for_bit(tmp_path):
+    flow = make_flow()
+    x, log_q = flow.sample_and_log_prob(300, generator=stream(20))
+    energy = Springs().reduced_potential(x) * Springs.kT
+    stored = Proposals(x, log_q, energy)
+    chains = run(tmp_path / "a", stored=stored)
+    # 18 draws a step: burn-in and six steps come from the store, in order; then fresh ones.
+    log_w = (-energy / Springs.kT - log_q).numpy()
+    np.testing.assert_allclose(chains.proposal_log_weight[:6].ravel(), log_w[180:288], atol=1e-12)
+    assert not np.isin(chains.proposal_log_weight[6:], log_w).any()
+    for n_lost in (1, 3):
+        for path in sorted((tmp_path / "a").glob("chunk-*.npz"))[-n_lost:]:
+            path.unlink()
+        assert same(run(tmp_path / "a", stored=stored), chains)
 
 
 @pytest.mark.statistical

@@ -110,7 +110,9 @@ def test_loss_falls_and_history_tells():
 @pytest.mark.parametrize("bad_from", [1, 31])
 def test_lasting_nan_stops_and_keeps_the_last_good_weights(tmp_path, bad_from):
     path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(TrainingError, match=r"not finite 20 times.*checkpoint\.safetensors") as info:
+    with pytest.raises(
+        TrainingError, match=r"not finite 20 times.*checkpoint\.safetensors"
+    ) as info:
         run(path, bad_from=bad_from)
     assert "\n" not in str(info.value)
     tensors, words = load_tensors(path)

@@ -82,7 +82,7 @@ def test_everything_is_there(finished):
     with np.load(finished / "reference.npz") as reference:
         assert {"energies", "temperatures"} <= set(reference.files)
     html = (finished / "report.html").read_text(encoding="utf-8")
-    assert "src=\"http" not in html
+    assert 'src="http' not in html
     log = (finished / "run.log").read_text(encoding="utf-8")
     assert all(f"stage {stage} took" in log for stage in STAGES)
 

@@ -126,9 +126,7 @@ def test_normalisation_of_a_gaussian_in_internal_coordinates():
     b1, b2, angle = torch.meshgrid(b, b, theta, indexing="ij")
     bonds = torch.stack([b1.flatten(), b2.flatten()], 1)
     empty = torch.zeros(len(bonds), 0, dtype=torch.float64)
-    x, log_volume = zmatrix.from_internal(
-        InternalCoordinates(bonds, angle.reshape(-1, 1), empty)
-    )
+    x, log_volume = zmatrix.from_internal(InternalCoordinates(bonds, angle.reshape(-1, 1), empty))
     log_p = -0.5 * x.square().sum((1, 2)) - 3 * math.log(2 * math.pi)
     cell = float(b[1] - b[0]) ** 2 * 0.5 * math.pi
     values = torch.exp(log_p + log_volume).reshape(-1, 40) @ weights
