@@ -62,8 +62,13 @@ def draw_weighted(
         parts.append(_stored(path) or _drawn(flow, target, m, seed, k, path))
         if progress is not None:
             progress((start + m) / n, f"{start + m} samples")
-    columns = [torch.cat(column) for column in zip(*(p[:4] for p in parts), strict=True)]
-    return FlowSamples(*columns, sum(p.seconds for p in parts))
+    return FlowSamples(
+        torch.cat([p.x for p in parts]),
+        torch.cat([p.u for p in parts]),
+        torch.cat([p.log_q for p in parts]),
+        torch.cat([p.log_weight for p in parts]),
+        sum(p.seconds for p in parts),
+    )
 
 
 def _drawn(
@@ -91,7 +96,9 @@ def _stored(path: Path | None) -> FlowSamples | None:
     if path is None or not path.is_file():
         return None
     tensors, words = load_tensors(path)
-    return FlowSamples(*(tensors[f] for f in FlowSamples._fields[:4]), words["seconds"])
+    return FlowSamples(
+        tensors["x"], tensors["u"], tensors["log_q"], tensors["log_weight"], words["seconds"]
+    )
 
 
 def prior_log_weights(

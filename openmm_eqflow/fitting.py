@@ -163,7 +163,7 @@ def _train_flow(
     elif recipe.objective == "flow-matching":
         objective = FlowMatchingLoss(
             field,
-            prior,  # type: ignore[arg-type]
+            prior,
             frames,
             classes=target.symmetry.classes,
             proper=target.check_chirality,

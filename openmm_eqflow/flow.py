@@ -23,6 +23,8 @@ from openmm_eqflow.vector_fields.base import VectorField
 
 __all__ = ["EquivariantFlow"]
 
+_DEFAULT_GRID = tuple(k / 8 for k in range(9))
+
 
 class EquivariantFlow:
     """A prior, a vector field and a frozen time grid.
@@ -48,7 +50,7 @@ class EquivariantFlow:
         prior: Prior,
         vector_field: VectorField,
         *,
-        grid: tuple[float, ...] = tuple(k / 8 for k in range(9)),
+        grid: tuple[float, ...] = _DEFAULT_GRID,
         chunk_size: int = 512,
     ) -> None:
         if tuple(prior.event_shape) != tuple(vector_field.event_shape):

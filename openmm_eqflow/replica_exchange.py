@@ -108,7 +108,7 @@ class _StateEvaluator:
         return None
 
 
-class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):  # type: ignore[misc]
+class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     """``openmm.app.ReplicaExchangeSampler`` with a flow at some states.
 
     After its dynamics, a replica in one of ``flow_states`` is offered flow samples

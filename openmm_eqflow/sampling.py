@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def load_chains(folder: Path) -> ChainSamples:
     chunks = [_read(path) for path in _chunk_paths(folder)]
     if not chunks:
         raise CheckpointError(f"{folder} has no finished chunk; run the sample stage first")
-    return ChainSamples(*(np.concatenate([c[key] for c in chunks]) for key in _ARRAYS))  # type: ignore[arg-type]
+    return ChainSamples(*(np.concatenate([c[key] for c in chunks]) for key in _ARRAYS))
 
 
 def run_chains(
@@ -191,7 +192,7 @@ def _run_chains(
     per_step = len(x) * n_proposals
     earlier = None if stored is None else StoredProposals(stored, n_proposals=n_proposals)
     memory = StateMemory(capacity=4 * len(x))
-    rows: dict[str, list[NDArray[np.float64]]] = {key: [] for key in _ARRAYS}
+    rows: dict[str, list[Any]] = {key: [] for key in _ARRAYS}
     index = len(_chunk_paths(folder))
     # Steps before the first chunk are burn-in; chains restarted from a chunk have had theirs.
     first = -_BURN_IN if done == 0 else done
@@ -225,8 +226,8 @@ def _run_chains(
                 rows[key].append(value)
         last = step == n_steps - 1
         if rows["accepted"] and (last or (step + 1) % chunk_steps == 0):
-            arrays = {key: np.stack(values) for key, values in rows.items()}
-            state = {"state_x": x.numpy(), "state_size": np.float64(size)}
+            arrays: dict[str, Any] = {key: np.stack(values) for key, values in rows.items()}
+            state: dict[str, Any] = {"state_x": x.numpy(), "state_size": np.float64(size)}
             state["state_generator"] = generator.get_state().numpy()
             write_npz(folder / f"chunk-{index:05d}.npz", arrays | state)
             index += 1

@@ -127,7 +127,7 @@ class BoltzmannTarget:
         counted in ``n_invalid``. Differentiable: the gradient is minus the force over kT.
         """
         if x.requires_grad and torch.is_grad_enabled():
-            u: Tensor = _ReducedPotential.apply(x, self)  # type: ignore[no-untyped-call]
+            u: Tensor = _ReducedPotential.apply(x, self)
             return u
         return self._evaluate(x, gradient=False)[0]
 

@@ -124,7 +124,9 @@ class ZMatrix:
             (roots[2], roots[0], roots[1], -1),
         ]
         parent = {roots[1]: roots[0], roots[2]: roots[0], roots[0]: roots[1]}
-        placed, lead, fold = set(roots), [], []
+        placed = set(roots)
+        lead: list[int] = []
+        fold: list[int] = []
         # The root plane is the reference of atoms bonded to the root: no free torsion there.
         group_lead: dict[tuple[int, int], tuple[int, int]] = {(roots[0], roots[1]): (-1, roots[2])}
         queue = deque(roots)

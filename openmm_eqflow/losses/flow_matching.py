@@ -27,7 +27,8 @@ __all__ = ["FlowMatchingLoss"]
 
 
 class _LatentSampler(Protocol):
-    event_shape: tuple[int, ...]
+    @property
+    def event_shape(self) -> tuple[int, ...]: ...
 
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor: ...
 

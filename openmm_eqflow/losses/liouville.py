@@ -15,6 +15,8 @@ small; it never biases the field it converges to.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -56,7 +58,8 @@ class LiouvilleLoss:
         damping: float = 4.0,
         breadth: float = 0.1,
     ) -> None:
-        self.field, self.damping, self.breadth = field, damping, breadth
+        self.field: Any = field
+        self.damping, self.breadth = damping, breadth
         self.feeder, self.grow_every, self.n_grown = feeder, grow_every, 0
         self.held_out = None if held_out is None else LiouvilleLoss(field, held_out, breadth=0.0)
         self.set_pool(pool)

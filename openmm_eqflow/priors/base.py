@@ -27,7 +27,11 @@ class Prior(Protocol):
 
     n_particles: int
     n_dims: int
-    event_shape: tuple[int, ...]
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """Shape of one latent point."""
+        ...
 
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, *event_shape)`` latent points, float64."""

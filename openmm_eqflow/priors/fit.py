@@ -130,7 +130,7 @@ def fit_internal_prior(
     if soft:
         hot_tau = None if hot is None else zmatrix.to_internal(hot.double()).torsions[:, soft]
         density = TorsionDensity.fit(tau, fold=fold, coupled=pairs, extra=hot_tau)
-        pairs = [g.members for g in density.groups if len(g.members) == 2]  # type: ignore[misc]
+        pairs = [g.members for g in density.groups if len(g.members) == 2]
     while order > 1 and 12 * len(fourier_modes(len(soft), fold, pairs, order)) > len(x):
         order -= 1
     modes = fourier_modes(len(soft), fold, pairs, order)

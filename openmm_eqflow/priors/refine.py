@@ -96,7 +96,7 @@ def _round(
             extra_share=0.05,
         )
         joint = [g.members for g in new.torsions.groups if len(g.members) == 2]
-        modes = fourier_modes(prior.n_soft, prior.fold, joint, order)  # type: ignore[arg-type]
+        modes = fourier_modes(prior.n_soft, prior.fold, joint, order)
     new.modes = modes
     s = new.stiff_vector(internal)
     features = new.features(tau)

@@ -65,6 +65,8 @@ class ChartField(nn.Module):
     """
 
     exact_divergence = True
+    orders: Tensor
+    times: Tensor
 
     def __init__(
         self,
