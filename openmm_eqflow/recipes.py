@@ -129,7 +129,7 @@ _CLUSTER = Recipe(
     },
     batch_size=256,
     gradient_clip=10.0,
-    grid_tolerance=1e-3,
+    grid_tolerance=3e-3,
     n_evaluate=10_000,
     n_samples=2_000,
 )
