@@ -83,7 +83,12 @@ def indicators(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(
-    kind: str, flow: object, start: EquivariantFlow, target: BoltzmannTarget, n_steps: int
+    kind: str,
+    flow: object,
+    start: EquivariantFlow,
+    target: BoltzmannTarget,
+    n_steps: int,
+    floor: int = 500,
 ) -> Averages:
     """Many chains of Hamiltonian moves and the move under test, from the flow's own samples."""
     generator = torch.Generator().manual_seed(1)
@@ -103,7 +108,7 @@ def run(
             positive.append(a)
             bins.append(b)
     energies, phi = np.stack(u, axis=1), np.stack(positive, axis=1)
-    assert min(autocorrelation_ess(energies), autocorrelation_ess(phi)) > 500
+    assert min(autocorrelation_ess(energies), autocorrelation_ess(phi)) > floor
     one_hot = np.stack(bins, axis=1)[..., None] == np.arange(16)
     return Averages(
         mean_with_error(energies),
@@ -144,7 +149,8 @@ def test_moves_reproduce_parallel_tempering(
             if kind in ("independence", "multiple-try")
             else WrongLatentFlow(flow, factor)
         )
-        assert not agrees(run(kind, wrong, flow, target, 40), REFERENCE["300"])
+        # A wrong density may also mix worse: it needs no more samples than show the error.
+        assert not agrees(run(kind, wrong, flow, target, 40, floor=100), REFERENCE["300"])
 
 
 def test_a_flow_trained_at_300_serves_330_kelvin(
