@@ -28,6 +28,8 @@ class Recipe:
     ----------
     reference_seconds, train_seconds
         Wall clock of the two long stages.
+    min_frames
+        Below this many reference frames the stage goes on, up to four times its seconds.
     max_frames
         Reference frames after which the stage stops early.
     prior, objective
@@ -46,6 +48,7 @@ class Recipe:
 
     reference_seconds: float
     train_seconds: float
+    min_frames: int = 400
     max_frames: int = 40_000
     prior: str = "internal"
     objective: str = "liouville"

@@ -135,14 +135,19 @@ def run_stage(
 
 def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     recipe = run.config.recipe
-    data = run_reference(
-        run.load_system(),
-        run.path,
-        seconds=recipe.reference_seconds,
-        max_frames=recipe.max_frames,
-        seed=run.config.seed,
-        progress=progress,
-    )
+    system = run.load_system()
+    for extension in (1, 2, 4):
+        data = run_reference(
+            system,
+            run.path,
+            seconds=extension * recipe.reference_seconds,
+            max_frames=recipe.max_frames,
+            seed=run.config.seed,
+            progress=progress,
+        )
+        if data.n_frames >= min(recipe.min_frames, recipe.max_frames):
+            break
+        logger.info("only %d frames so far: the reference stage goes on", data.n_frames)
     return {
         "n_frames": data.n_frames,
         "temperatures_kelvin": data.temperatures.tolist(),

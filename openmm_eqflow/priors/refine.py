@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.balance import balance_log_weights, bennett_log_z
+from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.priors.fit import (
     controlled_fit,
     coupled_pairs,
@@ -76,6 +77,11 @@ def _round(
     u, gradient = evaluate(x)
     valid = torch.isfinite(u) & torch.isfinite(x).all(2).all(1)
     x, u, gradient, from_prior = x[valid], u[valid], gradient[valid], from_prior[valid]
+    if not bool(from_prior.any()):
+        raise TrainingError(
+            f"the prior fitted to {len(frames)} frames gives no valid configuration; give the "
+            "reference stage more time (a larger --budget)"
+        )
     relative = -u - prior.log_prob(x)
     relative = relative - bennett_log_z(relative, from_prior)
     at_target = torch.ones(1, dtype=torch.float64)
