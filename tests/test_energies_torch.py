@@ -60,7 +60,7 @@ def test_other_force_fields_on_a_ring_side_chain(force_field):
     n_forces = sum(not isinstance(f, openmm.CMMotionRemover) for f in system.getForces())
     assert len(evaluator.terms) == n_forces
     for thermal in (True, False):
-        assert_agree(evaluator, system, configurations(system, positions, 64, thermal))
+        assert_agree(evaluator, system, configurations(system, positions, 256, thermal))
     eager = TorchEnergy(system, positions=positions, compiled=False)
     assert eager.compiled_forces == ()
     assert_agree(eager, system, configurations(system, positions, 8, False))
