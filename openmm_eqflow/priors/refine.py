@@ -28,6 +28,7 @@ from openmm_eqflow.priors.torsions import TorsionDensity
 
 __all__ = ["refine_internal_prior"]
 
+_ENOUGH = 2000.0
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -63,6 +64,20 @@ def refine_internal_prior(
     return prior
 
 
+def _tempered_weights(relative: Tensor, from_prior: Tensor) -> Tensor:
+    """Weights for p_t with the largest t <= 1 whose effective sample size carries a fit.
+
+    Where the prior is poor, the target itself would be fitted to a handful of points; a tempered
+    step towards it is better, and the next round starts from there.
+    """
+    enough = min(_ENOUGH, 0.1 * len(relative))
+    times = torch.linspace(1.0, 0.0, 21, dtype=torch.float64)
+    candidates = torch.softmax(balance_log_weights(relative, from_prior, times), dim=1)
+    effective = 1 / candidates.square().sum(1)
+    usable = torch.nonzero(effective >= enough)
+    return candidates[int(usable[0])] if len(usable) else candidates[-1]
+
+
 def _round(
     prior: InternalCoordinatePrior,
     frames: Tensor,
@@ -84,8 +99,7 @@ def _round(
         )
     relative = -u - prior.log_prob(x)
     relative = relative - bennett_log_z(relative, from_prior)
-    at_target = torch.ones(1, dtype=torch.float64)
-    weights = torch.softmax(balance_log_weights(relative, from_prior, at_target)[0], 0)
+    weights = _tempered_weights(relative, from_prior)
     internal = prior.zmatrix.to_internal(x)
     tau = internal.torsions[:, prior.soft]
     new = prior.copy()
