@@ -84,7 +84,8 @@ def calibrate_grid(
     Returns the grid and the 99th percentile of :math:`|\ell_{grid} - \ell_{adaptive}|` in kT.
     The finest candidate is returned if none meets ``tolerance``; the error tells.
     """
-    _, reference = odeint_adaptive(field, y, rtol=1e-6, atol=1e-7)
+    accuracy = min(1e-6, 1e-2 * tolerance)
+    _, reference = odeint_adaptive(field, y, rtol=accuracy, atol=0.1 * accuracy)
     error = float("inf")
     grid: tuple[float, ...] = (0.0, 1.0)
     for n in candidates:
