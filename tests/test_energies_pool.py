@@ -12,6 +12,7 @@ import numpy as np
 import openmm
 import pytest
 from energy_systems import empty_system, reference
+from interruptible import hear_interrupts
 from openmm import unit
 
 from openmm_eqflow.energies.base import EnergyEvaluator
@@ -181,6 +182,7 @@ def test_no_orphans(how):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=hear_interrupts,
         text=True,
     )
     pids = [int(p) for p in process.stdout.readline().split()]

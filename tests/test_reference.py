@@ -15,6 +15,7 @@ import mdtraj
 import numpy as np
 import openmm
 import pytest
+from interruptible import hear_interrupts
 
 from openmm_eqflow.calibration import make_plan
 from openmm_eqflow.chunks import chunk_paths, read_chunk, write_chunk
@@ -242,6 +243,7 @@ def start_run(directory: Path, max_frames: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).resolve().parent.parent,
+        preexec_fn=hear_interrupts,
     )
 
 
