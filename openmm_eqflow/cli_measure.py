@@ -89,25 +89,57 @@ def bench() -> None:
     """Measure speed on this machine."""
 
 
-def _bench_command(name: str, summary: str, argument: str | None) -> None:
+def _bench_command(name: str, summary: str, *parameters: Any) -> None:
     def body(json_path: Path, **arguments: Any) -> None:
         from importlib import import_module
 
         module = import_module(f"openmm_eqflow.bench.{name}")
-        result = module.run_bench(*arguments.values(), json_path=json_path)
+        given = {key: value for key, value in arguments.items() if value not in (None, ())}
+        result = module.run_bench(**given, json_path=json_path)
         console.print_json(json.dumps(result))
 
     body = click.option(
         "--json", "json_path", type=click.Path(path_type=Path), required=True
     )(body)
-    if argument is not None:
-        body = click.argument(argument)(body)
+    for parameter in reversed(parameters):
+        body = parameter(body)
     bench.command(name, help=summary)(body)
 
 
-_bench_command("energies", "Energy evaluations per second of every evaluator.", None)
-_bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.", None)
-_bench_command("mixing", "Effective samples per second: MD, tempering, flow.", "system")
+_existing = click.Path(exists=True, path_type=Path)
+_bench_command("energies", "Energy evaluations per second of every evaluator.")
+_bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.")
+_bench_command(
+    "mixing",
+    "Effective samples per second: MD, tempering, flow.",
+    click.argument("name_or_run", metavar="SYSTEM_OR_RUN"),
+    click.option("--seconds", type=click.FloatRange(1), help="Per method (default 100)."),
+    click.option("--seed", type=int, help="Random seed (default 0)."),
+)
+_bench_command(
+    "prior",
+    "ESS of the internal-coordinate prior alone, by number of frames and seed.",
+    click.argument("system_name", metavar="SYSTEM"),
+    click.argument("trajectory", type=_existing),
+    click.option(
+        "--n-frames",
+        "sizes",
+        type=click.IntRange(10),
+        multiple=True,
+        help="Repeat for several (default 2000 and 20000).",
+    ),
+    click.option(
+        "--seed", "seeds", type=int, multiple=True, help="Repeat for several (default 0, 1, 2)."
+    ),
+    click.option("--n-samples", type=click.IntRange(10), help="Per case (default 20000)."),
+)
+_bench_command(
+    "matching",
+    "Flow-matching loss of the leave-one-out field and of an EGNN after the same steps.",
+    click.argument("run_path", metavar="RUN", type=_existing),
+    click.option("--n-steps", type=click.IntRange(1), help="Of each field (default 2000)."),
+    click.option("--seed", type=int, help="Random seed (default 0)."),
+)
 
 
 @click.command()

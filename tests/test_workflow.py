@@ -14,6 +14,7 @@ import yaml
 from command_line import Shell
 from tiny_molecule import write_system
 
+from openmm_eqflow.bench.prior import run_bench
 from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.library import load_system
@@ -252,3 +253,28 @@ def test_devices():
 def test_unknown_stage(finished):
     with pytest.raises(ConfigurationError, match="no stage 'pack'"):
         run_stage(RunDirectory.open(finished), "pack")
+
+
+def test_bench_prior_measures_every_size_and_seed(finished: Path, tmp_path: Path) -> None:
+    system, frames = finished.parent / "hooh", finished / "reference.dcd"
+    path = tmp_path / "prior.json"
+    result = run_bench(
+        str(system), frames, sizes=(100, 300), seeds=(0, 1), n_samples=400, json_path=path
+    )
+    assert json.loads(path.read_text(encoding="utf-8")) == result
+    assert [(c["n_frames"], c["seed"]) for c in result["cases"]] == [
+        (100, 0),
+        (100, 1),
+        (300, 0),
+        (300, 1),
+    ]
+    for case in result["cases"]:
+        assert 0.3 < case["relative_ess"] <= 1.0
+        assert 1 / 400 <= case["max_weight_share"] < 0.1
+
+
+def test_bench_prior_names_what_does_not_fit(finished: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no internal-coordinate prior"):
+        run_bench("lj13", finished / "reference.dcd")
+    with pytest.raises(ConfigurationError, match="does not fit the system"):
+        run_bench("alanine-dipeptide", finished / "reference.dcd")
