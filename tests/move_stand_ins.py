@@ -159,9 +159,22 @@ class RadialField(nn.Module):
         return self.with_divergence(t, y)[0]
 
 
-def harmonic_flow() -> EquivariantFlow:
+@register_vector_field
+class HeavyField(RadialField):
+    """The same field with weights that do nothing but take room on disk."""
+
+    def __init__(
+        self, n_particles: int, n_dims: int, a: float, b: float, c: float, n_idle: int
+    ) -> None:
+        super().__init__(n_particles, n_dims, a, b, c)
+        self.config["n_idle"] = n_idle
+        self.idle = nn.Parameter(torch.ones(n_idle, dtype=torch.float64))
+
+
+def harmonic_flow(n_idle: int = 0) -> EquivariantFlow:
     """A flow that covers the shipped ``harmonic`` system (six particles) at 300 to 400 K."""
-    field = RadialField(6, 3, -0.1, 0.25, 0.8)
+    sizes = (6, 3, -0.1, 0.25, 0.8)
+    field = HeavyField(*sizes, n_idle) if n_idle else RadialField(*sizes)
     flow = EquivariantFlow(MeanFreeGaussian(6, 3, 0.235), field, grid=(0.0, 0.25, 0.5, 0.75, 1.0))
     audit(flow)
     return flow

@@ -415,8 +415,18 @@ def test_samplers_resume_in_a_fresh_process(
         with pytest.raises(AssertionError, match="CheckpointError"):
             run_python(RESUME, kind, str(storage), "1")
         flow_path.write_bytes(content)
-        sizes = storage.stat().st_size
-        assert sizes < 3e6
+
+
+def test_storage_does_not_grow_with_the_flow(tmp_path: Path) -> None:
+    sizes = {}
+    for n_idle in (0, 1_500_000):
+        path = save_flow(harmonic_flow(n_idle), tmp_path / f"flow{n_idle}")
+        storage = tmp_path / f"run{n_idle}.nc"
+        run_python(CREATE, "MultiStateSampler", str(path), str(storage), "2")
+        sizes[path.stat().st_size] = storage.stat().st_size
+    small, large = sorted(sizes)
+    assert large > small + 10_000_000
+    assert abs(sizes[large] - sizes[small]) < 4096
 
 
 def test_statistics_are_plain_numbers(system: MolecularSystem, flow_path: Path) -> None:
