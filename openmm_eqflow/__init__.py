@@ -17,6 +17,12 @@ log p(y) - log volume                      log p0             priors.internal.In
 E[s + Sigma g] = E[s]                      Sigma              priors.fit.fit_internal_prior              test_internal_prior::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]   r_t                losses.liouville.LiouvilleLoss             test_liouville::test_exact_field_has_no_residual
 |v(t, x_t) - (x_1 - x_0)|^2                loss               losses.flow_matching.FlowMatchingLoss      test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
+-E_data[log q]                             NLL                losses.likelihood.LikelihoodLoss           test_objectives::test_likelihood_is_the_flows_own
+E_q[log q + u]                             KL(q|p)            losses.reverse_kl.ReverseKLLoss            test_objectives::test_reverse_kl_takes_forces_from_openmm
+grad_y (log q - log p) . dT/dtheta         grad KL(q|p)       losses.path_gradient.ReversePathLoss       test_objectives_path::test_reverse_path_gradient_is_unbiased
+grad_z (log p_theta0 - log p0) . dz/dtheta  grad KL(p|q)      losses.path_gradient.ForwardPathLoss       test_objectives_path::test_forward_path_gradient_is_unbiased
+ds/dt = -grad_y (v . s + div v)            s_t                losses.solve.transport_score               test_objectives::test_score_of_the_flow
+u_h + log(u - u_h + 1)                     u_reg              losses.chart_target.bound_energy           test_objectives::test_energy_is_bounded_and_its_slope_follows
 u = U / kT, +inf off the sector            u                  target.BoltzmannTarget                     test_target::test_wrong_hand_and_failures_are_infinite_and_counted
 log w = -u - log q                         log_weight         evaluation.draw_weighted                   test_workflow::test_evaluate_writes_the_keys_of_the_contract
 min(1, w(x') / w(x))                       log_acceptance     metropolis.log_acceptance_ratio            test_metropolis::test_detailed_balance_is_exact

@@ -9,6 +9,7 @@ on the seed and on k only, and is consumed at a fixed step: a resumed run sees t
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -38,16 +39,26 @@ class Pool(NamedTuple):
     from_prior: Tensor
 
 
-def latent_target(prior: Prior, target: Target, y: Tensor) -> tuple[Tensor, Tensor]:
+def latent_target(
+    prior: Prior,
+    target: Target,
+    y: Tensor,
+    *,
+    bound: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
     r"""Log density of the target in the chart and its gradient.
 
     .. math:: \log p_1(y) = -u(x(y)) + \mathrm{log\_volume}(y)
+
+    ``bound`` may replace u (n,) and du/dx (n, N, D) before they are used.
     """
     point = y.detach().requires_grad_(True)
     with torch.enable_grad():
         x, log_volume = prior.to_cartesian(point)
         finite = torch.isfinite(log_volume.detach())
         u, du = target.reduced_potential_and_gradient(x.detach())
+        if bound is not None:
+            u, du = bound(u, du)
         inner = (x * du).sum((1, 2))
         log_p = torch.where(finite, log_volume - inner, torch.zeros_like(inner)).sum()
         gradient = torch.autograd.grad(log_p, point)[0]
