@@ -1,7 +1,7 @@
 r"""Is log q accurate enough for an acceptance ratio? Measured, in kT, on given configurations.
 
 (a) log q on the shipped grid and network precision against a twice finer grid in float64;
-(b) the round trip z -> x -> z and log q from sampling against log_prob;
+(b) the round trips z -> x -> z and z -> x -> z -> x (nm) and log q from sampling against log_prob;
 (c) for small systems, the log determinant against that of the discrete map's Jacobian.
 
 Hutchinson estimates never enter an acceptance ratio: a flow whose divergence is not exact fails.
@@ -94,6 +94,7 @@ def audit(
         z_back, log_q_back = flow.inverse(points)
         fine = _fine_log_q(flow, points)
         k = len(samples)
+        x_back, _ = flow.transform(z_back[:k])
         report: dict[str, Any] = {
             "n": len(points),
             "n_ode_steps": flow.n_ode_steps,
@@ -101,6 +102,7 @@ def audit(
             "grid_and_precision": _quantiles((log_q_back - fine).abs()),
             "sampling_against_log_prob": _quantiles((log_q - log_q_back[:k]).abs()),
             "round_trip": _quantiles(_latent_gap(flow, z_back[:k] - z)),
+            "round_trip_nm": _quantiles((x_back - samples).abs().flatten(1).amax(1)),
         }
         if _dimension(flow) <= _MAX_JACOBIAN:
             report["against_jacobian"] = _quantiles(_jacobian_error(flow, z[:32]))

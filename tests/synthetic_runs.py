@@ -115,6 +115,7 @@ def write_run(
         "grid_and_precision": {"median": 1e-5, "p99": 1e-4, "max": 2e-4},
         "sampling_against_log_prob": {"median": 1e-6, "p99": 1e-5, "max": 2e-5},
         "round_trip": {"median": 1e-7, "p99": 1e-6, "max": 2e-6},
+        "round_trip_nm": {"median": 1e-8, "p99": 1e-7, "max": 2e-7},
         "log_q_error_p99": 1e-4,
         "passed": True,
     }

@@ -25,6 +25,7 @@ def test_good_flow_passes_and_report_is_stored(make):
     assert report["n"] <= 62
     assert report["log_q_error_p99"] < 0.01
     assert report["round_trip"]["p99"] < 1e-3  # torsions compared on the circle
+    assert report["round_trip_nm"]["p99"] < 1e-4
     assert report["against_jacobian"]["p99"] < 0.01
     json.dumps(report, allow_nan=False)
     require_passed_audit(flow)

@@ -134,6 +134,7 @@ def audit_rows(run: RunData) -> list[tuple[str, str, str, str]]:
         "sampling_against_log_prob": "sampling against log_prob (kT)",
         "against_jacobian": "log determinant of the Jacobian (kT)",
         "round_trip": "round trip of the latent (latent units)",
+        "round_trip_nm": "round trip of the positions (nm)",
     }
     return [
         (
