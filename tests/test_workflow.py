@@ -16,8 +16,9 @@ from tiny_molecule import write_system
 
 from openmm_eqflow.bench.prior import run_bench
 from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.errors import ConfigurationError, TrainingError
+from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.library import load_system
+from openmm_eqflow.publish import publish
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.workflow import (
     _starting_points,
@@ -278,3 +279,25 @@ def test_bench_prior_names_what_does_not_fit(finished: Path) -> None:
         run_bench("lj13", finished / "reference.dcd")
     with pytest.raises(ConfigurationError, match="does not fit the system"):
         run_bench("alanine-dipeptide", finished / "reference.dcd")
+
+
+def test_publish_gives_a_flow_and_its_card(finished: Path, tmp_path: Path) -> None:
+    card = publish(finished, tmp_path / "out").read_text(encoding="utf-8")
+    metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+    assert f"{metrics['relative_ess']:.3f}, n = 1,200" in card
+    assert f"{metrics['prior_relative_ess']:.3f}, same n" in card
+    assert "--budget quick --seed 0" in card
+    assert f"--seed {metrics['seed']}" in card
+    ours, theirs = (load_flow(p / "flow") for p in (tmp_path / "out", finished))
+    x = theirs.sample(8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x), atol=0, rtol=0)
+    assert ours.metadata["setup_seconds"] > 0
+
+
+def test_publish_refuses_an_unfinished_run(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.json").unlink()
+    with pytest.raises(CheckpointError, match="no complete 'sample' stage"):
+        publish(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import time
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.machine import machine_name
 from openmm_eqflow.vector_fields.egnn import EGNNField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
 
@@ -177,10 +177,10 @@ def run_bench(
                 "speedup": egnn.median_ms / both.median_ms,
             }
         )
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else machine_name()
     result = {
         "device": device,
-        "device_name": name or platform.machine(),
+        "device_name": name,
         "torch": torch.__version__,
         "dtype": "float32",
         "n_threads": n_threads,

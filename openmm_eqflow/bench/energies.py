@@ -28,6 +28,7 @@ from openmm_eqflow.energies.platforms import available_platforms
 from openmm_eqflow.energies.torch_port import TorchEnergy
 from openmm_eqflow.energies.worker import LocalContext
 from openmm_eqflow.library import list_systems, load_system
+from openmm_eqflow.machine import machine_name
 
 __all__ = ["BATCHES", "run_bench"]
 
@@ -154,8 +155,7 @@ def _evaluator_rates(evaluator: ContextPool | TorchEnergy, x: FloatArray, second
 
 def _machine(n_threads: int) -> dict[str, Any]:
     return {
-        "processor": _processor(),
-        "n_cores": os.cpu_count(),
+        "processor": machine_name(),
         "n_threads": n_threads,
         "python": host.python_version(),
         "openmm": openmm.version.version,
@@ -163,15 +163,6 @@ def _machine(n_threads: int) -> dict[str, Any]:
         "numba": HAVE_NUMBA,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return host.processor()
 
 
 def _line(name: str, entry: dict[str, Any]) -> str:

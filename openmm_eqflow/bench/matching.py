@@ -7,7 +7,6 @@ of steps; the validation loss is measured on the same pairs.
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from openmm_eqflow.atomic import write_json
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.fitting import split_frames
 from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
+from openmm_eqflow.machine import machine_name
 from openmm_eqflow.parallel import available_threads, one_torch_thread
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.reference import load_reference
@@ -125,7 +125,7 @@ def run_bench(
         "loss_ratio": first / second,
         "seconds_per_step": seconds,
         "time_ratio": seconds["LeaveOneOutField"] / seconds["EGNNField"],
-        "device_name": platform.processor() or platform.machine(),
+        "device_name": machine_name(),
     }
     if json_path is not None:
         write_json(Path(json_path), result)

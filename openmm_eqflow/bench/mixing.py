@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from openmm_eqflow.convergence import features, torsion_angles
 from openmm_eqflow.diagnostics import autocorrelation_ess
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.library import MolecularSystem
+from openmm_eqflow.machine import machine_name
 from openmm_eqflow.sampling_plan import SamplingPlan
 from openmm_eqflow.workflow import flow_of
 
@@ -233,7 +233,7 @@ def run_bench(
         "seconds_per_method": seconds,
         "seed": seed,
         "n_cpus": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine_name(),
         "setup_seconds": setup,
         "methods": {
             r.method: {

@@ -6,7 +6,6 @@ weight explodes, so that every case is drawn with several seeds and the largest 
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from openmm_eqflow.evaluation import prior_log_weights
 from openmm_eqflow.fitting import fit_prior
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.library import load_system
+from openmm_eqflow.machine import machine_name
 from openmm_eqflow.parallel import one_torch_thread
 from openmm_eqflow.recipes import make_recipe
 from openmm_eqflow.vector_fields import ChartField
@@ -114,7 +114,7 @@ def run_bench(
         "n_samples": n_samples,
         "prior_rounds": recipe.prior_rounds,
         "prior_samples": recipe.prior_samples,
-        "device_name": platform.processor() or platform.machine(),
+        "device_name": machine_name(),
         "cases": cases,
     }
     if json_path is not None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openmm_eqflow.diagnostics import kish_ess
+from openmm_eqflow.machine import machine_name
 from openmm_eqflow.report.checks import pm
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
@@ -186,15 +185,6 @@ def sector(run: RunData) -> list[str]:
     return lines
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def provenance(run: RunData) -> list[tuple[str, str]]:
     """Where the numbers come from: seeds, hardware, versions."""
     config, stages = run.run.config, run.stages
@@ -203,7 +193,7 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
         ("budget, seed", f"{config.budget}, {config.seed}"),
         ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed + 13}"),
         ("device", f"{run.metrics['device']}, {run.metrics['n_threads']} thread(s)"),
-        ("report written on", f"{_processor()}, {os.cpu_count()} CPUs, {platform.system()}"),
+        ("report written on", f"{machine_name()}, {platform.system()}"),
         ("ODE steps", f"{run.metrics['n_ode_steps']} (RK4, fixed grid)"),
         ("time per flow sample", f"{1e3 * run.metrics['seconds_per_sample']:.2f} ms"),
         ("invalid proposals", f"{run.metrics['n_invalid']:,} of {run.metrics['n_samples']:,}"),

@@ -1,0 +1,106 @@
+"""A finished run's flow for others to use, with a card of how it was made and how good it is.
+
+What ships in ``systems/NAME`` is written by this and by nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from openmm_eqflow.atomic import write_text
+from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.machine import machine_name
+from openmm_eqflow.rundir import STAGES, RunDirectory
+from openmm_eqflow.thermo import kelvin
+
+__all__ = ["publish"]
+
+
+def publish(run_path: str | Path, out: str | Path) -> Path:
+    """Write flow.safetensors, flow.json and card.md of a complete run into ``out``.
+
+    Parameters
+    ----------
+    run_path
+        Run directory whose stages are complete: every number of the card comes from its files.
+    out
+        Folder, such as that of a system's system.yaml: ``openmm-eqflow sample`` then finds the
+        flow there.
+
+    Returns
+    -------
+    Path
+        The card.
+
+    Examples
+    --------
+    >>> publish("runs/my-molecule", "my-molecule")  # doctest: +SKIP
+    """
+    run = RunDirectory.open(Path(run_path))
+    for stage in STAGES[:3]:
+        run.require(stage)
+    facts = {stage: _facts(run, stage) for stage in STAGES[:3]}
+    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    flow = load_flow(run.path / "flow")
+    setup = facts["reference"]["seconds"] + facts["train"]["seconds"]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_flow(flow, out / "flow", flow.metadata | {"setup_seconds": round(setup, 1)})
+    card = out / "card.md"
+    write_text(card, _card(run, flow, metrics, facts))
+    return card
+
+
+def _facts(run: RunDirectory, stage: str) -> dict[str, Any]:
+    path = run.path / "stages" / f"{stage}.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _card(
+    run: RunDirectory,
+    flow: EquivariantFlow,
+    metrics: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
+) -> str:
+    config, system = run.config, run.load_system()
+    reference, train = facts["reference"], facts["train"]
+    temperatures = reference["temperatures_kelvin"]
+    n_weights = sum(p.numel() for p in flow.vector_field.parameters())  # type: ignore[attr-defined]
+    seconds = sum(facts[stage]["seconds"] for stage in facts)
+    name = Path(config.system).name
+    audit = flow.audit_report or {}
+    rows = {
+        "made by": f"`openmm-eqflow run {name} --budget {config.budget} --seed {config.seed}`",
+        "data": f"made by the same command: {reference['n_frames']:,} frames of parallel "
+        f"tempering at {len(temperatures)} temperatures from {temperatures[0]:.0f} to "
+        f"{temperatures[-1]:.0f} K, {reference['seconds']:.0f} s",
+        "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
+        f"({n_weights:,} weights), {flow.n_ode_steps} RK4 steps",
+        "training": f"{config.recipe.objective}, {train['training_seconds']:.0f} s, "
+        f"{train['n_steps']:,} steps, batch {config.recipe.batch_size}",
+        "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "
+        f"{seconds / 60:.0f} min",
+        "relative ESS (raw)": f"{metrics['relative_ess']:.3f}, n = {metrics['n_samples']:,}, "
+        f"evaluation seed {metrics['seed']}",
+        "prior alone": f"{metrics['prior_relative_ess']:.3f}, same n",
+        "Pareto k, largest weight": f"{metrics['pareto_k']:.2f}, "
+        f"{100 * metrics['max_weight_share']:.2f} %",
+        "log Z (mean-free, nm)": f"{metrics['log_z']:.3f} +- {metrics['log_z_error']:.3f}",
+        "log q error, 99th percentile": f"{audit['log_q_error_p99']:.1e} kT (n = {audit['n']})",
+        "cost": f"{1e3 * metrics['seconds_per_sample']:.2g} ms per sample with log q, "
+        f"{metrics['n_threads']} threads",
+    }
+    title = f"# Flow of {system.name} at {kelvin(system.temperature):g} K"
+    lines = [title, "", "| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    lines += [
+        "",
+        f"Measure it again: `openmm-eqflow evaluate {name} --n-samples {metrics['n_samples']} "
+        f"--seed {metrics['seed']}`. Raw weights: nothing is clipped or dropped.",
+        "",
+    ]
+    return "\n".join(lines)
