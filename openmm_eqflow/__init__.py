@@ -21,6 +21,8 @@ div v + v . grad log p_t + log w - E[..]   r_t                losses.liouville.L
 E_q[log q + u]                             KL(q|p)            losses.reverse_kl.ReverseKLLoss            test_objectives::test_reverse_kl_takes_forces_from_openmm
 grad_y (log q - log p) . dT/dtheta         grad KL(q|p)       losses.path_gradient.ReversePathLoss       test_objectives_path::test_reverse_path_gradient_is_unbiased
 grad_z (log p_theta0 - log p0) . dz/dtheta  grad KL(p|q)      losses.path_gradient.ForwardPathLoss       test_objectives_path::test_forward_path_gradient_is_unbiased
+sum_k w_k(s) L_k                           w_k                losses.schedule.Schedule                   test_objectives_schedule::test_weights_are_piecewise_linear
+g = sum over shards of all processes       gradient           distributed.sum_over_processes             test_distributed::test_the_loss_curve_is_that_of_one_process
 ds/dt = -grad_y (v . s + div v)            s_t                losses.solve.transport_score               test_objectives::test_score_of_the_flow
 u_h + log(u - u_h + 1)                     u_reg              losses.chart_target.bound_energy           test_objectives::test_energy_is_bounded_and_its_slope_follows
 u = U / kT, +inf off the sector            u                  target.BoltzmannTarget                     test_target::test_wrong_hand_and_failures_are_infinite_and_counted

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -51,6 +53,7 @@ def _open_run(
     name: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> RunDirectory:
     """Open a run directory by its path, or make one for a system."""
+    from openmm_eqflow.distributed import main_first
     from openmm_eqflow.library import load_system
     from openmm_eqflow.rundir import RunDirectory
     from openmm_eqflow.workflow import build_target, resolve_device
@@ -68,7 +71,7 @@ def _open_run(
         return run
     device = resolve_device(device)
     system = load_system(name)
-    with build_target(system) as target:
+    with main_first(), build_target(system) as target:
         return RunDirectory.create(
             out or Path("runs") / system.name,
             system,
@@ -151,11 +154,13 @@ def sample(
     system: str, out: Path | None, budget: str | None, seed: int | None, device: str
 ) -> None:
     """Sample: a run with its own flow, or a shipped system with the flow that ships."""
+    from openmm_eqflow.distributed import main_first
     from openmm_eqflow.workflow import adopt_shipped_flow
 
     directory = _open_run(system, out, budget, seed, device)
-    if not directory.is_complete("train"):
-        adopt_shipped_flow(directory)
+    with main_first():
+        if not directory.is_complete("train"):
+            adopt_shipped_flow(directory)
     _run_stages(directory, ("sample", "report"))
     _print_outcome(directory)
 
@@ -223,6 +228,16 @@ def _unexpected(
     _complain(f"unexpected {kind.__name__}: {error}; --debug shows where, please report it")
 
 
+def _processes() -> AbstractContextManager[None]:
+    """Join the processes of torchrun, if it started this one; only rank 0 is heard."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext()
+    from openmm_eqflow.distributed import process_group
+
+    console.quiet = cli_measure.console.quiet = os.environ["RANK"] != "0"
+    return process_group()
+
+
 def main() -> None:
     """Entry point: one line per error, exit code 2, traceback only with --debug."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -234,7 +249,8 @@ def main() -> None:
     cli_measure.register(cli)
     keep_freed_memory()
     try:
-        sys.exit(cli(arguments, standalone_mode=False) or 0)
+        with _processes():
+            sys.exit(cli(arguments, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

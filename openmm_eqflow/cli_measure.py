@@ -24,7 +24,7 @@ device_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add the commands of this module."""
-    for command in (evaluate, audit, bench, compare):
+    for command in (evaluate, audit, bench, compare, publish):
         group.add_command(command)
 
 
@@ -38,6 +38,7 @@ def evaluate(
     name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
 ) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
+    from openmm_eqflow.distributed import is_main
     from openmm_eqflow.evaluation import evaluate_flow
     from openmm_eqflow.workflow import build_target, flow_of
 
@@ -52,7 +53,7 @@ def evaluate(
             test_frames=test,
             progress=progress,
         )
-    if json_path is not None:
+    if json_path is not None and is_main():
         write_json(json_path, metrics)
     for key, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
@@ -157,3 +158,15 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
     from openmm_eqflow.compare import compare as compare_runs
 
     console.print(f"wrote {compare_runs(list(runs), out)}", highlight=False, soft_wrap=True)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder, such as a system's."
+)
+def publish(run: Path, out: Path) -> None:
+    """Copy the flow of a complete run, with a card of how it was made and how good it is."""
+    from openmm_eqflow.publish import publish as publish_flow
+
+    console.print(f"wrote {publish_flow(run, out)}", highlight=False, soft_wrap=True)

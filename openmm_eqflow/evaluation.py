@@ -20,6 +20,7 @@ from openmm_eqflow.diagnostics import (
     relative_ess,
     weighted_mean_with_error,
 )
+from openmm_eqflow.distributed import in_rounds, is_main
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.parallel import available_threads
 from openmm_eqflow.target import BoltzmannTarget
@@ -52,16 +53,31 @@ def draw_weighted(
     """Draw ``n`` samples with their log weights -u - log q (-inf where invalid).
 
     Chunk k depends on ``seed`` and k only; with ``folder`` finished chunks are kept there, so that
-    an interrupted evaluation continues.
+    an interrupted evaluation continues. Under torchrun the processes share the chunks: all return
+    all samples.
     """
     parts: list[FlowSamples] = []
     block = _CHUNKS_PER_BLOCK * flow.chunk_size
-    for k, start in enumerate(range(0, n, block)):
-        m = min(block, n - start)
-        path = None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
-        parts.append(_stored(path) or _drawn(flow, target, m, seed, k, path))
+    starts = list(range(0, n, block))
+
+    def path(k: int) -> Path | None:
+        return None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
+
+    def work(k: int) -> dict[str, Tensor]:
+        stored = _stored(path(k))
+        samples = stored or _drawn(flow, target, min(block, n - starts[k]), seed, k)
+        seconds = torch.tensor(samples.seconds, dtype=torch.float64)
+        return samples._replace(seconds=seconds)._asdict()  # type: ignore[arg-type]
+
+    for k, tensors in enumerate(in_rounds(work, range(len(starts)))):
+        seconds = float(tensors.pop("seconds"))
+        parts.append(FlowSamples(**tensors, seconds=seconds))
+        file = path(k)
+        if file is not None and is_main() and not file.is_file():
+            save_tensors(file, tensors, {"seconds": seconds})
         if progress is not None:
-            progress((start + m) / n, f"{start + m} samples")
+            done = min(starts[k] + block, n)
+            progress(done / n, f"{done} samples")
     return FlowSamples(
         torch.cat([p.x for p in parts]),
         torch.cat([p.u for p in parts]),
@@ -77,7 +93,6 @@ def _drawn(
     n: int,
     seed: int,
     k: int,
-    path: Path | None,
 ) -> FlowSamples:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
     clock = time.perf_counter()
@@ -85,11 +100,7 @@ def _drawn(
     seconds = time.perf_counter() - clock
     x, log_q = x.cpu(), log_q.cpu()
     u = target.reduced_potential(x)
-    samples = FlowSamples(x, u, log_q, -u - log_q, seconds)
-    if path is not None:
-        tensors = dict(zip(FlowSamples._fields[:4], samples[:4], strict=True))
-        save_tensors(path, tensors, {"seconds": seconds})
-    return samples
+    return FlowSamples(x, u, log_q, -u - log_q, seconds)
 
 
 def _stored(path: Path | None) -> FlowSamples | None:
@@ -109,16 +120,20 @@ def prior_log_weights(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Log weights of the prior alone, (n,): what the flow has to beat."""
-    parts = []
-    for start in range(0, n, 4096):
-        y = flow.prior.sample_latent(min(4096, n - start), generator=generator)
+    latents = [
+        flow.prior.sample_latent(min(4096, n - start), generator=generator)
+        for start in range(0, n, 4096)
+    ]
+
+    def work(y: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             x, log_volume = flow.prior.to_cartesian(y)
             log_q = flow.prior.latent_log_prob(y) - log_volume
         # A point outside the chart has log_volume nan.
         log_w = -target.reduced_potential(x) - log_q
-        parts.append(torch.where(torch.isnan(log_w), -torch.inf, log_w))
-    return torch.cat(parts)
+        return {"log_w": torch.where(torch.isnan(log_w), -torch.inf, log_w)}
+
+    return torch.cat([part["log_w"] for part in in_rounds(work, latents)])
 
 
 def evaluate_flow(
@@ -197,5 +212,7 @@ def _test_nll(
     """Mean of -log q over frames and its naive error."""
     if frames is None or not len(frames):
         return None, None
-    nll = -flow.log_prob(frames.double()).numpy()
+    blocks = frames.double().split(_CHUNKS_PER_BLOCK * flow.chunk_size)
+    parts = in_rounds(lambda x: {"log_q": flow.log_prob(x).cpu()}, blocks)
+    nll = -torch.cat([part["log_q"] for part in parts]).numpy()
     return float(nll.mean()), float(nll.std(ddof=1) / np.sqrt(len(nll)))

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from openmm_eqflow.audit import audit
 from openmm_eqflow.diagnostics import relative_ess
+from openmm_eqflow.distributed import is_main, share, share_tensors, world_size
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
-from openmm_eqflow.losses.liouville import LiouvilleLoss
-from openmm_eqflow.losses.pool import PoolFeeder, build_pool
+from openmm_eqflow.objectives import MAX_FRAMES, build_objective, thin
 from openmm_eqflow.parallel import available_threads, one_torch_thread
+from openmm_eqflow.precision import check_precision, training_precision
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.refine import refine_internal_prior
 from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.reference import ReferenceData
@@ -31,7 +32,6 @@ from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
 __all__ = ["fit_prior", "split_frames", "train_flow"]
 
 Progress = Callable[[float, str], None]
-_MAX_FIT_FRAMES = 20_000
 _MONITOR = 1000
 
 
@@ -63,7 +63,7 @@ def fit_prior(
         return MeanFreeGaussian.fit(frames)
     if recipe.prior != "internal":
         raise ConfigurationError(f"prior is {recipe.prior!r}, expected 'internal' or 'gaussian'")
-    frames = _thin(frames, _MAX_FIT_FRAMES)
+    frames = thin(frames, MAX_FRAMES)
     _, gradient = target.reduced_potential_and_gradient(frames)
     bonds = [(b[0].index, b[1].index) for b in target.topology.bonds()]
     masses = [
@@ -83,8 +83,19 @@ def fit_prior(
     )
 
 
-def _thin(frames: Tensor, limit: int) -> Tensor:
-    return frames[:: max(1, -(-len(frames) // limit))]
+def _shared_prior(prior: Prior | None, generator: torch.Generator) -> Prior:
+    """Prior of rank 0, and its random stream after the fit, in every process."""
+    if prior is not None and world_size() == 1:
+        return prior
+    config, tensors = (None, None) if prior is None else prior.state()
+    gaussian = share(isinstance(prior, MeanFreeGaussian))
+    config, tensors = share(config), share_tensors(tensors)
+    generator.set_state(share_tensors({"state": generator.get_state()})["state"])
+    if prior is not None:
+        return prior
+    kind: Any = MeanFreeGaussian if gaussian else InternalCoordinatePrior
+    made: Prior = kind.from_state(config, tensors)
+    return made
 
 
 def _field(recipe: Recipe, prior: Prior, target: BoltzmannTarget, frames: Tensor) -> nn.Module:
@@ -102,11 +113,16 @@ def train_flow(
     seed: int,
     folder: Path,
     device: str = "cpu",
+    log: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[EquivariantFlow, TrainingResult]:
-    """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``."""
+    """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``.
+
+    ``log`` is the CSV file of the history. Under torchrun all processes train together; the flow
+    that rank 0 returns is calibrated and audited, the others' is not.
+    """
     with one_torch_thread():
-        return _train_flow(recipe, target, data, seed, folder, device, progress)
+        return _train_flow(recipe, target, data, seed, folder, device, log, progress)
 
 
 def _train_flow(
@@ -116,21 +132,26 @@ def _train_flow(
     seed: int,
     folder: Path,
     device: str,
+    log: Path | None,
     progress: Progress | None,
 ) -> tuple[EquivariantFlow, TrainingResult]:
     report = progress or (lambda fraction, text: None)
+    check_precision(recipe.precision, device)
     torch.manual_seed(seed)  # initial weights only; everything else has its own generator
     frames, test = split_frames(data)
     report(0.0, "fitting the prior")
     hot = None
     if recipe.prior == "internal" and len(data.temperatures) > 1:
         warm = data.all_positions[1:]
-        hot = _thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), _MAX_FIT_FRAMES)
+        hot = thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), MAX_FRAMES)
     generator = torch.Generator().manual_seed(seed + 2)
-    prior = fit_prior(recipe, target, frames, hot, generator)
+    prior = _shared_prior(
+        fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
+    )
     field = _field(recipe, prior, target, frames).to(device)
     settings = TrainingSettings(
         seconds=recipe.train_seconds,
+        max_steps=recipe.max_steps or TrainingSettings.max_steps,
         batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         average=recipe.average,
@@ -138,57 +159,39 @@ def _train_flow(
         seed=seed,
         evaluate_seconds=max(20.0, recipe.train_seconds / 12),
         n_threads=available_threads(),
+        patience=recipe.patience,
+        n_shards=recipe.n_shards or (available_threads(together=True) if device == "cpu" else 0),
     )
-    checkpoint = folder / "checkpoint.safetensors"
-    feeder = None
-    if recipe.objective == "liouville":
-        report(0.0, "filling the training pool")
-        feeder = PoolFeeder(
-            prior, target, chunk=recipe.chunk, n_chunks=recipe.n_chunks, seed=seed + 1000
-        )
-        feeder.prefetch()
-        pool = build_pool(
+    with training_precision(field, recipe.precision, device) as trained:
+        objective, close = build_objective(
+            recipe,
+            trained,
             prior,
             target,
-            n_prior=recipe.n_pool,
-            frames=_thin(frames, _MAX_FIT_FRAMES),
-            generator=generator,
-        )
-        held_out = build_pool(
-            prior, target, n_prior=4096, frames=_thin(test, 4096), generator=generator
-        )
-        objective: Any = LiouvilleLoss(
-            field, pool, held_out=held_out, feeder=feeder, grow_every=recipe.grow_every
-        )
-    elif recipe.objective == "flow-matching":
-        objective = FlowMatchingLoss(
-            field,
-            prior,
             frames,
-            classes=target.symmetry.classes,
-            proper=target.check_chirality,
+            test,
+            generator=generator,
+            seed=seed,
+            report=report,
         )
-    else:
-        raise ConfigurationError(
-            f"objective is {recipe.objective!r}, expected 'liouville' or 'flow-matching'"
-        )
-    monitor = _monitor(prior, target, generator)
-    try:
-        result = train(
-            field,
-            objective,
-            settings,
-            checkpoint=checkpoint,
-            evaluate=monitor,
-            progress=progress,
-        )
-    finally:
-        if feeder is not None:
-            feeder.close()
-    report(1.0, "calibrating the time grid and auditing log q")
+        try:
+            result = train(
+                field,
+                objective,
+                settings,
+                checkpoint=folder / "checkpoint.safetensors",
+                log=log,
+                evaluate=_monitor(prior, target, generator),
+                progress=progress,
+            )
+        finally:
+            close()
     # A Cartesian field costs a hundred times more per evaluation than a chart field.
     n = 256 if len(prior.event_shape) == 1 else 64
     flow = EquivariantFlow(prior, result.average.eval(), chunk_size=2 * n)  # type: ignore[arg-type]
+    if not is_main():
+        return flow, result  # rank 0 calibrates, audits and saves
+    report(1.0, "calibrating the time grid and auditing log q")
     flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
     audit(flow, n=n // 2, x=test[: n // 2], generator=generator)
     return flow, result

@@ -22,11 +22,18 @@ B = TypeVar("B")
 _MAX_THREADS = 8
 
 
-def available_threads() -> int:
-    """Cores this process may use, at most 8."""
+def available_threads(*, together: bool = False) -> int:
+    """Cores this process may use, at most 8; its share of them where torchrun started several.
+
+    ``together`` gives the number all processes of this machine have, as one would.
+    """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    return min(os.cpu_count() or 1, _MAX_THREADS)
+        cores = len(os.sched_getaffinity(0))
+    cores = min(cores, _MAX_THREADS)
+    if together or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return cores
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def map_chunks(function: Callable[[A], B], chunks: Iterable[A]) -> list[B]:

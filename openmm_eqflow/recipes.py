@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.losses.schedule import schedule_misfit
 
 __all__ = ["BUDGETS", "Budget", "Recipe", "make_recipe"]
 
@@ -34,12 +35,26 @@ class Recipe:
         Reference frames after which the stage stops early.
     prior, objective
         ``internal`` + ``liouville`` for bonded molecules, ``gaussian`` + ``flow-matching`` else.
+        ``objective`` may combine several: ``{name: [[fraction, weight], ...]}``, weights piecewise
+        linear in the fraction of training done (:mod:`~openmm_eqflow.losses.schedule`).
     field
         Keyword arguments of the vector field.
     prior_rounds, prior_samples
         Refinement of the internal-coordinate prior on its own samples.
     n_pool, chunk, n_chunks, grow_every
         Liouville pool: initial prior points, points and number of later chunks, steps between.
+    ode_steps
+        RK4 steps of objectives that simulate the flow (nll, reverse-kl, path-forward,
+        path-reverse).
+    max_steps
+        Training steps at most, 0 for as many as ``train_seconds`` allow: a training that is the
+        same on every machine needs a number of steps.
+    patience
+        Evaluations without a better validation loss that end the training; 0 for never.
+    precision
+        Of the network in the training loss: float32, or on a GPU tf32 or bfloat16.
+    n_shards
+        Parts a batch is worked on in, which fixes the random stream; 0 for one per core.
     n_evaluate
         Independent flow samples behind the reported ESS.
     n_samples, n_chains, n_proposals, n_local_steps
@@ -51,7 +66,7 @@ class Recipe:
     min_frames: int = 400
     max_frames: int = 40_000
     prior: str = "internal"
-    objective: str = "liouville"
+    objective: str | Mapping[str, Any] = "liouville"
     field: Mapping[str, Any] | None = None
     batch_size: int = 512
     learning_rate: float = 2e-3
@@ -64,6 +79,11 @@ class Recipe:
     n_chunks: int = 30
     grow_every: int = 100
     grid_tolerance: float = 2e-4
+    ode_steps: int = 8
+    max_steps: int = 0
+    patience: int = 0
+    precision: str = "float32"
+    n_shards: int = 0
     n_evaluate: int = 10_000
     n_samples: int = 10_000
     n_chains: int = 50
@@ -97,6 +117,12 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
 def _misfit(key: str, value: Any) -> str | None:
     """Say what the entry should be, or None if ``value`` is that."""
     example = getattr(_EXAMPLE, key)
+    if key == "objective":
+        return schedule_misfit(value)
+    if key == "precision":
+        return None if value in _PRECISIONS else f"one of {', '.join(_PRECISIONS)}"
+    if key == "ode_steps" and value == 0:
+        return "at least 1"
     if example is None:
         return None if value is None or isinstance(value, Mapping) else "a mapping"
     if isinstance(example, str):
@@ -108,6 +134,7 @@ def _misfit(key: str, value: Any) -> str | None:
 
 
 _EXAMPLE = Recipe(1.0, 1.0)
+_PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
 _SECTIONS = ("recipe", "reference", *BUDGETS)
 _MOLECULE: dict[Budget, Recipe] = {
     "quick": Recipe(45, 90, n_pool=60_000, n_chunks=8, n_evaluate=10_000, n_samples=5_000),

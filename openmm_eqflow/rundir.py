@@ -14,6 +14,7 @@ import yaml
 from openmm import unit
 
 from openmm_eqflow.atomic import write_json, write_text
+from openmm_eqflow.distributed import is_main
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.library import MolecularSystem, load_system, systems_directory
 from openmm_eqflow.recipes import Recipe, make_recipe
@@ -132,6 +133,7 @@ class RunDirectory:
             )
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            content["versions"]["python"]  # the last entry: a truncated file can still be YAML
             config = RunConfig(
                 system=str(content["system"]),
                 system_hash=str(content["system_hash"]),
@@ -194,7 +196,9 @@ class RunDirectory:
 
     def log_to_file(self) -> logging.Handler:
         """Append the package's log to run.log."""
-        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler: logging.Handler = logging.NullHandler()
+        if is_main():
+            handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("openmm_eqflow")
         logger.setLevel(logging.INFO)

@@ -1,17 +1,16 @@
 r"""The training loop: one objective, Adam, cosine schedule, exponential moving average, resume.
 
 A checkpoint (weights, average, optimiser moments, random stream, history) is written at least
-every
-``checkpoint_seconds`` by atomic rename. A run killed at any moment continues from the last one
-with
-the same data order: the objective draws only from the generator that is stored, and grows its data
-at step numbers, not at wall-clock times.
+every ``checkpoint_seconds`` by atomic rename. A run killed at any moment continues from the last
+one with the same data order: the objective draws only from the generator that is stored, and grows
+its data at step numbers, not at wall-clock times.
+
+Under torchrun every process runs this loop; rank 0 has the clock, evaluates and writes.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from openmm_eqflow.distributed import clock, is_main, share
 from openmm_eqflow.errors import TrainingError
+from openmm_eqflow.training_log import write_history
 from openmm_eqflow.training_state import (
     GrowingObjective,
     Objective,
+    ScheduledObjective,
     TrainingSettings,
     TrainingState,
 )
@@ -34,12 +36,17 @@ _MAX_BAD_STEPS = 20
 
 @dataclass
 class TrainingResult:
-    """The averaged field and what happened on the way."""
+    """The averaged field and what happened on the way.
+
+    With ``patience`` it is the average of the best validation loss, and ``stopped_early`` tells
+    whether that ended the training.
+    """
 
     average: nn.Module
     history: list[dict[str, float]] = field(default_factory=list)
     n_steps: int = 0
     seconds: float = 0.0
+    stopped_early: bool = False
 
 
 def _learning_rate(step: int, fraction: float, settings: TrainingSettings) -> float:
@@ -55,6 +62,7 @@ def train(
     settings: TrainingSettings,
     *,
     checkpoint: Path | None = None,
+    log: Path | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> TrainingResult:
@@ -68,6 +76,8 @@ def train(
         Loss over the same module.
     checkpoint
         File to write and to resume from.
+    log
+        CSV file that mirrors the history (:mod:`~openmm_eqflow.training_log`).
     evaluate
         Called with the averaged module every ``evaluate_seconds``; its numbers join the history.
     progress
@@ -79,15 +89,24 @@ def train(
         The loss stays non-finite; the last good weights are in ``checkpoint``.
     """
     state = TrainingState(module, settings)
-    if checkpoint is not None and checkpoint.is_file():
+    if checkpoint is not None and share(checkpoint.is_file()):
         state.load(checkpoint)
-    elif checkpoint is not None:
+    elif checkpoint is not None and is_main():
         state.save(checkpoint)
+    state.synchronise()
     try:
-        _loop(state, objective, settings, checkpoint, evaluate, progress)
+        early = _loop(
+            state,
+            objective,
+            settings,
+            checkpoint if is_main() else None,
+            log if is_main() else None,
+            evaluate,
+            progress if is_main() else None,
+        )
     finally:
         state.executor.shutdown()
-    return TrainingResult(state.average, state.history, state.step, state.seconds)
+    return TrainingResult(state.outcome(), state.history, state.step, state.seconds, early)
 
 
 def _loop(
@@ -95,31 +114,41 @@ def _loop(
     objective: Objective,
     settings: TrainingSettings,
     checkpoint: Path | None,
+    log: Path | None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     progress: Callable[[float, str], None] | None,
-) -> None:
-    started = time.monotonic() - state.seconds
-    saved = recorded = time.monotonic()
+) -> bool:
+    saved = recorded = clock()
+    started = saved - state.seconds
+    if log is not None:
+        write_history(log, state.history)
     losses: list[float] = []
     bad = 0
     while True:
-        state.seconds = time.monotonic() - started
+        now = clock()
+        state.seconds = now - started
         fraction = max(state.seconds / settings.seconds, state.step / settings.max_steps)
-        now = time.monotonic()
         due = now - recorded > settings.evaluate_seconds
         if losses and (due or fraction >= 1.0):
-            state.history.append(_record(state, objective, settings, losses, evaluate))
-            losses, recorded = [], time.monotonic()
-        due = fraction >= 1.0 or time.monotonic() - saved > settings.checkpoint_seconds
+            state.append(share(_record(state, objective, settings, losses, evaluate)))
+            if log is not None:
+                write_history(log, state.history)
+            losses, recorded = [], clock()
+            now = recorded
+        early = state.out_of_patience
+        over = fraction >= 1.0 or early
+        due = over or now - saved > settings.checkpoint_seconds
         # Weights that give no finite loss are not worth keeping: the file holds the last good
         # ones.
         if checkpoint is not None and due and not bad:
             state.save(checkpoint)
-            saved = time.monotonic()
-        if fraction >= 1.0:
-            break
+            saved = now
+        if over:
+            return early
         if isinstance(objective, GrowingObjective):
             objective.grow(state.step)
+        if isinstance(objective, ScheduledObjective):
+            objective.advance(fraction)
         loss = _step(state, objective, settings, fraction)
         if loss is None:
             bad += 1
@@ -163,10 +192,13 @@ def _record(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
 ) -> dict[str, float]:
     """One row of the history; the validation points are the same every time."""
+    if not is_main():
+        return {}
     row = {
         "step": float(state.step),
         "seconds": state.seconds,
         "loss": sum(losses) / len(losses),
+        "learning_rate": float(state.optimiser.param_groups[0]["lr"]),
     }
     fixed = torch.Generator().manual_seed(settings.seed + 1)
     weights = {k: v.detach().clone() for k, v in state.module.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from openmm_eqflow.checkpoint import load_tensors, save_tensors
+from openmm_eqflow.distributed import rank, share, share_tensors, sum_over_processes, world_size
 from openmm_eqflow.errors import CheckpointError
 
-__all__ = ["GrowingObjective", "Objective", "TrainingSettings", "TrainingState"]
+__all__ = [
+    "GrowingObjective",
+    "Objective",
+    "ScheduledObjective",
+    "TrainingSettings",
+    "TrainingState",
+]
 
 
 class Objective(Protocol):
@@ -38,9 +46,23 @@ class GrowingObjective(Objective, Protocol):
         ...
 
 
+@runtime_checkable
+class ScheduledObjective(Objective, Protocol):
+    """An objective that changes with the fraction of the training done."""
+
+    def advance(self, fraction: float) -> None:
+        """Be what is wanted when ``fraction`` is done."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What one training run does; ``seconds`` counts earlier attempts too."""
+    """What one training run does; ``seconds`` counts earlier attempts too.
+
+    ``patience`` evaluations without a better validation loss end it (0: never). A batch is worked
+    on in ``n_shards`` parts (0: one per thread, at least one per process); the loss curve depends
+    on their number, not on how many threads or processes share them.
+    """
 
     seconds: float
     max_steps: int = 10**9
@@ -56,6 +78,8 @@ class TrainingSettings:
     evaluate_seconds: float = 40.0
     n_threads: int = 1
     seed: int = 0
+    patience: int = 0
+    n_shards: int = 0
 
 
 class TrainingState:
@@ -74,17 +98,20 @@ class TrainingState:
         self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
         self.n_threads = settings.n_threads if device.type == "cpu" else 1
         self.executor = ThreadPoolExecutor(self.n_threads)
+        self.n_shards: int = max(share(settings.n_shards or self.n_threads), world_size())
+        self.patience = settings.patience
+        self.best: dict[str, Tensor] = {}
         self.step, self.seconds, self.since_record = 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
 
     def gradient(self, objective: Objective, batch_size: int) -> Tensor:
-        """Set the gradients of one batch, split over threads; return its mean loss.
+        """Set the gradients of one batch, split over threads and processes; return its mean loss.
 
         Torch splits single operations over threads, which hardly pays at these sizes; whole
         shards side by side do. Every shard has its own stream, seeded from the stored one.
         """
         parameters = [p for p in self.module.parameters() if p.requires_grad]
-        n = self.n_threads
+        n = self.n_shards
         if n == 1:
             loss = objective(batch_size, self.generator)
             gradients = _gradients(loss, parameters)
@@ -97,15 +124,45 @@ class TrainingState:
                 part = objective(-(-batch_size // n), stream)
                 return part.detach(), _gradients(part, parameters)
 
-            parts = list(self.executor.map(shard, seeds))
-            loss = sum((p[0] for p in parts[1:]), parts[0][0]) / n
-            gradients = tuple(
-                sum(column[1:], column[0]) / n
-                for column in zip(*(p[1] for p in parts), strict=True)
-            )
+            parts = list(self.executor.map(shard, seeds[rank() :: world_size()]))
+            own = [sum((p[0] for p in parts[1:]), parts[0][0]).to(parts[0][1][0])]
+            own += [sum(c[1:], c[0]) for c in zip(*(p[1] for p in parts), strict=True)]
+            loss, *total = (value / n for value in sum_over_processes(own))
+            gradients = tuple(total)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         return loss
+
+    def synchronise(self) -> None:
+        """Make weights and random stream those of rank 0."""
+        for module in (self.module, self.average):
+            shared = share_tensors(module.state_dict())
+            if rank() > 0:
+                module.load_state_dict(shared)
+        self.generator.set_state(share_tensors({"state": self.generator.get_state()})["state"])
+
+    def append(self, row: dict[str, float]) -> None:
+        """Add a row to the history; keep the average if its validation loss is the best so far."""
+        self.history.append(row)
+        if self.patience and self._since_best() == 0:
+            self.best = {k: v.detach().clone() for k, v in self.average.state_dict().items()}
+
+    def _since_best(self) -> int:
+        """Count evaluations since the best validation loss; one that is no number is the worst."""
+        losses = [row.get("validation_loss", math.inf) for row in self.history]
+        losses = [math.inf if math.isnan(value) else value for value in losses]
+        return len(losses) - 1 - losses.index(min(losses))
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether ``patience`` evaluations brought no better validation loss."""
+        return bool(self.patience and self.history and self._since_best() >= self.patience)
+
+    def outcome(self) -> nn.Module:
+        """Return the averaged module: the best with ``patience``, else the last."""
+        if self.patience and self.best:
+            self.average.load_state_dict(self.best)
+        return self.average
 
     def save(self, path: Path) -> None:
         """Write everything atomically."""
@@ -115,6 +172,7 @@ class TrainingState:
         moments = self.optimiser.state_dict()["state"]
         for index, slots in moments.items():
             tensors |= {f"adam.{index}.{k}": v for k, v in slots.items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
         words = {"step": self.step, "seconds": self.seconds, "history": self.history}
         save_tensors(path, tensors, words)
 
@@ -139,6 +197,7 @@ class TrainingState:
                 _, index, slot = key.split(".")
                 state["state"].setdefault(int(index), {})[slot] = value
         self.optimiser.load_state_dict(state)
+        self.best = {k[5:]: v for k, v in tensors.items() if k.startswith("best.")}
         self.generator.set_state(tensors["generator"])
         self.step, self.seconds = int(words["step"]), float(words["seconds"])
         self.history = list(words["history"])

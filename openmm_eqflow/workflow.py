@@ -13,6 +13,7 @@ import torch
 
 from openmm_eqflow.atomic import write_json, write_npz
 from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.distributed import is_main, share
 from openmm_eqflow.ensemble import Proposals
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.evaluation import evaluate_flow
@@ -79,8 +80,7 @@ def adopt_shipped_flow(run: RunDirectory) -> None:
         No flow ships with it.
     """
     system = run.load_system()
-    source = shipped_flow(system)
-    if source is None:
+    if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
             f"no flow ships with {system.name!r}; train one: openmm-eqflow run {run.config.system}"
         )
@@ -100,14 +100,13 @@ def flow_of(
         run.require("train")
         test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
         system = run.load_system()
-        return system, _own_flow(path / "flow", _system_hash(system), where), test
+        return system, _own_flow(path / "flow", system_sha256(system.system), where), test
     system = load_system(name_or_run)
-    source = shipped_flow(system)
-    if source is None:
+    if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
             f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
         )
-    return system, _own_flow(source, _system_hash(system), where), None
+    return system, _own_flow(source, system_sha256(system.system), where), None
 
 
 def run_stage(
@@ -116,16 +115,19 @@ def run_stage(
     """Run one stage unless its output is complete; return its facts, None if skipped."""
     if stage not in STAGES:
         raise ConfigurationError(f"no stage {stage!r}; expected one of {', '.join(STAGES)}")
-    if run.is_complete(stage):
+    if share(run.is_complete(stage)):
         logger.info("stage %s is complete, skipped", stage)
         return None
     handler = run.log_to_file()
     started = time.monotonic()
     try:
         logger.info("stage %s starts", stage)
-        facts = _RUNNERS[stage](run, progress or (lambda fraction, text: None))
+        work = _RUNNERS[stage] if is_main() or stage in _TOGETHER else (lambda *_: {})
+        facts = work(run, progress or (lambda fraction, text: None))
         facts["seconds"] = time.monotonic() - started
-        run.finish(stage, facts)
+        if is_main():
+            run.finish(stage, facts)
+        share(None)  # the others go on when the files are there
         logger.info("stage %s took %.1f s", stage, facts["seconds"])
         return facts
     finally:
@@ -170,6 +172,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             seed=run.config.seed,
             folder=run.path / "training",
             device=run.config.device,
+            log=run.path / "history.csv",
             progress=progress,
         )
         metadata = {
@@ -183,7 +186,8 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             "training_seconds": result.seconds,
             "n_frames": data.n_frames,
         }
-    save_flow(flow, run.path / "flow", metadata)
+    if is_main():
+        save_flow(flow, run.path / "flow", metadata)
     return {
         "n_steps": result.n_steps,
         "training_seconds": result.seconds,
@@ -192,16 +196,10 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _system_hash(system: MolecularSystem) -> str:
-    """Hash of the System as ``BoltzmannTarget.system_hash``, without making the target."""
-    return system_sha256(system.system)
-
-
 def _own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:
     """Load a flow and make sure that it was trained for this System."""
     flow = load_flow(path, device=device)
-    made_for = flow.metadata.get("system_hash")
-    if made_for != system_hash:
+    if (made_for := flow.metadata.get("system_hash")) != system_hash:
         raise ConfigurationError(
             f"{path.with_suffix('.json')} was trained for another System "
             f"({str(made_for)[:12]}..., now {system_hash[:12]}...); train it anew"
@@ -230,6 +228,8 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             folder=run.path / "evaluation",
             progress=lambda f, text: progress(0.5 * f, f"independent flow samples: {text}"),
         )
+        if not is_main():
+            return {}
         write_npz(
             run.path / "flow_samples.npz",
             {
@@ -290,6 +290,7 @@ def _report(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     return {}
 
 
+_TOGETHER = ("train", "sample")  # of all processes under torchrun; the others are rank 0's
 _RUNNERS: dict[str, Callable[[RunDirectory, Progress], dict[str, Any]]] = {
     "reference": _reference,
     "train": _train,

@@ -23,7 +23,7 @@ LAYERS = tuple(
     text.split()
     for text in (
         # 0 exceptions, rigid motions, files, threads, progress bars
-        "errors geometry atomic parallel memory progress",
+        "errors geometry atomic machine parallel distributed memory progress",
         # 1 fields and their divergences, ODE solves, symmetry, charts: no data, no energies
         "vector_fields.* divergence integrate zmatrix balance "
         "force_terms automorphisms symmetry topology_record system_identity",
@@ -34,12 +34,13 @@ LAYERS = tuple(
         "diagnostics bootstrap convergence free_energy observables analysis export "
         "thermo model_systems forcefield library recipes ladder chunks sampling_plan",
         # 4 energies, reference data, training, files of flows
-        "energies.* target own_system checkpoint training training_state fitting evaluation "
+        "energies.* target own_system checkpoint training training_state training_log precision "
+        "objectives fitting evaluation "
         "reference calibration tempering tempering_worker walker_pool sampling flow_registry",
         # 5 moves of other samplers
         "moves flow_move_base local_moves replica_exchange",
         # 6 runs, reports, command line, benchmarks
-        "rundir outputs workflow report.* compare cli cli_measure bench.*",
+        "rundir outputs workflow report.* compare publish cli cli_measure bench.*",
     )
 )
 
@@ -47,7 +48,7 @@ OPENMM = (
     "thermo symmetry force_terms topology_record system_identity energies.* target "
     "model_systems forcefield library own_system reference calibration tempering "
     "tempering_worker sampling_plan moves flow_move_base flow_registry local_moves "
-    "replica_exchange workflow rundir outputs bench.*"
+    "replica_exchange workflow rundir outputs publish bench.*"
 ).split()
 
 

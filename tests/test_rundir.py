@@ -93,7 +93,12 @@ def test_other_folders_are_left_alone(tmp_path, system):
 def test_malformed_config_is_named(tmp_path, system, change, message):
     create(tmp_path / "run", system)
     file = tmp_path / "run" / "config.yaml"
-    content = yaml.safe_load(file.read_text())
+    lines = file.read_text().splitlines(keepends=True)
+    for n in range(len(lines)):  # cut between two entries it is still YAML
+        file.write_text("".join(lines[:n]))
+        with pytest.raises(ConfigurationError, match="malformed"):
+            RunDirectory.open(tmp_path / "run")
+    content = yaml.safe_load("".join(lines))
     file.write_text(yaml.safe_dump(content | change))
     with pytest.raises(ConfigurationError, match=message):
         RunDirectory.open(tmp_path / "run")

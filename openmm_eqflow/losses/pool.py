@@ -16,9 +16,18 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from openmm_eqflow.distributed import rank, share_tensors, world_size
 from openmm_eqflow.priors.base import Prior
 
-__all__ = ["Pool", "PoolFeeder", "Target", "build_pool", "join_pools", "latent_target"]
+__all__ = [
+    "Pool",
+    "PoolFeeder",
+    "Target",
+    "build_pool",
+    "join_pools",
+    "latent_target",
+    "share_pool",
+]
 
 
 class Target(Protocol):
@@ -111,8 +120,15 @@ def join_pools(*pools: Pool) -> Pool:
     return Pool(*(torch.cat(columns) for columns in zip(*pools, strict=True)))
 
 
+def share_pool(pool: Pool | None, source: int = 0) -> Pool:
+    """Return the pool of process ``source`` in every process."""
+    return Pool(**share_tensors(None if pool is None else pool._asdict(), source))
+
+
 class PoolFeeder:
     """Makes chunks of prior points ahead of their use, in one background thread.
+
+    Processes that train together take turns in making chunks and share them.
 
     Parameters
     ----------
@@ -147,15 +163,17 @@ class PoolFeeder:
         if self._next >= self.n_chunks:
             return None
         self.prefetch()
-        pool = self._pending.pop(self._next).result()
+        owner = self._next % world_size()
+        pool = self._pending.pop(self._next).result() if owner == rank() else None
         self._next += 1
         self.prefetch()
-        return pool
+        return share_pool(pool, owner)
 
     def prefetch(self, ahead: int = 3) -> None:
         """Start making the coming chunks."""
         for k in range(self._next, min(self._next + ahead, self.n_chunks)):
-            if k not in self._pending and not self._stop.is_set():
+            mine = k % world_size() == rank()
+            if mine and k not in self._pending and not self._stop.is_set():
                 self._pending[k] = self._executor.submit(self._make, k)
 
     def close(self) -> None:

@@ -185,7 +185,7 @@ def training_panels(run: RunData) -> list[Panel]:
     if found:
         names = {"liouville": "residual variance", "flow-matching": "flow-matching loss"}
         axes.set_xlabel("training time (min)")
-        axes.set_ylabel(names.get(run.run.config.recipe.objective, "loss"))
+        axes.set_ylabel(names.get(str(run.run.config.recipe.objective), "loss"))
         legend(figure, axes)
         panels.append(
             Panel(

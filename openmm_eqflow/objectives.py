@@ -1,0 +1,188 @@
+"""From the recipe's ``objective`` to a loss over a field: one, or several by schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openmm_eqflow.distributed import is_main, share
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.losses.chart_target import ChartTarget
+from openmm_eqflow.losses.combined import ScheduledLoss
+from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
+from openmm_eqflow.losses.likelihood import LikelihoodLoss
+from openmm_eqflow.losses.liouville import LiouvilleLoss
+from openmm_eqflow.losses.path_gradient import ForwardPathLoss, ReversePathLoss
+from openmm_eqflow.losses.pool import Pool, PoolFeeder, build_pool, share_pool
+from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
+from openmm_eqflow.losses.schedule import Schedule, schedule_misfit
+from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.recipes import Recipe
+from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.training_state import Objective
+
+__all__ = ["MAX_FRAMES", "build_objective", "thin"]
+
+#: Reference frames used at most where their energies or forces are needed.
+MAX_FRAMES = 20_000
+_N_HELD_OUT = 4096
+_MARGIN = 50.0  # kT above the highest training frame the energy is bounded
+
+
+class _Parts(NamedTuple):
+    recipe: Recipe
+    field: nn.Module
+    prior: Prior
+    target: BoltzmannTarget
+    frames: Tensor
+    test: Tensor
+    generator: torch.Generator
+    seed: int
+    report: Callable[[float, str], None]
+    stack: ExitStack
+
+
+def thin(frames: Tensor, limit: int) -> Tensor:
+    """Return at most ``limit`` frames, evenly spaced."""
+    return frames[:: max(1, -(-len(frames) // limit))]
+
+
+def build_objective(
+    recipe: Recipe,
+    field: nn.Module,
+    prior: Prior,
+    target: BoltzmannTarget,
+    frames: Tensor,
+    test: Tensor,
+    *,
+    generator: torch.Generator,
+    seed: int,
+    report: Callable[[float, str], None] | None = None,
+) -> tuple[Objective, Callable[[], None]]:
+    """Make the objective a recipe names, and what closes it.
+
+    Parameters
+    ----------
+    recipe
+        ``objective`` is a name, or a schedule of several.
+    field
+        What is trained.
+    prior, target
+        Both ends of the flow.
+    frames, test
+        Training and held-out configurations (n, N, D), nm.
+    generator, seed
+        Random stream of the initial pool; seed of later chunks.
+    report
+        Called with a fraction and a short text before slow work.
+
+    Raises
+    ------
+    ConfigurationError
+        Unknown objective, malformed schedule, or an objective that does not suit the prior.
+    """
+    wanted = schedule_misfit(recipe.objective)
+    if wanted is not None:
+        raise ConfigurationError(f"objective is {recipe.objective!r}, expected {wanted}")
+    quiet = report or (lambda fraction, text: None)
+    schedule = Schedule(recipe.objective)
+    with ExitStack() as stack:
+        parts = _Parts(
+            recipe, field, prior, target, frames, test, generator, seed, quiet, stack
+        )
+        made = {name: _BUILDERS[name](parts) for name in schedule.knots}
+        close = stack.pop_all().close
+    if isinstance(recipe.objective, str):
+        return made[recipe.objective], close
+    return ScheduledLoss(made, schedule), close
+
+
+def _liouville(p: _Parts) -> Any:
+    if len(p.prior.event_shape) != 1:
+        raise ConfigurationError(
+            "objective 'liouville' needs a prior that overlaps the target: set prior: internal, "
+            "or objective: flow-matching"
+        )
+    p.report(0.0, "filling the training pool")
+    feeder = PoolFeeder(
+        p.prior, p.target, chunk=p.recipe.chunk, n_chunks=p.recipe.n_chunks, seed=p.seed + 1000
+    )
+    p.stack.callback(feeder.close)
+    feeder.prefetch()
+
+    def pool(n_prior: int, frames: Tensor) -> Pool:
+        if not is_main():
+            return share_pool(None)
+        made = build_pool(
+            p.prior, p.target, n_prior=n_prior, frames=frames, generator=p.generator
+        )
+        return share_pool(made)
+
+    return LiouvilleLoss(
+        p.field,
+        pool(p.recipe.n_pool, thin(p.frames, MAX_FRAMES)),
+        held_out=pool(_N_HELD_OUT, thin(p.test, _N_HELD_OUT)),
+        feeder=feeder,
+        grow_every=p.recipe.grow_every,
+    )
+
+
+def _flow_matching(p: _Parts) -> Any:
+    if len(p.prior.event_shape) != 2:
+        raise ConfigurationError(
+            "objective 'flow-matching' moves Cartesian coordinates: set prior: gaussian, or "
+            "objective: liouville"
+        )
+    return FlowMatchingLoss(
+        p.field,
+        p.prior,
+        p.frames,
+        classes=p.target.symmetry.classes,
+        proper=p.target.check_chirality,
+    )
+
+
+def _likelihood(p: _Parts) -> Any:
+    return LikelihoodLoss(
+        p.field, p.prior, p.frames, held_out=p.test, n_steps=p.recipe.ode_steps
+    )
+
+
+def _chart_target(p: _Parts) -> ChartTarget:
+    """Target with energies bounded above those of the training frames."""
+    u = p.target.reduced_potential(thin(p.frames, 1000))
+    high = float(u[torch.isfinite(u)].max()) + _MARGIN
+    return ChartTarget(p.prior, p.target, energy_high=share(high))
+
+
+def _reverse_kl(p: _Parts) -> Any:
+    return ReverseKLLoss(p.field, _chart_target(p), n_steps=p.recipe.ode_steps)
+
+
+def _path_reverse(p: _Parts) -> Any:
+    return ReversePathLoss(p.field, _chart_target(p), n_steps=p.recipe.ode_steps)
+
+
+def _path_forward(p: _Parts) -> Any:
+    p.report(0.0, "forces at the reference frames")
+    return ForwardPathLoss(
+        p.field,
+        _chart_target(p),
+        thin(p.frames, MAX_FRAMES),
+        held_out=p.test,
+        n_steps=p.recipe.ode_steps,
+    )
+
+
+_BUILDERS: dict[str, Callable[[_Parts], Any]] = {
+    "liouville": _liouville,
+    "flow-matching": _flow_matching,
+    "nll": _likelihood,
+    "reverse-kl": _reverse_kl,
+    "path-forward": _path_forward,
+    "path-reverse": _path_reverse,
+}
