@@ -82,13 +82,13 @@ def map_rows() -> list[tuple[str, str, str, str]]:
 
 
 def equation_map() -> str:
-    lines = ["| equation | symbol | where | test |", "|---|---|---|---|"]
+    lines = ["| equation | symbol | code, and the test of it |", "|---|---|---|"]
     for equation, symbol, dotted, test in map_rows():
         file, name = test.split("::")
         where = f"[`{dotted}`][openmm_eqflow.{dotted}]"
         lines.append(
-            f"| <code>{cell(equation)}</code> | {cell(symbol)} | {where} "
-            f"| `tests/{file}.py::{name}` |"
+            f"| <code>{cell(equation)}</code> | {cell(symbol)} "
+            f"| {where}<br>`{file}::{name}` |"
         )
     return "\n".join(lines)
 
@@ -145,21 +145,19 @@ def listed(page: str) -> list[str]:
 
 
 def recipes() -> str:
-    """Settings of every budget, those of molecules and those of clusters."""
-    made = [
-        (f"{kind}, {budget}", make_recipe(kind, budget).to_dict())
-        for kind in ("molecule", "cluster")
-        for budget in BUDGETS
-    ]
-    lines = [
-        "| key | " + " | ".join(title for title, _ in made) + " |",
-        "|---" * (len(made) + 1) + "|",
-    ]
-    for key in made[0][1]:
-        values = [recipe[key] for _, recipe in made]
-        if not any(isinstance(value, dict) for value in values):
-            shown = " | ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
-            lines.append(f"| `{key}` | {shown} |")
+    """Settings of molecules and clusters; three values are those of the three budgets."""
+    kinds = ("molecule", "cluster")
+    made = {kind: [make_recipe(kind, b).to_dict() for b in BUDGETS] for kind in kinds}
+    lines = ["| key | molecule | cluster |", "|---|---|---|"]
+    for key in made["molecule"][0]:
+        row = []
+        for kind in kinds:
+            values = [recipe[key] for recipe in made[kind]]
+            if not any(isinstance(value, dict) for value in values):
+                shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+                row.append(shown[0] if len(set(shown)) == 1 else " / ".join(shown))
+        if len(row) == 2:
+            lines.append(f"| `{key}` | {row[0]} | {row[1]} |")
     return "\n".join(lines)
 
 
@@ -182,14 +180,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     )
 
 
+def mathml(source: str, display: str) -> str:
+    """Convert LaTeX; a function's name needs a space before its argument, as TeX puts it."""
+    tex = re.sub(r"\\(log|sin|cos|exp|det)\s*(?=[A-Za-z\\])", r"\\\1\\,", unescape(source).strip())
+    return str(convert(tex, display=display))
+
+
 def on_page_content(html: str, **_: Any) -> str:
     """Turn arithmatex spans into MathML."""
 
     def inline(match: re.Match[str]) -> str:
-        return convert(unescape(match[1]).strip(), display="inline")
+        return mathml(match[1], "inline")
 
     def block(match: re.Match[str]) -> str:
-        return convert(unescape(match[1]).strip(), display="block")
+        return mathml(match[1], "block")
 
     html = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>', inline, html, flags=re.S
