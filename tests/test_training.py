@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from openmm_eqflow.checkpoint import load_tensors
 from openmm_eqflow.errors import CheckpointError, TrainingError
 from openmm_eqflow.training import TrainingResult, TrainingSettings, train
+from openmm_eqflow.training_log import COLUMNS, write_history
 
 
 class Regression:
@@ -170,3 +173,118 @@ def test_time_budget_counts_earlier_attempts(tmp_path):
     module = network()
     second = train(module, Regression(module), short, checkpoint=path)
     assert second.n_steps == first.n_steps
+
+
+def test_the_number_of_shards_decides_not_that_of_threads(tmp_path):
+    results = []
+    for n_threads, n_shards in ((1, 2), (2, 2), (2, 0), (1, 0)):
+        module = network()
+        train(module, Regression(module), settings(n_threads, n_shards=n_shards))
+        results.append(module)
+    assert same(results[0], results[1])
+    assert same(results[1], results[2])  # as many as threads
+    assert not same(results[2], results[3])  # power control: one stream for the whole batch
+
+
+class Overfitting(Regression):
+    """Its validation loss is best at evaluation ``best``, whatever the training does."""
+
+    def __init__(self, module: nn.Module, best: int, **faults: int) -> None:
+        super().__init__(module, **faults)
+        self.best, self.kept = best, None
+
+    def validation(self, n: int, generator: torch.Generator) -> Tensor:
+        k = self.n_calls - 1  # evaluated after every step
+        if k == self.best:
+            self.kept = {k: v.clone() for k, v in self.module.state_dict().items()}
+        return torch.tensor(math.nan if k == 0 else 1.0 + abs(k - self.best))
+
+
+def test_early_stop_returns_the_best_weights(tmp_path):
+    options = {"evaluate_seconds": 0.0, "patience": 3}
+    module = network()
+    objective = Overfitting(module, best=4)
+    path = tmp_path / "checkpoint.safetensors"
+    result = train(module, objective, settings(**options), checkpoint=path)
+    # evaluations 1 to 8: the best is the fifth, three more bring nothing
+    assert result.stopped_early
+    assert result.n_steps == len(result.history) == 8
+    kept = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    kept.load_state_dict(objective.kept)
+    assert same(result.average, kept)
+    # Resumed, it is finished; nothing is trained, the best is still there.
+    again_module = network()
+    again = train(again_module, Overfitting(again_module, 4), settings(**options), checkpoint=path)
+    assert again.n_steps == 8
+    assert again.stopped_early
+    assert same(again.average, kept)
+    # Without patience it goes on, and ends with the last average.
+    module = network()
+    result = train(module, Overfitting(module, 4), settings(evaluate_seconds=0.0))
+    assert result.n_steps == 60
+    assert not result.stopped_early
+    assert not same(result.average, kept)
+
+
+def test_early_stop_survives_a_kill(tmp_path):
+    options = {"evaluate_seconds": 0.0, "patience": 3}
+    path = tmp_path / "checkpoint.safetensors"
+    module = network()
+    with pytest.raises(KeyboardInterrupt):
+        train(module, Overfitting(module, 4, stop_at=6), settings(**options), checkpoint=path)
+    module = network()
+    resumed = Overfitting(module, best=10**6)
+    resumed.n_calls = 10**6 + 100  # from now on every evaluation is worse
+    result = train(module, resumed, settings(**options), checkpoint=path)
+    assert result.stopped_early
+    whole = network()
+    objective = Overfitting(whole, best=4)
+    train(whole, objective, settings(**options))
+    kept = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+    kept.load_state_dict(objective.kept)
+    assert same(result.average, kept)
+
+
+def test_history_as_csv(tmp_path):
+    path, log = tmp_path / "checkpoint.safetensors", tmp_path / "history.csv"
+
+    def attempt(**faults: int) -> TrainingResult:
+        module = network()
+        return train(
+            module,
+            Regression(module, **faults),
+            settings(evaluate_seconds=0.0, max_steps=12),
+            checkpoint=path,
+            log=log,
+            evaluate=lambda average: {"relative_ess": 0.25, "other": 1.0},
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(stop_at=6)
+    result = attempt()
+    with log.open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["step"] for row in rows] == [str(k) for k in range(1, 13)]
+    for row, kept in zip(rows, result.history, strict=True):
+        for name in COLUMNS:
+            assert float(row[name]) == pytest.approx(kept[name], rel=1e-8)
+    assert float(rows[-1]["learning_rate"]) < float(rows[6]["learning_rate"])
+    assert not [p for p in tmp_path.iterdir() if ".tmp" in p.name]
+    write_history(log, [{"step": 3.0, "loss": math.nan}])
+    assert log.read_text() == ",".join(COLUMNS) + "\n3,,,,,\n"
+
+
+def test_scheduled_objectives_are_told_the_fraction():
+    class Told(Regression):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__(module)
+            self.fractions: list[float] = []
+
+        def advance(self, fraction: float) -> None:
+            self.fractions.append(fraction)
+
+    module = network()
+    objective = Told(module)
+    train(module, objective, settings(max_steps=8))
+    assert objective.fractions == pytest.approx([k / 8 for k in range(8)], abs=1e-4)
