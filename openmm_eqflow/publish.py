@@ -73,11 +73,16 @@ def _card(
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
     audit = flow.audit_report or {}
+    ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"
+    method = (
+        f"parallel tempering at {len(temperatures)} temperatures from {ladder}"
+        if len(temperatures) > 1
+        else f"Langevin dynamics at {temperatures[0]:.0f} K"
+    )
     rows = {
         "made by": f"`openmm-eqflow run {name} --budget {config.budget} --seed {config.seed}`",
-        "data": f"made by the same command: {reference['n_frames']:,} frames of parallel "
-        f"tempering at {len(temperatures)} temperatures from {temperatures[0]:.0f} to "
-        f"{temperatures[-1]:.0f} K, {reference['seconds']:.0f} s",
+        "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
+        f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
         f"({n_weights:,} weights), {flow.n_ode_steps} RK4 steps",
         "training": f"{config.recipe.objective}, {train['training_seconds']:.0f} s, "
