@@ -25,9 +25,9 @@ from openmm_eqflow.geometry import pair_vectors, remove_mean
 from openmm_eqflow.vector_fields.base import register_vector_field
 from openmm_eqflow.vector_fields.features import (
     PairBasis,
+    PairField,
     TimeFeatures,
     expand_time,
-    fit_pair_statistics,
     pair_classes,
 )
 
@@ -75,7 +75,7 @@ class _Layer(nn.Module):
 
 
 @register_vector_field
-class EGNNField(nn.Module):
+class EGNNField(PairField):
     """E(n) graph network field; O(D), translation and class equivariant.
 
     Parameters
@@ -108,12 +108,9 @@ class EGNNField(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "classes": list(classes),
-            "n_dims": n_dims,
-            "pair_mean": list(pair_mean),
-            "pair_spread": list(pair_spread),
-            "length": length,
-            "bond_distances": bond_distances and [list(row) for row in bond_distances],
+            **self.pair_config(
+                classes, n_dims, pair_mean, pair_spread, length, bond_distances
+            ),
             "width": width,
             "n_layers": n_layers,
             "n_rbf": n_rbf,
@@ -133,25 +130,6 @@ class EGNNField(nn.Module):
         self.node_time = nn.Linear(TIME_WIDTH, width)
         self.pair = nn.Embedding(len(pair_mean), width)
         self.layers = nn.ModuleList(_Layer(width, self.basis.n_features) for _ in range(n_layers))
-
-    @classmethod
-    def fit(
-        cls,
-        x: Tensor,
-        *,
-        classes: Sequence[int],
-        bond_distances: Sequence[Sequence[int]] | None = None,
-        **sizes: Any,
-    ) -> EGNNField:
-        """Build an untrained field whose inputs are normalised by the spread of data ``x``."""
-        statistics = fit_pair_statistics(x, classes, bond_distances)
-        return cls(
-            classes=classes,
-            n_dims=x.shape[-1],
-            bond_distances=bond_distances,
-            **statistics,
-            **sizes,
-        )
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Velocity (nm per unit of flow time), mean-free, ``(batch, N, D)``."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from openmm_eqflow.geometry import pair_vectors
 
 N_WIDE = 3
 
-__all__ = ["PairBasis", "TimeFeatures", "expand_time", "fit_pair_statistics", "pair_classes"]
+__all__ = [
+    "PairBasis",
+    "PairField",
+    "TimeFeatures",
+    "expand_time",
+    "fit_pair_statistics",
+    "pair_classes",
+]
 
 
 def pair_classes(
@@ -78,6 +85,48 @@ def fit_pair_statistics(
         mean.append(float(values.mean()))
         spread.append(float(values.std().clamp_min(1e-3 * values.mean())))
     return {"pair_mean": mean, "pair_spread": spread, "length": float(distances.std())}
+
+
+class PairField(nn.Module):
+    """Base of fields whose inputs are standardised by :func:`fit_pair_statistics`."""
+
+    @classmethod
+    def fit(
+        cls,
+        x: Tensor,
+        *,
+        classes: Sequence[int],
+        bond_distances: Sequence[Sequence[int]] | None = None,
+        **sizes: Any,
+    ) -> Self:
+        """Build an untrained field whose inputs are normalised by the spread of data ``x``."""
+        statistics = fit_pair_statistics(x, classes, bond_distances)
+        return cls(
+            classes=classes,
+            n_dims=x.shape[-1],
+            bond_distances=bond_distances,
+            **statistics,
+            **sizes,
+        )
+
+    @staticmethod
+    def pair_config(
+        classes: Sequence[int],
+        n_dims: int,
+        pair_mean: Sequence[float],
+        pair_spread: Sequence[float],
+        length: float,
+        bond_distances: Sequence[Sequence[int]] | None,
+    ) -> dict[str, Any]:
+        """Entries of ``config`` that every such field has."""
+        return {
+            "classes": list(classes),
+            "n_dims": n_dims,
+            "pair_mean": list(pair_mean),
+            "pair_spread": list(pair_spread),
+            "length": length,
+            "bond_distances": bond_distances and [list(row) for row in bond_distances],
+        }
 
 
 def expand_time(t: Tensor, y: Tensor) -> Tensor:

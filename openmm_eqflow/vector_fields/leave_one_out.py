@@ -33,9 +33,9 @@ from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.vector_fields.base import register_vector_field
 from openmm_eqflow.vector_fields.features import (
     PairBasis,
+    PairField,
     TimeFeatures,
     expand_time,
-    fit_pair_statistics,
     pair_classes,
 )
 from openmm_eqflow.vector_fields.leave_one_out_layers import TIME_WIDTH, Readout, Trunk, mix
@@ -44,7 +44,7 @@ __all__ = ["LeaveOneOutField"]
 
 
 @register_vector_field
-class LeaveOneOutField(nn.Module):
+class LeaveOneOutField(PairField):
     r"""Leave-one-out field in Cartesian coordinates; O(D), translation and class equivariant.
 
     Parameters
@@ -94,12 +94,9 @@ class LeaveOneOutField(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "classes": list(classes),
-            "n_dims": n_dims,
-            "pair_mean": list(pair_mean),
-            "pair_spread": list(pair_spread),
-            "length": length,
-            "bond_distances": bond_distances and [list(row) for row in bond_distances],
+            **self.pair_config(
+                classes, n_dims, pair_mean, pair_spread, length, bond_distances
+            ),
             "width": width,
             "n_layers": n_layers,
             "n_vectors": n_vectors,
@@ -125,25 +122,6 @@ class LeaveOneOutField(nn.Module):
             nn.Embedding(n_pair_classes, 2 * sum(self.n_filters[:2]))
             if n_pair_classes > 1
             else None
-        )
-
-    @classmethod
-    def fit(
-        cls,
-        x: Tensor,
-        *,
-        classes: Sequence[int],
-        bond_distances: Sequence[Sequence[int]] | None = None,
-        **sizes: Any,
-    ) -> LeaveOneOutField:
-        """Build an untrained field whose inputs are normalised by the spread of data ``x``."""
-        statistics = fit_pair_statistics(x, classes, bond_distances)
-        return cls(
-            classes=classes,
-            n_dims=x.shape[-1],
-            bond_distances=bond_distances,
-            **statistics,
-            **sizes,
         )
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
