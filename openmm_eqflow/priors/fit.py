@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _MAX_MISS = 4.0  # standard deviations between a hot frame's controlled target and the fit
+_FORCES_NEED = 1.2  # frames per stiff coordinate and feature
 _SOFT_SPREAD = 0.4  # rad: circular spread above which a torsion is described by its own density
 
 
@@ -104,7 +105,7 @@ def fit_internal_prior(
         Molecular graph.
     gradient
         du/dx of the frames (kT/nm); with it the stiff coordinates are fitted with far fewer
-        frames.
+        frames. Not used where there are hardly more frames than coordinates.
     hot
         Frames of higher temperatures: the defensive part of the torsion density.
     hot_gradient
@@ -151,7 +152,8 @@ def fit_internal_prior(
     penalty = ridge_penalty(modes)
     prior.coefficients = _ridge(features, s, penalty)
     residual = s - features @ prior.coefficients
-    if gradient is None:
+    # A regression on the forces needs more frames than unknowns; below that it diverges.
+    if gradient is None or len(x) < _FORCES_NEED * (n_stiff + features.shape[1]):
         covariance = _shrunk_covariance(residual, features.shape[1])
     else:
         score = stiff_score(prior, s, tau, gradient.double(), x)

@@ -1,14 +1,18 @@
 r"""Refine the internal-coordinate prior on its own samples: adaptive importance sampling.
 
 Energies are cheap where frames are dear: a round draws samples from the prior, weighs them
-together
-with the frames for the target (:mod:`openmm_eqflow.balance`) and fits everything again, torsion
-densities included (population Monte Carlo: Cappé et al. 2004). Rare basins get the weight the
-energy gives them, not the one a short simulation happened to visit.
+together with the frames for the target (:mod:`openmm_eqflow.balance`) and fits everything again,
+torsion densities included (population Monte Carlo: Cappé et al. 2004). Rare basins get the weight
+the energy gives them, not the one a short simulation happened to visit.
+
+Samples of a prior that was fitted to a handful of frames may be too far from the target to fit
+anything to. Such a round fails or describes its own points worse than the prior it started from;
+it is dropped with a warning, and that prior stays.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -28,7 +32,9 @@ from openmm_eqflow.priors.torsions import TorsionDensity
 
 __all__ = ["refine_internal_prior"]
 
+logger = logging.getLogger(__name__)
 _ENOUGH = 2000.0
+_WORSE = 1.0  # nats per sample by which a fit must not lose to the prior it replaces
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -58,9 +64,31 @@ def refine_internal_prior(
         Highest harmonic of the mean function.
     generator
         Random stream.
+
+    Raises
+    ------
+    TrainingError
+        No sample of the prior has a finite energy.
     """
-    for _ in range(rounds):
-        prior = _round(prior, frames.double(), evaluate, n_samples, order, generator)
+    for k in range(rounds):
+        x, gradient, weights = _weighted_points(
+            prior, frames.double(), evaluate, n_samples, generator
+        )
+        try:
+            new = _fit_again(prior, x, gradient, weights, order, generator)
+            gain = float(weights @ (new.log_prob(x) - prior.log_prob(x)))
+        except torch.linalg.LinAlgError:
+            gain = -torch.inf
+        if not gain > -_WORSE:
+            logger.warning(
+                "round %d of refining the prior was dropped: too little is known from %d frames "
+                "and %d samples; give the reference stage more time or raise prior_samples",
+                k + 1,
+                len(frames),
+                n_samples,
+            )
+            continue
+        prior = new
     return prior
 
 
@@ -78,14 +106,14 @@ def _tempered_weights(relative: Tensor, from_prior: Tensor) -> Tensor:
     return candidates[int(usable[0])] if len(usable) else candidates[-1]
 
 
-def _round(
+def _weighted_points(
     prior: InternalCoordinatePrior,
     frames: Tensor,
     evaluate: Evaluate,
     n_samples: int,
-    order: int,
     generator: torch.Generator | None,
-) -> InternalCoordinatePrior:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Frames and samples of the prior, their du/dx and their weights for the target."""
     own, _ = prior.to_cartesian(prior.sample_latent(n_samples, generator=generator))
     x = torch.cat([frames, own])
     from_prior = torch.arange(len(x)) >= len(frames)
@@ -99,7 +127,17 @@ def _round(
         )
     relative = -u - prior.log_prob(x)
     relative = relative - bennett_log_z(relative, from_prior)
-    weights = _tempered_weights(relative, from_prior)
+    return x, gradient, _tempered_weights(relative, from_prior)
+
+
+def _fit_again(
+    prior: InternalCoordinatePrior,
+    x: Tensor,
+    gradient: Tensor,
+    weights: Tensor,
+    order: int,
+    generator: torch.Generator | None,
+) -> InternalCoordinatePrior:
     internal = prior.zmatrix.to_internal(x)
     tau = internal.torsions[:, prior.soft]
     new = prior.copy()
