@@ -77,7 +77,7 @@ def refine_internal_prior(
         try:
             new = _fit_again(prior, x, gradient, weights, order, generator)
             gain = float(weights @ (new.log_prob(x) - prior.log_prob(x)))
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             gain = -torch.inf
         if not gain > -_WORSE:
             logger.warning(
