@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import importlib.metadata
 import logging
 import os
 import sys
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -34,52 +35,30 @@ __all__ = ["main"]
 console = Console()
 errors = Console(stderr=True)
 
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("openmm_eqflow")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
 _out = click.option("--out", type=click.Path(path_type=Path), help="Run directory.")
 _budget = click.option(
-    "--budget", type=click.Choice(BUDGETS), help="About 4, 15 or 60 minutes on 2 cores."
+    "--budget",
+    type=click.Choice(BUDGETS),
+    help="About 4, 15 or 60 minutes for alanine dipeptide on 2 cores (default standard).",
 )
 
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="openmm_eqflow")
+@click.version_option(_version(), prog_name="openmm-eqflow")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def cli(debug: bool) -> None:
     """Boltzmann samples of an OpenMM System from an equivariant normalizing flow.
 
     Start with: openmm-eqflow run alanine-dipeptide --budget quick
     """
-
-
-def _open_run(
-    name: str, out: Path | None, budget: str | None, seed: int | None, device: str
-) -> RunDirectory:
-    """Open a run directory by its path, or make one for a system."""
-    from openmm_eqflow.distributed import main_first
-    from openmm_eqflow.library import load_system
-    from openmm_eqflow.rundir import RunDirectory
-    from openmm_eqflow.workflow import build_target, resolve_device
-
-    resolve_device(device)
-    if out is None and (Path(name) / "config.yaml").is_file():
-        run = RunDirectory.open(Path(name))
-        for key, value in (("budget", budget), ("seed", seed)):
-            if value is not None and value != getattr(run.config, key):
-                raise ConfigurationError(
-                    f"{name} was made with {key} {getattr(run.config, key)}, now {value}; "
-                    "choose a new --out"
-                )
-        resolve_device(run.config.device)
-        return run
-    device = resolve_device(device)
-    system = load_system(name)
-    with main_first(), build_target(system) as target:
-        return RunDirectory.create(
-            out or Path("runs") / system.name,
-            system,
-            target,
-            budget=budget,
-            seed=seed,
-            device=device,
-        )
 
 
 def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
@@ -96,7 +75,7 @@ def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
 
 
 def _print_outcome(run: RunDirectory) -> None:
-    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    metrics = run.metrics()
     chain = metrics["chain"]
     console.print(
         f"relative ESS {metrics['relative_ess']:.3f} (prior alone "
@@ -114,12 +93,13 @@ def _print_outcome(run: RunDirectory) -> None:
 @seed_option
 @device_option
 def run(
-    system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
 ) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
+    from openmm_eqflow.main_job import open_run
     from openmm_eqflow.rundir import STAGES
 
-    directory = _open_run(system, out, budget, seed, device)
+    directory = open_run(system, out, budget=budget, seed=seed, device=device)
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     _run_stages(directory, STAGES)
     _print_outcome(directory)
@@ -133,9 +113,11 @@ def _stage_command(stage: str, summary: str) -> None:
     @seed_option
     @device_option
     def command(
-        system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+        system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
     ) -> None:
-        directory = _open_run(system, out, budget, seed, device)
+        from openmm_eqflow.main_job import open_run
+
+        directory = open_run(system, out, budget=budget, seed=seed, device=device)
         _run_stages(directory, (stage,))
 
 
@@ -151,13 +133,14 @@ _stage_command("report", "Write report.html of a run.")
 @seed_option
 @device_option
 def sample(
-    system: str, out: Path | None, budget: str | None, seed: int | None, device: str
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
 ) -> None:
     """Sample: a run with its own flow, or a shipped system with the flow that ships."""
     from openmm_eqflow.distributed import main_first
-    from openmm_eqflow.workflow import adopt_shipped_flow
+    from openmm_eqflow.flow_choice import adopt_shipped_flow
+    from openmm_eqflow.main_job import open_run
 
-    directory = _open_run(system, out, budget, seed, device)
+    directory = open_run(system, out, budget=budget, seed=seed, device=device)
     with main_first():
         if not directory.is_complete("train"):
             adopt_shipped_flow(directory)
@@ -183,9 +166,19 @@ def systems() -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--pdb", type=click.Path(path_type=Path), required=True)
+@click.option(
+    "--pdb",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="All atoms of the molecule; CONECT records where OpenMM does not know the residue.",
+)
 @click.option("--forcefield", multiple=True, help="OpenMM force-field file; repeat or list.")
-@click.option("--system", "system_xml", type=click.Path(path_type=Path), help="system.xml")
+@click.option(
+    "--system",
+    "system_xml",
+    type=click.Path(path_type=Path),
+    help="Serialised OpenMM System, instead of --forcefield.",
+)
 @click.option("--temperature", type=float, default=300.0, show_default=True, help="Kelvin.")
 @click.option("--add-hydrogens", is_flag=True, help="Add missing hydrogens first.")
 @click.argument("more_forcefields", nargs=-1)
@@ -228,6 +221,26 @@ def _unexpected(
     _complain(f"unexpected {kind.__name__}: {error}; --debug shows where, please report it")
 
 
+class _Heard(logging.Handler):
+    """Warnings of the package as lines on stderr; run.log has them too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        if not console.quiet:
+            text = " ".join(record.getMessage().split())
+            errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _warnings_heard() -> Iterator[None]:
+    logger, handler = logging.getLogger("openmm_eqflow"), _Heard(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _processes() -> AbstractContextManager[None]:
     """Join the processes of torchrun, if it started this one; only rank 0 is heard."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -249,7 +262,7 @@ def main() -> None:
     cli_measure.register(cli)
     keep_freed_memory()
     try:
-        with _processes():
+        with _processes(), _warnings_heard():
             sys.exit(cli(arguments, standalone_mode=False) or 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)

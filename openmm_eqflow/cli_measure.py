@@ -18,7 +18,16 @@ __all__ = ["device_option", "register", "seed_option"]
 console = Console()
 seed_option = click.option("--seed", type=int, help="Random seed (default 0).")
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Of the network; auto is a CUDA GPU if there is one (default auto, or that of the run).",
+)
+_own_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Of the network; auto is a CUDA GPU if there is one.",
 )
 
 
@@ -30,17 +39,24 @@ def register(group: click.Group) -> None:
 
 @click.command()
 @click.argument("name_or_run")
-@click.option("--n-samples", type=click.IntRange(10), default=10_000, show_default=True)
+@click.option(
+    "--n-samples",
+    type=click.IntRange(10),
+    default=10_000,
+    show_default=True,
+    help="Independent samples of the flow, and as many of the prior.",
+)
 @seed_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
-@device_option
+@_own_device
 def evaluate(
     name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
 ) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
     from openmm_eqflow.distributed import is_main
     from openmm_eqflow.evaluation import evaluate_flow
-    from openmm_eqflow.workflow import build_target, flow_of
+    from openmm_eqflow.flow_choice import flow_of
+    from openmm_eqflow.workflow import build_target
 
     system, flow, test = flow_of(name_or_run, device)
     with build_target(system) as target, stage_progress("evaluate", console) as progress:
@@ -62,15 +78,21 @@ def evaluate(
 
 @click.command()
 @click.argument("name_or_run")
-@click.option("--n-samples", type=click.IntRange(16), default=256, show_default=True)
+@click.option(
+    "--n-samples",
+    type=click.IntRange(16),
+    default=256,
+    show_default=True,
+    help="Flow samples and test frames on which log q is compared.",
+)
 @seed_option
-@device_option
+@_own_device
 def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
     """Check the accuracy of log q."""
     import torch
 
     from openmm_eqflow.audit import audit as run_audit
-    from openmm_eqflow.workflow import flow_of
+    from openmm_eqflow.flow_choice import flow_of
 
     _, flow, test = flow_of(name_or_run, device)
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
@@ -100,7 +122,11 @@ def _bench_command(name: str, summary: str, *parameters: Any) -> None:
         console.print_json(json.dumps(result))
 
     body = click.option(
-        "--json", "json_path", type=click.Path(path_type=Path), required=True
+        "--json",
+        "json_path",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Write the result here.",
     )(body)
     for parameter in reversed(parameters):
         body = parameter(body)
@@ -152,6 +178,7 @@ _bench_command(
     type=click.Path(path_type=Path),
     default=Path("comparison.html"),
     show_default=True,
+    help="HTML file to write.",
 )
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Table and overlays of several runs."""

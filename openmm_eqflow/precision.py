@@ -1,4 +1,4 @@
-"""Arithmetic of the network on a GPU; state and log q are float64 whatever is chosen.
+"""Device and arithmetic of the network; state and log q are float64 whatever is chosen.
 
 ``tf32`` rounds the inputs of float32 matrix products to 10 bits of mantissa, ``bfloat16`` runs
 them in 8 (torch autocast). Either serves the training loss only: evaluation, calibration, audit
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
 
-__all__ = ["PRECISIONS", "AutocastField", "check_precision", "training_precision"]
+__all__ = [
+    "PRECISIONS",
+    "AutocastField",
+    "check_precision",
+    "resolve_device",
+    "training_precision",
+]
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -48,6 +54,26 @@ class AutocastField(nn.Module):
         with torch.autocast(y.device.type, dtype=torch.bfloat16):
             v, div = self.field.with_divergence(t, y)
         return v.float(), div.float()
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto`` into a device.
+
+    Raises
+    ------
+    ConfigurationError
+        Another name than auto, cpu or cuda, or CUDA where there is none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "device is 'cuda' but torch finds no CUDA GPU; use --device cpu or install a CUDA "
+            "build of torch"
+        )
+    if name not in ("cpu", "cuda"):
+        raise ConfigurationError(f"device is {name!r}, expected auto, cpu or cuda")
+    return name
 
 
 def check_precision(precision: str, device: str) -> None:

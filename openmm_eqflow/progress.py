@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,17 +32,21 @@ def stage_progress(
         return _clock((time.monotonic() - started) * (1 / fraction - 1))
 
     if not console.is_terminal:
-        last = [0.0]
+        last, ended = [-math.inf], [False]
 
         def line(fraction: float, text: str) -> None:
             now = time.monotonic()
-            if now - last[0] < _LINE_SECONDS and fraction < 1:
+            # The end is told at once, but only once: what follows it is told now and then.
+            ends = fraction >= 1 and not ended[0]
+            if now - last[0] < _LINE_SECONDS and not ends:
                 return
-            last[0] = now
+            last[0], ended[0] = now, fraction >= 1
             console.print(
                 f"{title:<10} {min(fraction, 1.0):4.0%}  {_clock(now - started)} elapsed, "
                 f"{remaining(fraction)} left  {text}",
                 highlight=False,
+                soft_wrap=True,
+                markup=False,
             )
 
         yield line

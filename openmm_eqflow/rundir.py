@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from openmm_eqflow.atomic import write_json, write_text
 from openmm_eqflow.distributed import is_main
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.library import MolecularSystem, load_system, systems_directory
+from openmm_eqflow.precision import resolve_device
 from openmm_eqflow.recipes import Recipe, make_recipe
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.thermo import masses_in_dalton
@@ -71,9 +73,11 @@ class RunDirectory:
         *,
         budget: str | None,
         seed: int | None,
-        device: str,
+        device: str | None = None,
     ) -> RunDirectory:
         """Make a run directory, or open the existing one if it is of the same run.
+
+        ``None`` means what an existing run was made with, else standard, 0 and auto.
 
         Raises
         ------
@@ -98,6 +102,7 @@ class RunDirectory:
                         f"{path} belongs to another run: its {key.replace('_', ' ')} is "
                         f"{_short(found)}, now {_short(value)}; choose another --out or delete it"
                     )
+            run.use_device(device)
             return run
         # A run killed while it wrote config.yaml leaves a hidden temporary file, which is no run.
         if path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
@@ -116,7 +121,7 @@ class RunDirectory:
             kelvin,
             chosen,
             0 if seed is None else seed,
-            device,
+            resolve_device(device or "auto"),
             recipe,
         )
         run = cls(path, config)
@@ -148,6 +153,37 @@ class RunDirectory:
                 f"{file} is malformed ({type(error).__name__}: {error}); restore it or start anew"
             ) from error
         return cls(path, config)
+
+    def use_device(self, device: str | None) -> None:
+        """Train on another device from now on, and say so in config.yaml.
+
+        Where a network is trained is no part of a run's identity. A complete training stage
+        leaves nothing to move: the entry keeps saying where the flow was trained.
+
+        Raises
+        ------
+        ConfigurationError
+            There is no such device here.
+        """
+        chosen = self.config.device if device is None else resolve_device(device)
+        if self.is_complete("train"):
+            return
+        if chosen == self.config.device:
+            resolve_device(chosen)  # perhaps made on another machine
+            return
+        self.config = replace(self.config, device=chosen)
+        if is_main():
+            file = self.path / "config.yaml"
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"device": chosen}
+            write_text(file, yaml.safe_dump(content, sort_keys=False))
+
+    def metrics(self) -> dict[str, Any]:
+        """All figures of the report (metrics.json of the sampling stage)."""
+        self.require("sample")
+        content: dict[str, Any] = json.loads(
+            (self.path / "metrics.json").read_text(encoding="utf-8")
+        )
+        return content
 
     def _write_config(self) -> None:
         c = self.config

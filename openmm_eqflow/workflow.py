@@ -6,38 +6,30 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from openmm_eqflow.atomic import write_json, write_npz
-from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.checkpoint import save_flow
 from openmm_eqflow.distributed import is_main, share
 from openmm_eqflow.ensemble import Proposals
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.evaluation import evaluate_flow
 from openmm_eqflow.fitting import split_frames, train_flow
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import MolecularSystem, load_system
+from openmm_eqflow.flow_choice import flow_of, own_flow
+from openmm_eqflow.library import MolecularSystem
 from openmm_eqflow.outputs import chain_metrics, write_trajectory
 from openmm_eqflow.reference import load_reference, run_reference
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.sampling import run_chains
-from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.target import BoltzmannTarget
 
-__all__ = [
-    "adopt_shipped_flow",
-    "build_target",
-    "flow_of",
-    "resolve_device",
-    "run_stage",
-    "shipped_flow",
-]
+__all__ = ["build_target", "flow_of", "run_stage"]
 
 Progress = Callable[[float, str], None]
 logger = logging.getLogger(__name__)
+_EXTENSIONS = (1, 2, 4)  # of the reference stage, while it has too few frames
 
 
 def build_target(system: MolecularSystem) -> BoltzmannTarget:
@@ -49,64 +41,6 @@ def build_target(system: MolecularSystem) -> BoltzmannTarget:
         positions=system.positions,
         n_dims=system.n_dims,
     )
-
-
-def resolve_device(name: str) -> str:
-    """Turn ``auto`` into a device; refuse CUDA where there is none."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(
-            "device is 'cuda' but torch finds no CUDA GPU; use --device cpu or install a CUDA "
-            "build of torch"
-        )
-    if name not in ("cpu", "cuda"):
-        raise ConfigurationError(f"device is {name!r}, expected auto, cpu or cuda")
-    return name
-
-
-def shipped_flow(system: MolecularSystem) -> Path | None:
-    """Flow that ships with a system, if there is one."""
-    path = system.directory / "flow.safetensors"
-    return path if path.is_file() else None
-
-
-def adopt_shipped_flow(run: RunDirectory) -> None:
-    """Copy the flow that ships with the run's system into the run directory.
-
-    Raises
-    ------
-    ConfigurationError
-        No flow ships with it.
-    """
-    system = run.load_system()
-    if (source := shipped_flow(system)) is None:
-        raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one: openmm-eqflow run {run.config.system}"
-        )
-    flow = load_flow(source)
-    save_flow(flow, run.path / "flow", flow.metadata)
-    run.finish("train", {"adopted": system.name})
-
-
-def flow_of(
-    name_or_run: str, device: str = "auto"
-) -> tuple[MolecularSystem, EquivariantFlow, torch.Tensor | None]:
-    """System, flow and test frames (if any) of a run directory or a shipped system."""
-    path = Path(name_or_run)
-    where = resolve_device(device)
-    if (path / "config.yaml").is_file():
-        run = RunDirectory.open(path)
-        run.require("train")
-        test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
-        system = run.load_system()
-        return system, _own_flow(path / "flow", system_sha256(system.system), where), test
-    system = load_system(name_or_run)
-    if (source := shipped_flow(system)) is None:
-        raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
-        )
-    return system, _own_flow(source, system_sha256(system.system), where), None
 
 
 def run_stage(
@@ -138,7 +72,8 @@ def run_stage(
 def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     recipe = run.config.recipe
     system = run.load_system()
-    for extension in (1, 2, 4):
+    enough = min(recipe.min_frames, recipe.max_frames)
+    for extension in _EXTENSIONS:
         data = run_reference(
             system,
             run.path,
@@ -147,9 +82,19 @@ def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             seed=run.config.seed,
             progress=progress,
         )
-        if data.n_frames >= min(recipe.min_frames, recipe.max_frames):
+        if data.n_frames >= enough:
             break
-        logger.info("only %d frames so far: the reference stage goes on", data.n_frames)
+        if extension < _EXTENSIONS[-1]:
+            logger.info("only %d frames so far: the reference stage goes on", data.n_frames)
+    else:
+        logger.warning(
+            "%d reference frames after %.0f s, fewer than the %d wanted: prior and flow are "
+            "fitted to little data and rare states may be missing; take a larger --budget or set "
+            "recipe: reference_seconds in the settings of system.yaml",
+            data.n_frames,
+            data.wall_seconds,
+            enough,
+        )
     return {
         "n_frames": data.n_frames,
         "temperatures_kelvin": data.temperatures.tolist(),
@@ -196,23 +141,12 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:
-    """Load a flow and make sure that it was trained for this System."""
-    flow = load_flow(path, device=device)
-    if (made_for := flow.metadata.get("system_hash")) != system_hash:
-        raise ConfigurationError(
-            f"{path.with_suffix('.json')} was trained for another System "
-            f"({str(made_for)[:12]}..., now {system_hash[:12]}...); train it anew"
-        )
-    return flow
-
-
 def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     run.require("train")
     recipe, seed = run.config.recipe, run.config.seed
     system = run.load_system()
     with build_target(system) as target:
-        flow = _own_flow(run.path / "flow", target.system_hash)
+        flow = own_flow(run.path / "flow", target.system_hash)
         test, reference_u = None, None
         if run.is_complete("reference"):
             data = load_reference(run.path)

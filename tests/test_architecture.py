@@ -40,7 +40,8 @@ LAYERS = tuple(
         # 5 moves of other samplers
         "moves flow_move_base local_moves replica_exchange",
         # 6 runs, reports, command line, benchmarks
-        "rundir outputs workflow report.* compare publish cli cli_measure bench.*",
+        "rundir outputs flow_choice workflow main_job report.* compare publish cli cli_measure "
+        "bench.*",
     )
 )
 

@@ -10,6 +10,7 @@ from tiny_molecule import write_system
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.library import load_system
+from openmm_eqflow.main_job import open_run
 from openmm_eqflow.recipes import BUDGETS, Recipe, make_recipe
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.workflow import build_target
@@ -185,3 +186,39 @@ def test_recipe_overrides_are_checked():
             make_recipe("molecule", "quick", override)
     with pytest.raises(ConfigurationError, match="budget is 'fast'"):
         make_recipe("molecule", "fast")  # type: ignore[arg-type]
+
+
+def test_device_is_no_identity_and_is_recorded(tmp_path, system, monkeypatch):
+    run = create(tmp_path / "run", system, seed=3)
+    before = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert create(tmp_path / "run", system, device=None).config.device == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    moved = create(tmp_path / "run", system, device="cuda")
+    assert moved.config.device == "cuda"
+    after = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert after == before | {"device": "cuda"}
+    assert open_run(tmp_path / "run").config.device == "cuda"
+    assert open_run(tmp_path / "run", device="cpu").config.device == "cpu"
+    assert RunDirectory.open(tmp_path / "run").config.device == "cpu"
+    # A flow that is trained keeps saying where.
+    fake_stage(run, "reference")
+    fake_stage(run, "train")
+    assert open_run(tmp_path / "run", device="cuda").config.device == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="use --device cpu"):
+        open_run(tmp_path / "run", device="cuda")
+
+
+def test_run_of_a_machine_with_a_gpu_goes_on_without(tmp_path, system, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    create(tmp_path / "run", system, device="auto")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="use --device cpu"):
+        open_run(tmp_path / "run")
+    assert open_run(tmp_path / "run", device="auto").config.device == "cpu"
+
+
+def test_metrics_need_the_sampling_stage(tmp_path, system):
+    run = create(tmp_path / "run", system)
+    with pytest.raises(CheckpointError, match="no complete 'sample' stage"):
+        run.metrics()

@@ -1,0 +1,45 @@
+"""Progress in a file or a pipe: few lines, each on one line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from openmm_eqflow import progress
+from openmm_eqflow.progress import stage_progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def lines(calls, clock) -> list[str]:
+    file = io.StringIO()
+    with stage_progress("reference", Console(file=file, width=80)) as report:
+        for seconds, fraction, text in calls:
+            clock[0] += seconds
+            report(fraction, text)
+    return file.getvalue().splitlines()
+
+
+def test_the_end_is_one_line(clock):
+    found = lines([(0, 0.0, "a"), (1, 0.5, "b"), *[(1, 1.0, "c")] * 12], clock)
+    assert [line.split()[-1] for line in found] == ["a", "c"]
+    assert found[1].startswith("reference  100%")
+
+
+def test_work_after_the_end_is_told_now_and_then(clock):
+    found = lines([(0, 1.0, "a"), (1, 1.0, "b"), (20, 1.0, "c"), (1, 0.5, "d")], clock)
+    assert [line.split()[-1] for line in found] == ["a", "c"]
+
+
+def test_lines_do_not_wrap_and_text_is_no_markup(clock):
+    text = "step 1200, loss 0.1234, [bold] " + 10 * "relative ESS 0.5 "
+    (line,) = lines([(0, 0.5, text)], clock)
+    assert line.endswith(text.rstrip()) or line.endswith(text)
+    assert "[bold]" in line
