@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from openmm_eqflow.atomic import atomic_path, plain_json, write_json
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.library import SYSTEM_FILE, systems_directory
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -73,6 +74,25 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _files(path: str | Path) -> tuple[Path, Path]:
+    """Numbers and words of a flow; dots in its name are part of the name."""
+    name = str(path)
+    for suffix in (".safetensors", ".json"):
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
+    return Path(f"{name}.safetensors"), Path(f"{name}.json")
+
+
+def _shipped(path: str | Path) -> str | Path:
+    """Path of a shipped flow if ``path`` is the name of a system, else ``path``."""
+    if isinstance(path, str) and Path(path).name == path:
+        folder = systems_directory() / path
+        if (folder / SYSTEM_FILE).is_file():
+            return folder / "flow"
+    return path
+
+
 def save_flow(
     flow: EquivariantFlow, stem: str | Path, metadata: dict[str, Any] | None = None
 ) -> Path:
@@ -86,15 +106,14 @@ def save_flow(
     flow
         Any flow of this package.
     stem
-        Path without suffix, such as ``run/flow``.
+        Path such as ``run/flow``; one of the two suffixes at its end is taken off.
     metadata
         JSON-able facts to keep: system hash, temperature, recipe, metrics.
     """
-    stem = Path(stem)
+    path, words = _files(stem)
     prior_config, prior_tensors = flow.prior.state()
     tensors = {f"prior.{k}": v for k, v in prior_tensors.items()}
     tensors |= {f"field.{k}": v for k, v in flow.module.state_dict().items()}
-    path = stem.with_suffix(".safetensors")
     save_tensors(path, tensors)
     record = {
         "format": FORMAT,
@@ -110,22 +129,29 @@ def save_flow(
         "metadata": metadata or {},
     }
     record = plain_json(record)
-    write_json(stem.with_suffix(".json"), record | {"record_sha256": _digest(record)})
+    write_json(words, record | {"record_sha256": _digest(record)})
     flow.metadata = dict(metadata or {})
     flow.source = (str(path), record["sha256"])
     return path
 
 
 def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> EquivariantFlow:
-    """Load a flow from ``path`` (with or without suffix).
+    """Load a flow.
+
+    Parameters
+    ----------
+    path
+        Path of a flow (with or without suffix), or the name of a shipped system that has one. A
+        name wins over a file of the same name; write ``./name`` for the file.
+    device
+        Of the network.
 
     Raises
     ------
     CheckpointError
         A file is missing, truncated, altered (hash) or of another format.
     """
-    stem = Path(path)
-    weights, words = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    weights, words = _files(_shipped(path))
     for needed in (weights, words):
         if not needed.is_file():
             raise CheckpointError(f"{needed} does not exist; train a flow first, or give its path")

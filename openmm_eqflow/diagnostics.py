@@ -74,7 +74,8 @@ def kish_ess(log_weights: ArrayLike) -> float:
 
 def relative_ess(log_weights: ArrayLike) -> float:
     """Kish's effective sample size divided by n, raw (zero weights count in n)."""
-    return kish_ess(log_weights) / np.size(log_weights)
+    log_w = _checked_log_weights(log_weights)
+    return kish_ess(log_w) / log_w.size
 
 
 def max_weight_share(log_weights: ArrayLike) -> float:

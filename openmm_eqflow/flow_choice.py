@@ -68,7 +68,7 @@ def own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFl
     flow = load_flow(path, device=device)
     if (made_for := flow.metadata.get("system_hash")) != system_hash:
         raise ConfigurationError(
-            f"{path.with_suffix('.json')} was trained for another System "
+            f"the flow {path} was trained for another System "
             f"({str(made_for)[:12]}..., now {system_hash[:12]}...); train it anew"
         )
     return flow

@@ -18,6 +18,7 @@ from openmm_eqflow.checkpoint import (
 )
 from openmm_eqflow.errors import CheckpointError
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.library import systems_directory
 from openmm_eqflow.vector_fields import ChartField
 
 
@@ -40,6 +41,32 @@ def test_round_trip(tmp_path, make):
     assert again.metadata == {"system_hash": "abc", "bad": None}
     assert again.source == (str(path), file_sha256(path)) == flow.source
     assert not again.module.training
+
+
+def test_dots_in_a_name_are_part_of_it(tmp_path):
+    flows = [molecule_flow(size, n_steps=2) for size in (0.1, 0.3)]
+    for k, flow in enumerate(flows):
+        assert save_flow(flow, tmp_path / f"a.{k}") == tmp_path / f"a.{k}.safetensors"
+    x = flows[0].sample(5, generator=stream(0))
+    for k, flow in enumerate(flows):
+        for suffix in ("", ".json", ".safetensors"):
+            again = load_flow(tmp_path / f"a.{k}{suffix}")
+            again.module.requires_grad_(False)
+            assert torch.equal(again.log_prob(x), flow.log_prob(x))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_flow_that_ships_loads_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_flow("alanine-dipeptide")
+    assert shipped.metadata["system"] == "alanine-dipeptide"
+    assert shipped.source == load_flow(systems_directory() / "alanine-dipeptide" / "flow").source
+    with pytest.raises(CheckpointError, match=r"lj55.flow\.safetensors does not exist"):
+        load_flow("lj55")
+    # "./" means a file, and other names are files anyway.
+    for name in ("./alanine-dipeptide", "no-such-system"):
+        with pytest.raises(CheckpointError, match=r"^\W*[\w-]+\.safetensors does not exist"):
+            load_flow(name)
 
 
 def test_prior_without_torsions(tmp_path):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from openmm_eqflow.diagnostics import (
     autocorrelation_ess,
@@ -135,3 +136,26 @@ def test_blocks_raise_the_error_of_a_correlated_chain() -> None:
         x, np.zeros(x.size), block_length=200, n_bootstrap=300
     ).error
     assert blocked / naive == pytest.approx(math.sqrt(19.0), rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        kish_ess,
+        relative_ess,
+        max_weight_share,
+        log_z,
+        pareto_k,
+        autocorrelation_ess,
+        mean_with_error,
+        lambda v: longest_stuck(v > 0 if hasattr(v, "shape") else [k > 0 for k in v]),
+        lambda v: weighted_mean_with_error(v, v, n_bootstrap=20),
+    ],
+)
+def test_arrays_lists_and_tensors_are_the_same(function):
+    values = np.random.default_rng(0).normal(size=200)
+    expected = function(values)
+    assert function(torch.from_numpy(values)) == expected
+    assert function(values.tolist()) == expected
+    single = values.astype(np.float32)
+    assert function(torch.from_numpy(single)) == function(single)
