@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from openmm import unit
 
 from openmm_eqflow.errors import EnergyError
+from openmm_eqflow.implicit_solvent import with_compiled_solvent
 from openmm_eqflow.ladder import choose_ladder
 from openmm_eqflow.library import MolecularSystem
 from openmm_eqflow.sampling_plan import (
@@ -55,6 +56,10 @@ _CALIBRATION_SECONDS = 2.0
 # Below this size a GPU step is all launch latency and a CPU core wins by a factor of several.
 _GPU_PARTICLES = 100
 _CHUNK_SECONDS = 6.0
+_TURNS = 3
+# The CPU platform hands every step to a second thread, which walkers on all cores feel more than
+# this measurement alone; Reference also repeats a run bit by bit.
+_REFERENCE_FAVOUR = 1.3
 
 
 def make_plan(
@@ -79,8 +84,9 @@ def make_plan(
     for index, atom in enumerate(system.topology.atoms()):
         if atom.element is not None and atom.element.atomic_number == 1:
             masses[index] = _HYDROGEN_MASS
-    copy = sampling_system(system.system, masses)
-    x = _minimise(copy, positions_in_nm(system.positions))
+    start = positions_in_nm(system.positions)
+    copy = with_compiled_solvent(sampling_system(system.system, masses), start)
+    x = _minimise(copy, start)
     timestep = settings.timestep_fs or (
         _STEP_TIMES_FREQUENCY[system.kind] * _frequency_period(copy, x, masses, hottest)
     )
@@ -180,7 +186,7 @@ def _fastest_platform(
     ]
     if system.getNumParticles() < _GPU_PARTICLES:
         names = [name for name in names if name in ("Reference", "CPU")]
-    rates: dict[str, float] = {}
+    contexts: dict[str, openmm.Context] = {}
     for name in names:
         try:
             context = make_context(
@@ -188,20 +194,32 @@ def _fastest_platform(
             )
             context.setPositions(x)
             context.getIntegrator().step(20)
-            started = time.perf_counter()
-            n_steps = 0
-            while time.perf_counter() - started < 0.15:
-                context.getIntegrator().step(50)
-                context.getState(energy=True)
-                n_steps += 50
-            rates[name] = n_steps / (time.perf_counter() - started)
+            context.getState(energy=True)
+            contexts[name] = context
         except openmm.OpenMMException:
             # A GPU platform may be installed where no device is.
             continue
-    if not rates:
+    if not contexts:
         raise EnergyError(f"no OpenMM platform could run this System (tried {names})")
-    best = max(rates, key=lambda name: rates[name])
+    # In turns, the best of each: what else the machine does then slows none of them alone.
+    rates = dict.fromkeys(contexts, 0.0)
+    for _ in range(_TURNS):
+        for name, context in contexts.items():
+            rates[name] = max(rates[name], _steps_per_second(context))
+    favour = {"Reference": _REFERENCE_FAVOUR}
+    best = max(rates, key=lambda name: rates[name] * favour.get(name, 1.0))
     return best, rates[best]
+
+
+def _steps_per_second(context: openmm.Context) -> float:
+    """Rate of dynamics with an energy now and then, over a twentieth of a second."""
+    started = time.perf_counter()
+    n_steps = 0
+    while (spent := time.perf_counter() - started) < 0.05:
+        context.getIntegrator().step(20)
+        context.getState(energy=True)
+        n_steps += 20
+    return n_steps / spent
 
 
 def _calibrate(

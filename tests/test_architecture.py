@@ -36,7 +36,8 @@ LAYERS = tuple(
         # 4 energies, reference data, training, files of flows
         "energies.* target own_system checkpoint training training_state training_log precision "
         "objectives fitting evaluation "
-        "reference calibration tempering tempering_worker walker_pool sampling flow_registry",
+        "reference calibration implicit_solvent tempering tempering_worker walker_pool sampling "
+        "flow_registry",
         # 5 moves of other samplers
         "moves flow_move_base local_moves replica_exchange",
         # 6 runs, reports, command line, benchmarks
@@ -47,7 +48,7 @@ LAYERS = tuple(
 
 OPENMM = (
     "thermo symmetry force_terms topology_record system_identity energies.* target "
-    "model_systems forcefield library own_system reference calibration tempering "
+    "model_systems forcefield library own_system reference calibration implicit_solvent tempering "
     "tempering_worker sampling_plan moves flow_move_base flow_registry local_moves "
     "replica_exchange workflow rundir outputs publish bench.*"
 ).split()
