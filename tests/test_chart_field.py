@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -118,3 +119,29 @@ def test_rebuilt_from_its_configuration():
     t = torch.linspace(0, 1, 6)
     for one, two in zip(field.with_divergence(t, y), again.with_divergence(t, y), strict=True):
         assert torch.equal(one, two)
+
+
+def test_kept_products_follow_the_weights() -> None:
+    torch.manual_seed(3)
+    field = ChartField(n_stiff=4, n_soft=1, fold=[1], width=8).double()
+    t, y = torch.tensor(0.3, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)
+
+    def divergence() -> torch.Tensor:
+        with torch.no_grad():
+            kept = field.with_divergence(t, y)[1]
+        torch.testing.assert_close(kept, field.with_divergence(t, y)[1], rtol=0, atol=0)
+        return kept
+
+    seen = [divergence()]
+    with torch.no_grad():
+        for weight in (field.w0, field.w1, field.w2, field.w3):
+            weight += 0.1 * torch.randn_like(weight)
+            seen.append(divergence())
+    other = ChartField(n_stiff=4, n_soft=1, fold=[1], width=8).double()
+    field.load_state_dict(other.state_dict())
+    seen.append(divergence())
+    # w1 acts through w2, which starts at zero: the first two changes leave no trace.
+    assert all(not torch.equal(a, b) for a, b in zip(seen[2:], seen[3:], strict=False))
+    assert copy.deepcopy(field).float().with_divergence(t.float(), y.float())[1].dtype == (
+        torch.float32
+    )

@@ -119,6 +119,27 @@ class ChartField(nn.Module):
         self.torsion_time = nn.Linear(n_time, k)
         self.torsion_hidden = nn.Linear(k, k)
         self.torsion_out = nn.Parameter(torch.zeros(n_soft, k))
+        self._kept: tuple[list[Any], tuple[Tensor, Tensor]] | None = None
+
+    def _apply(self, *arguments: Any, **options: Any) -> ChartField:
+        self._kept = None  # of the old precision or device
+        return super()._apply(*arguments, **options)
+
+    def _trace_weights(self) -> tuple[Tensor, Tensor]:
+        """W1 o (W0 W2)^T and the diagonal of W0 W3, which weigh d1, d0 in the trace.
+
+        Without gradients they are kept until a weight changes: for a single configuration, as in
+        a Markov chain of one replica, that product would cost more than all the rest.
+        """
+        weights = (self.w0, self.w1, self.w2, self.w3)
+        if torch.is_grad_enabled():
+            return self.w1 * (self.w0 @ self.w2).T, (self.w0 * self.w3.T).sum(1)
+        state = [(w.data_ptr(), w._version) for w in weights]
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            kept = state, (self.w1 * (self.w0 @ self.w2).T, (self.w0 * self.w3.T).sum(1))
+            self._kept = kept
+        return kept[1]
 
     def _inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return z, torsion features (n, n_soft, F), their derivative, and time features."""
@@ -160,8 +181,8 @@ class ChartField(nn.Module):
         """Velocity and its exact divergence, (n, n_coordinates) and (n,)."""
         z, features, slope, time = self._inputs(t, y)
         v, (d0, d1) = self._stiff(z, features, time)
-        mixing = self.w1 * (self.w0 @ self.w2).T
-        div = ((d1 @ mixing) * d0).sum(1) + d0 @ (self.w0 * self.w3.T).sum(1)
+        mixing, diagonal = self._trace_weights()
+        div = ((d1 @ mixing) * d0).sum(1) + d0 @ diagonal
         if not self.n_soft:
             return v, div
         v_soft, e0, e1 = self._soft(z, features, time)
