@@ -4,6 +4,9 @@ OpenMM evaluates one configuration at a time; here every term is vectorised over
 torch modules are differentiable in any precision and on any device. Where numba is installed, the
 float64 CPU path runs compiled kernels with analytic forces instead. Both are checked against
 OpenMM's Reference platform, force by force, when the object is made.
+
+The same batch gives the same bits, whatever the number of threads; the compiled path gives a
+configuration the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -147,7 +150,10 @@ class TorchEnergy(nn.Module):
 
     def _evaluate(self, x: FloatArray, *, forces: bool) -> tuple[FloatArray, FloatArray | None]:
         x = check_batch(x, self.n_particles)
-        n_chunks = max(-(-len(x) // _CHUNK), min(self.n_threads, len(x) // 64), 1)
+        # Torch rounds the end of an array in another way than its middle: where it takes part, the
+        # cuts must not depend on the number of threads.
+        wanted = 1 if self._eager else min(self.n_threads, len(x) // 64)
+        n_chunks = max(-(-len(x) // _CHUNK), wanted, 1)
         chunks = np.array_split(x, n_chunks)
         if not len(x):
             results = [(np.zeros(0), np.zeros(x.shape) if forces else None)]

@@ -160,8 +160,9 @@ def _fit_again(
     features = new.features(tau)
     new.coefficients = torch.zeros(features.shape[1], s.shape[1], dtype=s.dtype)
     start = prior.features(tau) @ prior.coefficients
+    # Torch's default, gelsy, starts from pivots it leaves uninitialised: other bits every time.
     new.coefficients = torch.linalg.lstsq(
-        features * weights.sqrt()[:, None], start * weights.sqrt()[:, None]
+        features * weights.sqrt()[:, None], start * weights.sqrt()[:, None], driver="gelsd"
     ).solution
     score = stiff_score(new, s, tau, gradient, x)
     covariance = controlled_fit(new, s, features, score, weights, ridge_penalty(modes))
