@@ -35,7 +35,7 @@ def main() -> None:
         arguments.samples, arguments.chains, arguments.steps = 500, 10, 5
 
     system, vacuum = load_system("alanine-dipeptide"), load_system("alanine-dipeptide-vacuum")
-    flow = load_flow(system.directory / "flow")
+    flow = load_flow("alanine-dipeptide")
     with build_target(system) as target, build_target(vacuum) as target_vacuum:
         samples = draw_weighted(flow, target, arguments.samples, seed=arguments.seed)
         u_vacuum = target_vacuum.reduced_potential(samples.x)

@@ -8,15 +8,13 @@ The command line does the same in two commands:
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import yaml
 from openmm import unit
 
-from openmm_eqflow import init_system, load_system
-from openmm_eqflow.rundir import STAGES, RunDirectory
-from openmm_eqflow.workflow import build_target, run_stage
+from openmm_eqflow import init_system, load_system, run
+from openmm_eqflow.workflow import build_target
 
 # Seconds instead of minutes: enough to see every stage work, not enough for a good flow. The same
 # mapping can be written by hand into system.yaml, for any budget.
@@ -44,6 +42,20 @@ QUICK = {
         "n_local_steps": 3,
     },
 }
+
+
+class Lines:
+    """Prints the name of every stage as it begins."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+
+    def __call__(self, fraction: float, text: str) -> None:
+        """Take the fraction of the stage that is done, and a text that starts with its name."""
+        stage = text.split(":")[0]
+        if stage != self.stage:
+            print(stage)
+        self.stage = stage
 
 
 def main() -> None:
@@ -78,24 +90,20 @@ def main() -> None:
         symmetry = target.symmetry
         print(f"{system.n_particles} atoms, {len(symmetry.stereocentres)} stereocentres")
         print(f"{symmetry.order} relabellings leave the energy unchanged")
-        run = RunDirectory.create(
-            arguments.out / "run",
-            system,
-            target,
-            budget=arguments.budget,
-            seed=0,
-            device="cpu",
-        )
 
     # 3. Reference data, training, sampling, report. Interrupt it and call it again: it goes on.
-    for stage in STAGES:
-        print(stage)
-        run_stage(run, stage)
-
-    metrics = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    made = run(
+        system.directory,
+        arguments.out / "run",
+        budget=arguments.budget,
+        seed=0,
+        device="cpu",
+        progress=Lines(),
+    )
+    metrics = made.metrics()
     print(f"raw relative ESS {metrics['relative_ess']:.3f} of {metrics['n_samples']} samples")
     print(metrics["verdict"]["sentence"])
-    print(f"report: {run.path / 'report.html'}")
+    print(f"report: {made.path / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Langevin dynamics with global moves from a flow, in openmmtools (README, Python section)."""
 
 import argparse
-import os
 
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
@@ -10,9 +9,7 @@ from openmmtools.states import SamplerState, ThermodynamicState
 from openmm_eqflow import FlowMove, load_flow, load_system
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "--iterations", type=int, default=int(os.environ.get("EQFLOW_ITERATIONS", "50"))
-)
+parser.add_argument("--iterations", type=int, default=50)
 arguments = parser.parse_args()
 
 system = load_system("alanine-dipeptide")

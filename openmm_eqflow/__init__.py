@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from openmm_eqflow.flow import EquivariantFlow
     from openmm_eqflow.library import load_system
     from openmm_eqflow.local_moves import AnnealedMove, LatentMove
+    from openmm_eqflow.main_job import run
     from openmm_eqflow.moves import FlowMove
     from openmm_eqflow.own_system import init_system
-    from openmm_eqflow.priors.fit import fit_internal_prior
     from openmm_eqflow.priors.gaussian import MeanFreeGaussian
     from openmm_eqflow.priors.internal import InternalCoordinatePrior
     from openmm_eqflow.replica_exchange import FlowReplicaExchangeSampler
@@ -68,10 +68,10 @@ __all__ = [
     "LatentMove",
     "LeaveOneOutField",
     "MeanFreeGaussian",
-    "fit_internal_prior",
     "init_system",
     "load_flow",
     "load_system",
+    "run",
     "save_flow",
 ]
 
@@ -86,10 +86,10 @@ _HOMES = {
     "LatentMove": "local_moves",
     "LeaveOneOutField": "vector_fields",
     "MeanFreeGaussian": "priors.gaussian",
-    "fit_internal_prior": "priors.fit",
     "init_system": "own_system",
     "load_flow": "checkpoint",
     "load_system": "library",
+    "run": "main_job",
     "save_flow": "checkpoint",
 }
 

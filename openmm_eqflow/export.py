@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,15 @@ from openmm_eqflow.atomic import write_text
 from openmm_eqflow.bootstrap import normalised_weights
 
 __all__ = ["to_inference_data", "write_colvar"]
+
+_GREEK = {"φ": "phi", "ψ": "psi", "ω": "omega", "χ": "chi"}
+
+
+def _plain_name(name: str) -> str:
+    """Letters, digits, dots and underscores of a name, Greek letters spelt out."""
+    for letter, word in _GREEK.items():
+        name = name.replace(letter, word)
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("_")
 
 
 def write_colvar(
@@ -32,23 +42,29 @@ def write_colvar(
     Parameters
     ----------
     columns
-        Name to values ``(n,)``; names without blanks.
+        Name to values ``(n,)``. PLUMED takes letters, digits, ``.`` and ``_``: Greek letters are
+        spelt out and anything else becomes ``_`` (``ω (4-6)`` is ``omega_4_6``).
     log_weights
         ``(n,)``; zero (a Markov chain) by default. Shifted so that the largest is 0.
     kt
         kT in the energy unit of the file (2.494 kJ/mol at 300 K).
     periodic
         Names of columns that are angles in radians; their domain is written as -pi, pi.
+
+    Raises
+    ------
+    ValueError
+        No columns, or two whose names become the same.
     """
-    names = list(columns)
-    bad = [name for name in names if not name or any(c.isspace() for c in name)]
-    if bad or not names:
-        raise ValueError(f"column names {bad or names} must exist and hold no blanks")
-    values = np.column_stack([np.asarray(columns[name], dtype=np.float64) for name in names])
+    safe = {name: _plain_name(name) for name in columns}
+    names = list(safe.values())
+    if not names or "" in names or len(set(names)) < len(names):
+        raise ValueError(f"column names {list(columns)} must exist and differ (written: {names})")
+    values = np.column_stack([np.asarray(v, dtype=np.float64) for v in columns.values()])
     log_w = np.zeros(len(values)) if log_weights is None else np.asarray(log_weights, np.float64)
     w = normalised_weights(log_w, len(values))
     lines = ["#! FIELDS time " + " ".join([*names, "flow.bias"])]
-    for name in periodic:
+    for name in (safe[key] for key in periodic):
         lines += [f"#! SET min_{name} -pi", f"#! SET max_{name} pi"]
     bias = kt * (log_w - log_w.max())
     for k in np.flatnonzero(w > 0.0):

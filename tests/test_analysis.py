@@ -217,8 +217,19 @@ def test_colvar_carries_the_weights(tmp_path):
     assert table.shape == (2, 3)
     # PLUMED: weight = exp(bias / kT).
     assert np.allclose(np.exp(table[:, 2] / 2.494339), np.exp(log_w[:2]))
-    with pytest.raises(ValueError, match="blanks"):
-        analysis.write_colvar(path, {"a b": [1.0]})
+    with pytest.raises(ValueError, match="must exist"):
+        analysis.write_colvar(path, {"": [1.0]})
+
+
+def test_colvar_gives_torsions_names_plumed_can_read(tmp_path):
+    columns = {"ω (4-6)": [0.1], "φ Ala2": [0.2], "C-CT": [0.3], "d.x": [0.4]}
+    path = analysis.write_colvar(tmp_path / "COLVAR", columns, periodic=("ω (4-6)", "φ Ala2"))
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    assert first == "#! FIELDS time omega_4_6 phi_Ala2 C_CT d.x flow.bias"
+    assert others[0] == "#! SET min_omega_4_6 -pi"
+    assert path.read_text(encoding="utf-8").isascii()
+    with pytest.raises(ValueError, match="must exist and differ"):
+        analysis.write_colvar(tmp_path / "COLVAR", {"a b": [1.0], "a-b": [2.0]})
 
 
 def test_inference_data_gets_chains_and_lp(monkeypatch):
