@@ -41,7 +41,8 @@ def map_chunks(function: Callable[[A], B], chunks: Iterable[A]) -> list[B]:
     items = list(chunks)
     n = min(available_threads(), len(items))
     if n <= 1:
-        with torch.no_grad():
+        # A chunk is too little work for torch's own threads, which wait for each other spinning.
+        with torch.no_grad(), one_torch_thread():
             return [function(item) for item in items]
 
     def quiet(item: A) -> B:

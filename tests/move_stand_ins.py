@@ -185,7 +185,8 @@ class WrongDensity:
 
     def __init__(self, flow: EquivariantFlow, factor: float) -> None:
         self.flow, self.factor = flow, factor
-        self.n_particles, self.n_dims = flow.n_particles, flow.n_dims
+        self.n_particles = getattr(flow, "n_particles", None)
+        self.n_dims = getattr(flow, "n_dims", None)
 
     def sample_and_log_prob(
         self, n: int, *, generator: torch.Generator | None = None

@@ -1,0 +1,168 @@
+"""Flow moves with the flows that ship for dw4 and lj13, against long independent MCMC.
+
+Chains start in equilibrium, far from each other (every one comes from its own Hamiltonian chain),
+and each gives one average: standard errors need no autocorrelation time. The virial is known
+exactly: the mean of sum_i x_i . grad_i u is (N - 1) D.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from move_stand_ins import WrongDensity
+from openmm import unit
+from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
+from openmmtools.states import SamplerState, ThermodynamicState
+from torch import Tensor
+
+from openmm_eqflow.checkpoint import load_flow
+from openmm_eqflow.diagnostics import mean_with_error
+from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
+from openmm_eqflow.library import load_system
+from openmm_eqflow.moves import FlowMove
+from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.thermo import positions_in_nm
+from openmm_eqflow.workflow import build_target
+
+pytestmark = [pytest.mark.slow, pytest.mark.statistical]
+
+EDGES = {"dw4": np.linspace(1.5, 8.0, 11), "lj13": np.linspace(0.7, 2.7, 11)}
+N_CHAINS = {"dw4": 100, "lj13": 40}
+N_FLOW_STEPS = {"dw4": 8, "lj13": 6}
+
+
+class Case(NamedTuple):
+    name: str
+    flow: EquivariantFlow
+    target: BoltzmannTarget
+    equilibrium: Tensor
+    known: np.ndarray
+    known_error: np.ndarray
+
+
+def observables(case_name: str, target: BoltzmannTarget, x: Tensor) -> np.ndarray:
+    """u, virial and ten fractions of the pair distances, (n, 12)."""
+    u, gradient = target.reduced_potential_and_gradient(x)
+    virial = (x * gradient).sum((1, 2))
+    i, j = np.triu_indices(x.shape[1], 1)
+    d = (x[:, i] - x[:, j]).norm(dim=-1).numpy()
+    bins = np.digitize(d, EDGES[case_name])
+    fractions = [(bins == k).mean(1) for k in range(1, len(EDGES[case_name]))]
+    return np.column_stack([u.numpy(), virial.numpy(), *fractions])
+
+
+def long_independent_chains(case_name: str, target: BoltzmannTarget, start: Tensor):
+    """Hamiltonian Monte Carlo: last states, mean and standard error of every observable."""
+    generator = torch.Generator().manual_seed(1)
+    x = start.repeat(1000, 1, 1)
+    x = x + 0.02 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    size, x = tune_step_size(target, x, n_steps=20, generator=generator)
+    seen = []
+    for k in range(300):
+        x, _ = hamiltonian_step(target, x, step_size=size, n_steps=20, generator=generator)
+        if k >= 100 and k % 5 == 0:
+            seen.append(observables(case_name, target, x))
+    chains = np.mean(seen, axis=0)
+    return x, chains.mean(0), chains.std(0, ddof=1) / np.sqrt(len(chains))
+
+
+@pytest.fixture(scope="module", params=["dw4", "lj13"])
+def case(request):
+    system = load_system(request.param)
+    flow = load_flow(system.directory / "flow")
+    with build_target(system) as target:
+        start = torch.from_numpy(positions_in_nm(system.positions))[:, : system.n_dims]
+        yield Case(
+            request.param, flow, target, *long_independent_chains(request.param, target, start)
+        )
+
+
+class Recorded:
+    """The flow's own draws, made once and dealt out again to every sampler under test."""
+
+    def __init__(self, flow: EquivariantFlow, n: int) -> None:
+        self.flow, self.dealt = flow, 0
+        self.draws = flow.sample_and_log_prob(n, generator=torch.Generator().manual_seed(2))
+
+    def sample_and_log_prob(self, n: int, *, generator: torch.Generator | None = None):
+        rows = slice(self.dealt, self.dealt + n)
+        self.dealt += n
+        assert self.dealt <= len(self.draws[0])
+        return tuple(values[rows] for values in self.draws)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+
+@pytest.fixture(scope="module")
+def recorded(case: Case) -> Recorded:
+    return Recorded(case.flow, N_CHAINS[case.name] * N_FLOW_STEPS[case.name])
+
+
+def z_scores(case: Case, recorded: Recorded, density: object) -> np.ndarray:
+    """Chains that start in equilibrium: flow steps, a short local move half way."""
+    recorded.dealt = 0
+    generator = torch.Generator().manual_seed(3)
+    n = N_CHAINS[case.name]
+    x = case.equilibrium[:n]
+    buffer = ProposalBuffer(density, case.target, n_proposals=1, n_predraw=n)
+    memory = StateMemory()
+    seen = []
+    for k in range(N_FLOW_STEPS[case.name]):
+        if k == N_FLOW_STEPS[case.name] // 2:
+            x, _ = hamiltonian_step(
+                case.target, x, step_size=0.02, n_steps=4, generator=generator
+            )
+        x, _ = flow_step(density, case.target, x, buffer, generator, memory=memory)
+        seen.append(observables(case.name, case.target, x))
+    chains = np.mean(seen[1:], axis=0)
+    error = np.hypot(chains.std(0, ddof=1) / np.sqrt(n), case.known_error)
+    return (chains.mean(0) - case.known) / np.maximum(error, 1e-12)
+
+
+def agrees(z: np.ndarray) -> bool:
+    # Ten bins together get a wider gate than the two averages.
+    return bool(np.abs(z[:2]).max() < 3.0 and np.abs(z[2:]).max() < 4.0)
+
+
+def test_the_reference_has_the_exact_virial(case: Case) -> None:
+    exact = (case.flow.n_particles - 1) * case.flow.n_dims
+    assert abs(case.known[1] - exact) < 3 * case.known_error[1]
+    assert case.known_error[1] < 0.05 * exact
+
+
+def test_flow_moves_keep_the_distribution(case: Case, recorded: Recorded) -> None:
+    assert agrees(z_scores(case, recorded, recorded))
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_power_without_log_q_or_with_its_sign_wrong(
+    case: Case, recorded: Recorded, factor: float
+) -> None:
+    assert not agrees(z_scores(case, recorded, WrongDensity(recorded, factor)))
+
+
+def test_flow_move_in_openmmtools_has_the_mean_energy_and_virial(case: Case) -> None:
+    system = load_system(case.name)
+    state = ThermodynamicState(system.system, system.temperature)
+    langevin = LangevinDynamicsMove(timestep=5 * unit.femtosecond, n_steps=20)
+    move = SequenceMove([FlowMove(case.flow, n_proposals=1, n_predraw=128, seed=4), langevin])
+    start = np.zeros((system.n_particles, 3))
+    start[:, : system.n_dims] = case.equilibrium[0].numpy()
+    sampler = MCMCSampler(state, SamplerState(start * unit.nanometer), move)
+    seen = []
+    for _ in range({"dw4": 80, "lj13": 40}[case.name]):
+        sampler.run(1)
+        x = positions_in_nm(sampler.sampler_state.positions)[None, :, : system.n_dims]
+        x = torch.from_numpy(x - x.mean(1, keepdims=True))
+        seen.append(observables(case.name, case.target, x)[0, :2])
+    for column, known, error in zip(
+        np.array(seen).T, case.known, case.known_error, strict=False
+    ):
+        ours = mean_with_error(column)
+        assert abs(ours.value - known) < 4 * np.hypot(ours.error, error)
