@@ -13,7 +13,7 @@ parser.add_argument("--iterations", type=int, default=50)
 arguments = parser.parse_args()
 
 system = load_system("alanine-dipeptide")
-flow = load_flow(system.directory / "flow")
+flow = load_flow("alanine-dipeptide")
 state = ThermodynamicState(system.system, system.temperature)
 langevin = LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=100)
 move = SequenceMove([FlowMove(flow, n_proposals=4), langevin])
