@@ -78,7 +78,7 @@ class Recipe:
     chunk: int = 30_000
     n_chunks: int = 30
     grow_every: int = 100
-    grid_tolerance: float = 2e-4
+    grid_tolerance: float = 5e-5
     ode_steps: int = 8
     max_steps: int = 0
     patience: int = 0
