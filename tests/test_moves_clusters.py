@@ -32,8 +32,8 @@ from openmm_eqflow.workflow import build_target
 pytestmark = [pytest.mark.slow, pytest.mark.statistical]
 
 EDGES = {"dw4": np.linspace(1.5, 8.0, 11), "lj13": np.linspace(0.7, 2.7, 11)}
-N_CHAINS = {"dw4": 100, "lj13": 40}
-N_FLOW_STEPS = {"dw4": 8, "lj13": 6}
+N_CHAINS = {"dw4": 100, "lj13": 32}
+N_FLOW_STEPS = {"dw4": 6, "lj13": 5}
 
 
 class Case(NamedTuple):
@@ -59,11 +59,11 @@ def observables(case_name: str, target: BoltzmannTarget, x: Tensor) -> np.ndarra
 def long_independent_chains(case_name: str, target: BoltzmannTarget, start: Tensor):
     """Hamiltonian Monte Carlo: last states, mean and standard error of every observable."""
     generator = torch.Generator().manual_seed(1)
-    x = start.repeat(1000, 1, 1)
+    x = start.repeat(400, 1, 1)
     x = x + 0.02 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
     size, x = tune_step_size(target, x, n_steps=20, generator=generator)
     seen = []
-    for k in range(300):
+    for k in range(250):
         x, _ = hamiltonian_step(target, x, step_size=size, n_steps=20, generator=generator)
         if k >= 100 and k % 5 == 0:
             seen.append(observables(case_name, target, x))
@@ -133,7 +133,7 @@ def agrees(z: np.ndarray) -> bool:
 def test_the_reference_has_the_exact_virial(case: Case) -> None:
     exact = (case.flow.n_particles - 1) * case.flow.n_dims
     assert abs(case.known[1] - exact) < 3 * case.known_error[1]
-    assert case.known_error[1] < 0.05 * exact
+    assert case.known_error[1] < 0.1 * exact
 
 
 def test_flow_moves_keep_the_distribution(case: Case, recorded: Recorded) -> None:
@@ -151,12 +151,12 @@ def test_flow_move_in_openmmtools_has_the_mean_energy_and_virial(case: Case) -> 
     system = load_system(case.name)
     state = ThermodynamicState(system.system, system.temperature)
     langevin = LangevinDynamicsMove(timestep=5 * unit.femtosecond, n_steps=20)
-    move = SequenceMove([FlowMove(case.flow, n_proposals=1, n_predraw=128, seed=4), langevin])
+    move = SequenceMove([FlowMove(case.flow, n_proposals=1, n_predraw=64, seed=4), langevin])
     start = np.zeros((system.n_particles, 3))
     start[:, : system.n_dims] = case.equilibrium[0].numpy()
     sampler = MCMCSampler(state, SamplerState(start * unit.nanometer), move)
     seen = []
-    for _ in range({"dw4": 80, "lj13": 40}[case.name]):
+    for _ in range({"dw4": 60, "lj13": 30}[case.name]):
         sampler.run(1)
         x = positions_in_nm(sampler.sampler_state.positions)[None, :, : system.n_dims]
         x = torch.from_numpy(x - x.mean(1, keepdims=True))
