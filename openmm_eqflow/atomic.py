@@ -72,6 +72,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_npz(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
-    """Write an uncompressed .npz atomically (thermal coordinates hardly compress)."""
+    """Write an uncompressed .npz atomically (thermal coordinates hardly compress).
+
+    Raises
+    ------
+    TypeError
+        An array holds Python objects, which only pickle could write.
+    """
+    values = {key: np.asarray(array) for key, array in arrays.items()}
+    if objects := [key for key, array in values.items() if array.dtype.hasobject]:
+        raise TypeError(f"{path}: {objects} hold Python objects, expected numbers")
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.savez(handle, allow_pickle=False, **{key: np.asarray(a) for key, a in arrays.items()})
+        np.savez(handle, **values)  # type: ignore[arg-type]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from flow_stand_ins import chart_field, molecule_flow, planar_flow, stream, water_prior
 
+from openmm_eqflow.atomic import write_npz
 from openmm_eqflow.audit import audit
 from openmm_eqflow.checkpoint import (
     file_sha256,
@@ -174,3 +176,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_flow(molecule_flow(0.3, n_steps=2), tmp_path / "flow")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_objects_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match="'bad'.*Python objects"):
+        write_npz(tmp_path / "a.npz", {"good": [1.0], "bad": np.array([{}], dtype=object)})
+    assert not list(tmp_path.iterdir())

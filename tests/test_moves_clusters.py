@@ -1,4 +1,4 @@
-"""Flow moves with the flows that ship for dw4 and lj13, against long independent MCMC.
+"""Flow steps with the flows that ship for dw4 and lj13, against long independent MCMC.
 
 Chains start in equilibrium, far from each other (every one comes from its own Hamiltonian chain),
 and each gives one average: standard errors need no autocorrelation time. The virial is known
@@ -13,18 +13,13 @@ import numpy as np
 import pytest
 import torch
 from move_stand_ins import WrongDensity
-from openmm import unit
-from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
-from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
 from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.diagnostics import mean_with_error
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
 from openmm_eqflow.library import load_system
-from openmm_eqflow.moves import FlowMove
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.thermo import positions_in_nm
 from openmm_eqflow.workflow import build_target
@@ -147,24 +142,3 @@ def test_power_without_log_q_or_with_its_sign_wrong(
     case: Case, recorded: Recorded, factor: float
 ) -> None:
     assert not agrees(z_scores(case, recorded, WrongDensity(recorded, factor)))
-
-
-def test_flow_move_in_openmmtools_has_the_mean_energy_and_virial(case: Case) -> None:
-    system = load_system(case.name)
-    state = ThermodynamicState(system.system, system.temperature)
-    langevin = LangevinDynamicsMove(timestep=5 * unit.femtosecond, n_steps=20)
-    move = SequenceMove([FlowMove(case.flow, n_proposals=1, n_predraw=64, seed=4), langevin])
-    start = np.zeros((system.n_particles, 3))
-    start[:, : system.n_dims] = case.equilibrium[0].numpy()
-    sampler = MCMCSampler(state, SamplerState(start * unit.nanometer), move)
-    seen = []
-    for _ in range({"dw4": 60, "lj13": 30}[case.name]):
-        sampler.run(1)
-        x = positions_in_nm(sampler.sampler_state.positions)[None, :, : system.n_dims]
-        x = torch.from_numpy(x - x.mean(1, keepdims=True))
-        seen.append(observables(case.name, case.target, x)[0, :2])
-    for column, known, error in zip(
-        np.array(seen).T, case.known, case.known_error, strict=False
-    ):
-        ours = mean_with_error(column)
-        assert abs(ours.value - known) < 4 * np.hypot(ours.error, error)
