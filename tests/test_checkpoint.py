@@ -179,6 +179,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_objects_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError, match="'bad'.*Python objects"):
+    with pytest.raises(TypeError, match=r"'bad'.*Python objects"):
         write_npz(tmp_path / "a.npz", {"good": [1.0], "bad": np.array([{}], dtype=object)})
     assert not list(tmp_path.iterdir())
