@@ -167,9 +167,26 @@ def test_chains_are_exact_whatever_the_flow(tmp_path):
     error = means.std(ddof=1) / len(means) ** 0.5
     assert 2.0 / error**2 > 1000  # Var u = 2: that many effective samples
     assert abs(means.mean() - 2.0) < 5 * error
-    # Power control: every proposal taken for granted gives the flow's own mean energy.
+    # Every proposal taken for granted gives the flow's own mean energy.
     raw = Springs().reduced_potential(flow.sample(2_000, generator=stream(9)))
     assert abs(float(raw.mean()) - 2.0) > 10 * error
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_power_of_chains_without_log_q_or_with_its_sign_wrong(tmp_path, monkeypatch, factor):
+    flow = make_flow(0.9)
+    draw, density = flow.sample_and_log_prob, flow.log_prob
+
+    def wrong_draw(n, *, generator=None):
+        x, log_q = draw(n, generator=generator)
+        return x, factor * log_q
+
+    monkeypatch.setattr(flow, "sample_and_log_prob", wrong_draw)
+    monkeypatch.setattr(flow, "log_prob", lambda x: factor * density(x))
+    chains = run(tmp_path / "a", flow=flow, n_steps=60, chains=60, chunk_steps=60)
+    means = chains.reduced_potential.mean(0)
+    assert abs(means.mean() - 2.0) > 5 * means.std(ddof=1) / len(means) ** 0.5
 
 
 def test_only_audited_flows(tmp_path):
