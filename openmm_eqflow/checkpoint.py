@@ -124,6 +124,7 @@ def save_flow(
             "config": flow.vector_field.config,
         },
         "grid": list(flow.grid),
+        "inverse_corrections": flow.inverse_corrections,
         "chunk_size": flow.chunk_size,
         "audit": flow.audit_report,
         "metadata": metadata or {},
@@ -193,6 +194,7 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
         prior,
         field.to(device).eval(),  # type: ignore[arg-type]
         grid=tuple(record["grid"]),
+        inverse_corrections=record.get("inverse_corrections", 0),
         chunk_size=record["chunk_size"],
     )
     flow.audit_report = record["audit"]

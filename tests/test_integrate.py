@@ -10,7 +10,7 @@ import torch
 from flow_stand_ins import uniform_grid
 from torch import Tensor
 
-from openmm_eqflow.integrate import calibrate_grid, odeint_adaptive, rk4
+from openmm_eqflow.integrate import calibrate_grid, odeint_adaptive, rk4, rk4_inverse
 
 
 class Pendulum:
@@ -58,6 +58,41 @@ def test_reverse_undoes_forward_and_keeps_the_sign_of_ladj():
     torch.testing.assert_close(back, y0, atol=1e-7, rtol=0)
     torch.testing.assert_close(ladj_back, ladj, atol=1e-7, rtol=0)
     assert float(ladj.abs().min()) > 1e-2  # a flipped sign would show
+
+
+def invert(y1: Tensor, grid: tuple[float, ...], corrections: int) -> tuple[Tensor, Tensor]:
+    return rk4_inverse(
+        Pendulum.field, lambda t, y: Pendulum.field(t, y)[0], y1, grid, corrections=corrections
+    )
+
+
+def test_the_corrected_inverse_is_that_of_the_discrete_map():
+    y0 = start()
+    grid = tuple(float(v) for v in np.linspace(0, 1, 6) ** 1.5)  # coarse and uneven
+    y1, ladj = rk4(Pendulum.field, y0, grid)
+    gaps = []
+    for corrections in (0, 1, 2):
+        back, ladj_back = invert(y1, grid, corrections)
+        gaps.append((float((back - y0).abs().max()), float((ladj_back - ladj).abs().max())))
+    assert gaps[0][0] > 1e-4 and gaps[0][1] > 1e-4  # without corrections the gap is there
+    assert gaps[1][0] < 1e-3 * gaps[0][0] and gaps[1][1] < 1e-2 * gaps[0][1]
+    assert gaps[2][0] < 1e-10 and gaps[2][1] < 1e-9
+    # The map it inverts is off the exact solution by far more than that.
+    assert float((y1 - Pendulum.y_exact(y0)).abs().max()) > 1e-4
+
+
+def test_no_corrections_are_the_plain_reverse():
+    y1, grid = start(), uniform_grid(8)
+    plain = rk4(Pendulum.field, y1, grid, reverse=True)
+    for found, expected in zip(invert(y1, grid, 0), plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+def test_corrections_keep_rows_apart():
+    y1, grid = start(), uniform_grid(5)
+    whole = invert(y1, grid, 1)
+    for found, expected in zip(invert(y1[2:3], grid, 1), whole, strict=True):
+        torch.testing.assert_close(found, expected[2:3], atol=1e-14, rtol=0)
 
 
 def test_uneven_grids():
