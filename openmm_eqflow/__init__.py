@@ -6,6 +6,7 @@ Where each equation lives, and which test checks it:
 equation                                   symbol             dotted path                                test
 =========================================  =================  =========================================  ==================================================
 ladj = int_0^1 div v dt                    ladj               integrate.rk4                              test_integrate::test_fourth_order
+y <- y + psi(x) - psi(phi(y))              y                  integrate.rk4_inverse                      test_integrate::test_the_corrected_inverse_is_that_of_the_discrete_map
 log q(x) = log p0(z) - ladj - log volume   log q              flow.EquivariantFlow                       test_flow::test_integral_of_q_is_one_for_two_particles
 tr dv/dx, D tangents of the readout        div v              vector_fields.leave_one_out.LeaveOneOutField  test_vector_fields::test_divergence_is_the_trace
 tr dv/dy = d1^T [W1 * (W0 W2)^T] d0        div v              vector_fields.chart.ChartField             test_chart_field::test_divergence_is_the_trace
