@@ -206,6 +206,13 @@ _bench_command(
     show_default=True,
     help="Measurements, each at twice the time of the one before.",
 )
+@click.option(
+    "--warmup-steps",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="First steps of each, over which the learning rate rises.",
+)
 @seed_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Copy the result here.")
 def objectives(
@@ -216,6 +223,7 @@ def objectives(
     schedules: tuple[str, ...],
     n_samples: int,
     points: int,
+    warmup_steps: int,
     seed: int | None,
     json_path: Path | None,
 ) -> None:
@@ -234,6 +242,7 @@ def objectives(
             schedules=parse_schedules(schedules),
             n_samples=n_samples,
             n_points=points,
+            warmup_steps=warmup_steps,
             seed=0 if seed is None else seed,
             json_path=json_path,
             progress=progress,

@@ -30,6 +30,7 @@ from openmm_eqflow.precision import resolve_device
 from openmm_eqflow.reference import load_reference
 from openmm_eqflow.rundir import RunDirectory
 from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.training import TrainingSettings
 from openmm_eqflow.workflow import build_target
 
 __all__ = ["run_bench"]
@@ -86,6 +87,7 @@ def run_bench(
     schedules: Mapping[str, Any] | None = None,
     n_samples: int = 2_000,
     n_points: int = 6,
+    warmup_steps: int = TrainingSettings.warmup_steps,
     seed: int = 0,
     json_path: str | Path | None = None,
     progress: Progress | None = None,
@@ -108,6 +110,9 @@ def run_bench(
     n_samples, n_points
         Independent samples per measurement, raw weights; number of measurements, each at twice
         the time of the one before.
+    warmup_steps
+        First steps of each, over which the learning rate rises: fewer than usual where an
+        objective makes few steps in its seconds.
     seed
         Of batches and measurements.
     json_path
@@ -148,6 +153,7 @@ def run_bench(
         "seconds": float(seconds),
         "n_points": n_points,
         "n_samples": n_samples,
+        "warmup_steps": warmup_steps,
     } | {f"recipe_{key}": value for key, value in recipe.to_dict().items()}
     _claim(folder, settings)
     report = progress or (lambda fraction, text: None)
@@ -164,6 +170,7 @@ def run_bench(
             n_points=n_points,
             n_samples=n_samples,
             seed=seed,
+            warmup_steps=warmup_steps,
         )
         result = settings | {
             "recipe": recipe.to_dict(),

@@ -74,7 +74,7 @@ def _machines(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Write a PNG of ESS against seconds of training, both logarithmic."""
+    """Write a PNG of ESS against seconds of training, drawn no lower than 1e-4."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     styles = itertools.cycle(itertools.product(_DASHES, _COLOURS))
@@ -103,8 +103,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
         label="prior alone",
     )
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(max(_FLOOR, min(shown)) / 1.3, 1.3)
+    axes.set_xticks(result["times"], [_seconds(t) for t in result["times"]])
+    axes.minorticks_off()
+    if min(shown) < 0.05:
+        axes.set_yscale("log")
+        axes.set_ylim(max(_FLOOR, min(shown)) / 1.3, 1.3)
+    else:
+        axes.set_ylim(0, 1)
     axes.set_xlabel("training, s")
     axes.set_ylabel(f"raw relative ESS (n = {result['n_samples']:,})")
     axes.set_title(result["system"])
