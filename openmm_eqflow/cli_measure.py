@@ -169,6 +169,89 @@ _bench_command(
 )
 
 
+@bench.command()
+@click.argument("run", type=_existing)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the results; the same command continues what it holds.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Training time of each objective.",
+)
+@click.option("--objectives", help="Comma-separated names (default all that suit the system).")
+@click.option(
+    "--schedule",
+    "schedules",
+    multiple=True,
+    metavar="NAME=JSON",
+    help='Also this schedule, {"nll": [[0, 1], [1, 0.5]], ...}; repeat for several.',
+)
+@click.option(
+    "--n-samples",
+    type=click.IntRange(10),
+    default=2000,
+    show_default=True,
+    help="Independent samples per measurement.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(1, 20),
+    default=6,
+    show_default=True,
+    help="Measurements, each at twice the time of the one before.",
+)
+@click.option(
+    "--warmup-steps",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="First steps of each, over which the learning rate rises.",
+)
+@seed_option
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Copy the result here.")
+def objectives(
+    run: Path,
+    out: Path,
+    seconds: float,
+    objectives: str | None,
+    schedules: tuple[str, ...],
+    n_samples: int,
+    points: int,
+    warmup_steps: int,
+    seed: int | None,
+    json_path: Path | None,
+) -> None:
+    """ESS against training time: every objective alone, and schedules."""
+    from openmm_eqflow.bench.objectives import run_bench
+    from openmm_eqflow.bench.objectives_choice import parse_schedules
+    from openmm_eqflow.bench.objectives_report import table
+
+    names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+    with stage_progress("objectives", console) as progress:
+        result = run_bench(
+            run,
+            out=out,
+            seconds=seconds,
+            objectives=names or None,
+            schedules=parse_schedules(schedules),
+            n_samples=n_samples,
+            n_points=points,
+            warmup_steps=warmup_steps,
+            seed=0 if seed is None else seed,
+            json_path=json_path,
+            progress=progress,
+        )
+    console.print(table(result), highlight=False, soft_wrap=True, markup=False)
+    wrote = f"wrote {out / 'objectives.json'}, .md and .png"
+    console.print(wrote, highlight=False, soft_wrap=True, markup=False)
+
+
 @click.command()
 @click.argument(
     "runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AuditError",
     "CheckpointError",
@@ -42,7 +44,14 @@ class EnergyError(EqFlowError):
 
 
 class TrainingError(EqFlowError):
-    """Training diverged; the last good weights are kept and named."""
+    """Training diverged; the last good weights are kept and named.
+
+    ``history`` holds the evaluations before that (empty if there were none).
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.history: list[dict[str, float]] = []
 
 
 class AuditError(EqFlowError):

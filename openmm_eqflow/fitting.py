@@ -29,7 +29,14 @@ from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.training import TrainingResult, TrainingSettings, train
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
 
-__all__ = ["fit_prior", "split_frames", "train_flow"]
+__all__ = [
+    "build_field",
+    "fit_prior",
+    "hot_frames",
+    "split_frames",
+    "train_flow",
+    "training_settings",
+]
 
 Progress = Callable[[float, str], None]
 _MONITOR = 1000
@@ -98,11 +105,39 @@ def _shared_prior(prior: Prior | None, generator: torch.Generator) -> Prior:
     return made
 
 
-def _field(recipe: Recipe, prior: Prior, target: BoltzmannTarget, frames: Tensor) -> nn.Module:
+def hot_frames(recipe: Recipe, data: ReferenceData) -> Tensor | None:
+    """Frames of the higher temperatures that help the recipe's prior, (n, N, D) nm, if any."""
+    if recipe.prior != "internal" or len(data.temperatures) < 2:
+        return None
+    warm = data.all_positions[1:]
+    return thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), MAX_FRAMES)
+
+
+def build_field(
+    recipe: Recipe, prior: Prior, target: BoltzmannTarget, frames: Tensor
+) -> nn.Module:
+    """Untrained field of the recipe; its weights come from torch's global random stream."""
     options: dict[str, Any] = dict(recipe.field or {})
     if recipe.prior == "internal":
         return ChartField(prior.n_stiff, prior.n_soft, prior.fold, **options)  # type: ignore[attr-defined]
     return LeaveOneOutField.fit(frames, classes=target.symmetry.classes, **options)
+
+
+def training_settings(recipe: Recipe, *, seed: int, device: str) -> TrainingSettings:
+    """How a recipe is trained on ``device`` of this machine."""
+    return TrainingSettings(
+        seconds=recipe.train_seconds,
+        max_steps=recipe.max_steps or TrainingSettings.max_steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        average=recipe.average,
+        gradient_clip=recipe.gradient_clip,
+        seed=seed,
+        evaluate_seconds=max(20.0, recipe.train_seconds / 12),
+        n_threads=available_threads(),
+        patience=recipe.patience,
+        n_shards=recipe.n_shards or (available_threads(together=True) if device == "cpu" else 0),
+    )
 
 
 def train_flow(
@@ -140,28 +175,13 @@ def _train_flow(
     torch.manual_seed(seed)  # initial weights only; everything else has its own generator
     frames, test = split_frames(data)
     report(0.0, "fitting the prior")
-    hot = None
-    if recipe.prior == "internal" and len(data.temperatures) > 1:
-        warm = data.all_positions[1:]
-        hot = thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), MAX_FRAMES)
+    hot = hot_frames(recipe, data)
     generator = torch.Generator().manual_seed(seed + 2)
     prior = _shared_prior(
         fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
     )
-    field = _field(recipe, prior, target, frames).to(device)
-    settings = TrainingSettings(
-        seconds=recipe.train_seconds,
-        max_steps=recipe.max_steps or TrainingSettings.max_steps,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        average=recipe.average,
-        gradient_clip=recipe.gradient_clip,
-        seed=seed,
-        evaluate_seconds=max(20.0, recipe.train_seconds / 12),
-        n_threads=available_threads(),
-        patience=recipe.patience,
-        n_shards=recipe.n_shards or (available_threads(together=True) if device == "cpu" else 0),
-    )
+    field = build_field(recipe, prior, target, frames).to(device)
+    settings = training_settings(recipe, seed=seed, device=device)
     with training_precision(field, recipe.precision, device) as trained:
         objective, close = build_objective(
             recipe,

@@ -24,7 +24,7 @@ from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.thermo import masses_in_dalton
 from openmm_eqflow.zmatrix import ZMatrix
 
-__all__ = ["STAGES", "RunConfig", "RunDirectory"]
+__all__ = ["STAGES", "RunConfig", "RunDirectory", "package_versions"]
 
 STAGES = ("reference", "train", "sample", "report")
 _OUTPUTS = {
@@ -35,6 +35,12 @@ _OUTPUTS = {
 }
 _FOLLOWING_WORK = {"reference": ("training",), "train": ("evaluation", "samples")}
 _PACKAGES = ("openmm", "openmmtools", "mdtraj", "torch", "torchdiffeq", "numpy", "scipy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what results depend on; Python's is the last entry."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return versions | {"python": platform.python_version()}
 
 
 @dataclass(frozen=True)
@@ -195,8 +201,7 @@ class RunDirectory:
             "seed": c.seed,
             "device": c.device,
             "recipe": c.recipe.to_dict(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES}
-            | {"python": platform.python_version()},
+            "versions": package_versions(),
         }
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.yaml", yaml.safe_dump(content, sort_keys=False))

@@ -79,14 +79,16 @@ def train(
     log
         CSV file that mirrors the history (:mod:`~openmm_eqflow.training_log`).
     evaluate
-        Called with the averaged module every ``evaluate_seconds``; its numbers join the history.
+        Called with the averaged module every ``evaluate_seconds`` (or at the times
+        ``evaluate_at``); its numbers join the history.
     progress
         Called with the fraction done and a short text.
 
     Raises
     ------
     TrainingError
-        The loss stays non-finite; the last good weights are in ``checkpoint``.
+        The loss stays non-finite; the last good weights are in ``checkpoint``. The error has the
+        history.
     """
     state = TrainingState(module, settings)
     if checkpoint is not None and share(checkpoint.is_file()):
@@ -104,6 +106,9 @@ def train(
             evaluate,
             progress if is_main() else None,
         )
+    except TrainingError as error:
+        error.history = state.history
+        raise
     finally:
         state.executor.shutdown()
     return TrainingResult(state.outcome(), state.history, state.step, state.seconds, early)
@@ -128,12 +133,14 @@ def _loop(
         now = clock()
         state.seconds = now - started
         fraction = max(state.seconds / settings.seconds, state.step / settings.max_steps)
-        due = now - recorded > settings.evaluate_seconds
+        due = state.evaluation_due(settings, now - recorded)
         if losses and (due or fraction >= 1.0):
             state.append(share(_record(state, objective, settings, losses, evaluate)))
             if log is not None:
                 write_history(log, state.history)
             losses, recorded = [], clock()
+            if settings.evaluate_at:
+                started += recorded - now
             now = recorded
         early = state.out_of_patience
         over = fraction >= 1.0 or early

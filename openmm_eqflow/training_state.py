@@ -61,7 +61,9 @@ class TrainingSettings:
 
     ``patience`` evaluations without a better validation loss end it (0: never). A batch is worked
     on in ``n_shards`` parts (0: one per thread, at least one per process); the loss curve depends
-    on their number, not on how many threads or processes share them.
+    on their number, not on how many threads or processes share them. ``evaluate_at`` are seconds
+    of training to evaluate at, in place of every ``evaluate_seconds``: for a learning curve, so
+    that the time evaluations take is then not counted.
     """
 
     seconds: float
@@ -80,6 +82,7 @@ class TrainingSettings:
     seed: int = 0
     patience: int = 0
     n_shards: int = 0
+    evaluate_at: tuple[float, ...] = ()
 
 
 class TrainingState:
@@ -140,6 +143,13 @@ class TrainingState:
             if rank() > 0:
                 module.load_state_dict(shared)
         self.generator.set_state(share_tensors({"state": self.generator.get_state()})["state"])
+
+    def evaluation_due(self, settings: TrainingSettings, waited: float) -> bool:
+        """Whether to evaluate now, ``waited`` seconds after the last time."""
+        if not settings.evaluate_at:
+            return waited > settings.evaluate_seconds
+        last = self.history[-1]["seconds"] if self.history else 0.0
+        return any(last < t <= self.seconds for t in settings.evaluate_at)
 
     def append(self, row: dict[str, float]) -> None:
         """Add a row to the history; keep the average if its validation loss is the best so far."""
