@@ -79,7 +79,7 @@ def train(
     log
         CSV file that mirrors the history (:mod:`~openmm_eqflow.training_log`).
     evaluate
-        Called with the averaged module every ``evaluate_seconds``; its numbers join the history.
+        Called with the averaged module at every evaluation; its numbers join the history.
     progress
         Called with the fraction done and a short text.
 
@@ -128,7 +128,11 @@ def _loop(
         now = clock()
         state.seconds = now - started
         fraction = max(state.seconds / settings.seconds, state.step / settings.max_steps)
-        due = now - recorded > settings.evaluate_seconds
+        due = (
+            state.step % settings.evaluate_steps == 0
+            if settings.evaluate_steps
+            else now - recorded > settings.evaluate_seconds
+        )
         if losses and (due or fraction >= 1.0):
             state.append(share(_record(state, objective, settings, losses, evaluate)))
             if log is not None:

@@ -59,6 +59,8 @@ class ScheduledObjective(Objective, Protocol):
 class TrainingSettings:
     """What one training run does; ``seconds`` counts earlier attempts too.
 
+    The averaged field is evaluated every ``evaluate_steps`` steps, or if that is 0 every
+    ``evaluate_seconds``; steps make an early stop the same on every machine.
     ``patience`` evaluations without a better validation loss end it (0: never). A batch is worked
     on in ``n_shards`` parts (0: one per thread, at least one per process); the loss curve depends
     on their number, not on how many threads or processes share them.
@@ -76,6 +78,7 @@ class TrainingSettings:
     validation_size: int = 4096
     checkpoint_seconds: float = 20.0
     evaluate_seconds: float = 40.0
+    evaluate_steps: int = 0
     n_threads: int = 1
     seed: int = 0
     patience: int = 0
