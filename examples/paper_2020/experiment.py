@@ -41,6 +41,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--runs", type=Path, help="folder of runs named as the systems, made if absent [OUT/runs]"
     )
+    parser.add_argument("--n-frames", type=int, default=12_500, help="of a run that is made")
     parser.add_argument("--systems", nargs="+", default=["dw4", "lj13"])
     parser.add_argument("--fields", nargs="+", default=list(FIELDS), choices=list(FIELDS))
     parser.add_argument("--augmentation", nargs="+", default=["off", "on"], choices=["off", "on"])
@@ -96,7 +97,8 @@ def prepare(arguments: argparse.Namespace, sizes: Sequence[int]) -> dict[str, Fr
         )
     runs = arguments.runs or arguments.out / "runs"
     # A tenth of every run is for tests, and a little more than that lost to rounding.
-    n_frames = max(math.ceil(max(sizes) / 0.9), 10 * arguments.n_test) + 20
+    needed = max(math.ceil(max(sizes) / 0.9), 10 * arguments.n_test) + 20
+    n_frames = max(arguments.n_frames, needed)
     frames = {}
     for name in arguments.systems:
         with stage_progress(f"{name} data", CONSOLE) as report:

@@ -41,9 +41,7 @@ def measure(
     task: Task, frames: Frames, arguments: argparse.Namespace, report: Report
 ) -> dict[str, Any]:
     """Quench training frames, flow samples, prior samples and as many unseen frames."""
-    flow = load_flow(
-        arguments.out / "flows" / task.name, device=resolve_device(arguments.device)
-    )
+    flow = load_flow(arguments.out / "flows" / task.name, device=resolve_device(arguments.device))
     n = max(2, round(FIELDS[task.field].share(*flow.prior.event_shape) * arguments.n_samples))
     samples = draw_weighted(
         flow, frames.target, n, seed=task.seed + 200, progress=lambda f, t: report(0.5 * f, t)
@@ -113,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Sample, quench, write table and plot."""
     parser = argument_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, default=[1_000])
-    parser.add_argument("--n-samples", type=int, default=10_000, help="flow samples to quench")
+    parser.add_argument("--n-samples", type=int, default=5_000, help="flow samples to quench")
     parser.set_defaults(systems=["lj13"])
     arguments = parser.parse_args(argv)
     with errors_in_one_line():

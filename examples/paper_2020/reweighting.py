@@ -37,9 +37,7 @@ def measure(
     task: Task, frames: Frames, arguments: argparse.Namespace, report: Report
 ) -> dict[str, Any]:
     """Weights of fresh samples, nothing dropped."""
-    flow = load_flow(
-        arguments.out / "flows" / task.name, device=resolve_device(arguments.device)
-    )
+    flow = load_flow(arguments.out / "flows" / task.name, device=resolve_device(arguments.device))
     n = max(2, round(FIELDS[task.field].share(*flow.prior.event_shape) * arguments.n_samples))
     samples = draw_weighted(flow, frames.target, n, seed=task.seed + 100, progress=report)
     generator = torch.Generator().manual_seed(task.seed)
