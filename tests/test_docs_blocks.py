@@ -11,7 +11,8 @@ alanine dipeptide or of that molecule finds the output of one that was made befo
 command, and adds what is missing.
 
 Not run: commands that install (``.ci/run`` executes README's); scripts of ``examples``, which
-``test_examples.py`` and ``test_paper_2020.py`` run, and what ``torchrun`` starts. The options of the latter two are checked.
+``test_examples.py`` and ``test_paper_2020.py`` run, and what ``torchrun`` starts. The options of
+the latter two are checked.
 """
 
 from __future__ import annotations
