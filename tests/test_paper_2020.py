@@ -127,7 +127,11 @@ def test_ess_table_has_the_numbers_of_the_records(out: Path) -> None:
 
 def test_minima_table_has_the_numbers_of_the_records(out: Path) -> None:
     (found,) = records(out / "minima")
-    (row,) = [r for r in rows((out / "new_minima.md").read_text()) if r[0] == "lj13"]
+    text = (out / "new_minima.md").read_text()
+    (row,) = [r for r in rows(text) if r[0] == "lj13"]
+    share = next(r for r in rows(text) if r[0] == "KernelField")
+    order = ("training", "reference", "flow", "prior")
+    assert share[1:] == [f"{found[source]['lowest_share']:.3f}" for source in order]
     flow, training = found["flow"], found["training"]
     assert row[3] == str(training["n_distinct"])
     assert row[4:7] == [str(flow[k]) for k in ("n_quenched", "n_distinct", "n_new")]
@@ -305,6 +309,7 @@ def test_the_icosahedron_is_found_once() -> None:
             target, {k: minima.quench(target, part) for k, part in parts.items()}
         )
         assert [result["flow"][k] for k in ("n_quenched", "n_distinct", "n_new")] == [26, 2, 1]
+        assert result["flow"]["lowest_share"] == pytest.approx(20 / 26)
         assert result["training"]["n_distinct"] == result["n_saddles"] == 1
         assert result["n_new_confirmed"] == 0
         # Two particles on top of each other have no finite energy, and still find a minimum.

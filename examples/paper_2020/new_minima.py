@@ -70,9 +70,11 @@ def compare(target: BoltzmannTarget, ends: dict[str, Quenched]) -> dict[str, Any
     labels = label_minima(x, u)
     energy, curvature = _of_each(target, x, u, labels)
     minima = curvature > 0
+    parts = dict(zip(ends, labels.split(sizes), strict=True))
+    lowest = int(energy.argmin())
     found = {
         source: set(torch.unique(part).tolist()) & set(minima.nonzero().flatten().tolist())
-        for source, part in zip(ends, labels.split(sizes), strict=True)
+        for source, part in parts.items()
     }
 
     def energies(members: set[int]) -> list[float]:
@@ -84,6 +86,7 @@ def compare(target: BoltzmannTarget, ends: dict[str, Quenched]) -> dict[str, Any
             "n_converged": int(ends[source].converged.sum()),
             "n_distinct": len(members),
             "n_new": len(members - found["training"]),
+            "lowest_share": float((parts[source] == lowest).double().mean()),
             "energies": energies(members),
             "new_energies": energies(members - found["training"]),
         }

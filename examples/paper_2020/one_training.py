@@ -170,7 +170,7 @@ def measure_nll(flow: EquivariantFlow, frames: Frames, test: Tensor, seed: int) 
     The excess is the forward Kullback-Leibler divergence, :math:`E_p[\log w] - \log Z`, which is
     far less noisy than a difference of two means of u.
     """
-    change = calibrate(flow, test[: min(64, flow.chunk_size)], seed=seed)
+    change = calibrate(flow, test[: min(32, flow.chunk_size)], seed=seed)
     log_q = flow.log_prob(test).cpu()
     log_w = (-frames.target.reduced_potential(test) - log_q).numpy()
     nll = -log_q.numpy()

@@ -142,7 +142,7 @@ def minima_table(records: Sequence[Record]) -> str:
     def mean(group: Sequence[Record], source: str, key: str) -> str:
         return over_seeds([float(r[source][key]) for r in group], 0)
 
-    rows, low = [], []
+    rows, low, shares = [], [], []
     keys = ("system", "size", "field", "augmented")
     for (system, size, field, augmented), group in grouped(records, *keys).items():
         name = label(field, augmented)
@@ -152,6 +152,13 @@ def minima_table(records: Sequence[Record]) -> str:
             cells += [mean(group, source, key) for key in ("n_distinct", "n_new")]
         cells.append(over_seeds([float(r["n_new_confirmed"]) for r in group], 0))
         rows.append(cells)
+        shares.append(
+            [name]
+            + [
+                over_seeds([r[source]["lowest_share"] for r in group], 3)
+                for source in ("training", "reference", "flow", "prior")
+            ]
+        )
         first = group[0]
         for source in ("energies", "new_energies"):
             what = "all" if source == "energies" else "not in the training set"
@@ -168,7 +175,9 @@ def minima_table(records: Sequence[Record]) -> str:
     lowest_note = "Lowest energies among the quenched flow samples, kT:\n"
     lowest = markdown(["field", "seed", "minima", "five lowest"], low)
     table = markdown([*header, "confirmed"], rows)
-    return "\n".join([note, table, lowest_note, lowest])
+    share_note = "Share that ends in the lowest minimum of all:\n"
+    share = markdown(["field", "training", "unseen frames", "flow", "prior"], shares)
+    return "\n".join([note, table, share_note, share, lowest_note, lowest])
 
 
 def draw_minima(records: Sequence[Record]) -> Figure:
