@@ -172,6 +172,24 @@ def test_what_is_done_is_skipped(
     capsys.readouterr()
 
 
+def test_training_by_likelihood(tmp_path: Path, runs: Path) -> None:
+    words = f"--systems dw4 --fields KernelField --seeds 0 {TINY} --sizes 10 --objective nll"
+    nll_vs_size.main(["--out", str(tmp_path), "--runs", str(runs), *words.split()])
+    plain, augmented = (
+        next(r for r in records(tmp_path / "trainings") if r["task"]["augmented"] == how)
+        for how in (False, True)
+    )
+    assert plain["settings"]["objective"] == "nll"
+    for record in (plain, augmented):
+        # The loss is the NLL of the training frames, also of augmented ones.
+        assert record["history"][0]["loss"] == pytest.approx(record["test_nll"], abs=2.0)
+    assert ", nll, batch 8" in (tmp_path / "nll_vs_size.md").read_text()
+    with pytest.raises(SystemExit, match="objective nll, now flow-matching: choose another"):
+        reweighting.main(
+            ["--out", str(tmp_path), "--runs", str(runs), *words.split()[:-2], "--n-samples", "9"]
+        )
+
+
 def test_refusals_are_one_line(tmp_path: Path, runs: Path) -> None:
     for words, wanted in (
         (["--sizes", "1000"], "360 training frames, 1000 are wanted"),

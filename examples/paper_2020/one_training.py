@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,7 +104,9 @@ def train_one(
         augmented=task.augmented,
         equivariant=spec.equivariant,
     )
-    checkpoint = folder / f"{task.name}.checkpoint.safetensors"
+    # One that was interrupted goes on, unless its budget was another.
+    mark = zlib.crc32(repr(budget).encode())
+    checkpoint = folder / f"{task.name}-{mark:08x}.checkpoint.safetensors"
     settings = budget.settings(spec, task.seed)
     result = train(module, objective, settings, checkpoint=checkpoint, progress=report)
     best = min(result.history, key=lambda row: row.get("validation_loss", math.inf))
