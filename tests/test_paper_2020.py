@@ -158,7 +158,10 @@ def test_what_is_done_is_skipped(
     nll_vs_size.main(words)
     assert made == []
     assert {p: p.stat().st_mtime_ns for p in (out / "trainings").iterdir()} == before
-    assert (out / "nll_vs_size.md").read_text() == text
+    # The table is made of all that is there: by now, of the training of the minima too.
+    again = (out / "nll_vs_size.md").read_text()
+    assert text[text.index("**dw4**") : text.index("Means over")].strip() in again
+    assert "**lj13** (every training: 4 optimiser steps, flow-matching, batch 8)" in again
     missing = out / "trainings" / "dw4-KernelField-plain-10-seed1.json"
     record = json.loads(missing.read_text())
     missing.unlink()

@@ -1,7 +1,7 @@
 """Trainings of the 2020 paper: command-line options, what is trained, where it is kept.
 
 A finished training is ``OUT/trainings/NAME.json``, with its flow in ``OUT/flows``; a script that
-finds one does not train again. All trainings of a folder have the same budget.
+finds one does not train again. Tables are made of all that a folder has, whoever made it.
 """
 
 from __future__ import annotations
@@ -156,6 +156,18 @@ def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
                 f"{path} was made with {key} {found}, now {value}: choose another --out"
             )
     return record
+
+
+def all_records(folder: Path) -> list[dict[str, Any]]:
+    """Read every record of ``folder``, of this command and of earlier ones."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+
+    def order(record: dict[str, Any]) -> tuple[Any, ...]:
+        task = Task(**record["task"])
+        field = list(FIELDS).index(task.field)
+        return task.system, task.size, field, task.augmented, task.seed
+
+    return sorted(records, key=order)
 
 
 def train_all(

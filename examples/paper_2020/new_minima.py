@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from experiment import (
+    all_records,
     argument_parser,
     budget_of,
     each_missing,
@@ -126,13 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             training = asdict(budget_of(arguments))
             return {"n_samples": arguments.n_samples, "training": training}
 
-        records = each_missing(
+        each_missing(
             "quenching",
             arguments.out / "minima",
             tasks,
             settings,
             lambda task, report: measure(task, frames[task.system], arguments, report),
         )
+        records = all_records(arguments.out / "minima")
         write_result(arguments.out, "new_minima", minima_table(records), draw_minima(records))
 
 

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiment import argument_parser, budget_of, errors_in_one_line, prepare, tasks_of, train_all
+from experiment import (
+    all_records,
+    argument_parser,
+    errors_in_one_line,
+    prepare,
+    tasks_of,
+    train_all,
+)
 from tables import draw_nll, nll_table, write_result
 
 
@@ -20,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with errors_in_one_line():
         frames = prepare(arguments, arguments.sizes)
-        records = train_all(tasks_of(arguments, arguments.sizes), frames, arguments)
-        text = nll_table(records, budget_of(arguments))
-        write_result(arguments.out, "nll_vs_size", text, draw_nll(records))
+        train_all(tasks_of(arguments, arguments.sizes), frames, arguments)
+        records = all_records(arguments.out / "trainings")
+        write_result(arguments.out, "nll_vs_size", nll_table(records), draw_nll(records))
 
 
 if __name__ == "__main__":

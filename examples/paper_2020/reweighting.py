@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from experiment import (
+    all_records,
     argument_parser,
     budget_of,
     each_missing,
@@ -72,13 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             training = asdict(budget_of(arguments))
             return {"n_samples": arguments.n_samples, "training": training}
 
-        records = each_missing(
+        each_missing(
             "sampling",
             arguments.out / "reweighting",
             tasks,
             settings,
             lambda task, report: measure(task, frames[task.system], arguments, report),
         )
+        records = all_records(arguments.out / "reweighting")
         write_result(arguments.out, "reweighting", ess_table(records), draw_ess(records))
 
 

@@ -7,14 +7,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from openmm_eqflow.atomic import atomic_path, write_text
-
-if TYPE_CHECKING:
-    from one_training import Budget
 
 Record = dict[str, Any]
 #: Okabe and Ito 2008.
@@ -76,17 +73,27 @@ def value_table(
     return markdown([corner, *(f"{n:,}" for n in sizes)], rows)
 
 
-def nll_table(records: Sequence[Record], budget: Budget) -> str:
+def budgets(records: Sequence[Record]) -> str:
+    """Say what every training got."""
+    found = set()
+    for settings in (record["settings"] for record in records):
+        seconds, steps = settings["seconds"], settings["steps"]
+        stop = f"{seconds:g} s" if seconds else f"{steps:,} optimiser steps"
+        found.add(f"{stop}, {settings['objective']}, batch {settings['batch_size']}")
+    return "; or ".join(sorted(found))
+
+
+def nll_table(records: Sequence[Record]) -> str:
     """Tables of every system and of what they cost."""
-    stop = f"{budget.seconds:g} s" if budget.seconds else f"{budget.steps:,} optimiser steps"
     parts = [
-        f"Every training: {stop}, {budget.objective}, batch {budget.batch_size}, one thread. "
-        f"Mean ± standard deviation over seeds. {seeds_and_machine(records)}\n"
+        "One thread for each training; mean ± standard deviation over seeds. "
+        f"{seeds_and_machine(records)}\n"
     ]
     for (system,), group in grouped(records, "system").items():
         floor, error = group[0]["floor"], group[0]["floor_error"]
         parts += [
-            f"**{system}**: mean of -log q over held-out frames, by number of training frames; "
+            f"**{system}** (every training: {budgets(group)}): mean of -log q over held-out "
+            "frames, by number of training frames; "
             f"no model can be below {floor:.2f} ± {error:.2f}.\n",
             value_table(group, lambda r: r["test_nll"], "test NLL"),
             "The same above the floor, as mean log weight of the frames minus log Z (kT):\n",
