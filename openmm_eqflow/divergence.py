@@ -10,6 +10,7 @@ log q but not for q, so it serves diagnostics only: :class:`HutchinsonField` dec
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,10 +26,15 @@ from openmm_eqflow.geometry import mean_free_basis, remove_mean
 __all__ = ["HutchinsonField", "exact_divergence", "hutchinson_divergence", "mean_free_directions"]
 
 
+# Levels of forward-mode differentiation belong to the process, not to the thread: one that another
+# thread closes is gone. Chunks of a flow run on several threads.
+_FORWARD_MODE = threading.RLock()
+
+
 @contextmanager
 def _forward_mode() -> Iterator[None]:
     # torch scripts its forward-mode decompositions on first use and warns about doing so
-    with warnings.catch_warnings():
+    with _FORWARD_MODE, warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch.jit.script", DeprecationWarning)
         yield
 

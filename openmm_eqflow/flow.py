@@ -44,7 +44,7 @@ class EquivariantFlow:
         Times of the RK4 steps, from 0 to 1.
     inverse_corrections
         Corrections per step that make the inverse that of the discrete map
-        (:func:`~openmm_eqflow.integrate.rk4_inverse`); :meth:`calibrate` finds how many are needed.
+        (:func:`~openmm_eqflow.integrate.rk4_inverse`); :meth:`calibrate` finds how many it takes.
     chunk_size
         Configurations integrated at once, which bounds memory. Rows of a batch never see each
         other: at a given batch size log q is bit for bit the same whatever the batch-mates.
@@ -189,9 +189,9 @@ class EquivariantFlow:
     ) -> float:
         """Freeze the coarsest grid accurate to ``tolerance`` (kT, 99th percentile); return error.
 
-        Calibrated in float64 so that the error is the grid's, not the network precision's. Then, in
-        the network's own precision, the fewest corrections of the inverse are chosen with which
-        every round trip z -> x -> z -> x ends within 5e-7 nm, or near what rounding allows.
+        Calibrated in float64 so that the error is the grid's, not the network precision's. Then,
+        in the network's own precision, the fewest corrections of the inverse are chosen with
+        which every round trip z -> x -> z -> x ends within 5e-7 nm, or near what rounding allows.
         """
         field = self.module
         dtype = self.dtype

@@ -79,8 +79,7 @@ def train(
     log
         CSV file that mirrors the history (:mod:`~openmm_eqflow.training_log`).
     evaluate
-        Called with the averaged module every ``evaluate_seconds`` (or at the times
-        ``evaluate_at``); its numbers join the history.
+        Called with the averaged module at every evaluation; its numbers join the history.
     progress
         Called with the fraction done and a short text.
 

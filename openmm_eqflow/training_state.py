@@ -59,6 +59,8 @@ class ScheduledObjective(Objective, Protocol):
 class TrainingSettings:
     """What one training run does; ``seconds`` counts earlier attempts too.
 
+    The averaged field is evaluated every ``evaluate_steps`` steps, or if that is 0 every
+    ``evaluate_seconds``; steps make an early stop the same on every machine.
     ``patience`` evaluations without a better validation loss end it (0: never). A batch is worked
     on in ``n_shards`` parts (0: one per thread, at least one per process); the loss curve depends
     on their number, not on how many threads or processes share them. ``evaluate_at`` are seconds
@@ -78,6 +80,7 @@ class TrainingSettings:
     validation_size: int = 4096
     checkpoint_seconds: float = 20.0
     evaluate_seconds: float = 40.0
+    evaluate_steps: int = 0
     n_threads: int = 1
     seed: int = 0
     patience: int = 0
@@ -146,6 +149,8 @@ class TrainingState:
 
     def evaluation_due(self, settings: TrainingSettings, waited: float) -> bool:
         """Whether to evaluate now, ``waited`` seconds after the last time."""
+        if settings.evaluate_steps:
+            return self.step % settings.evaluate_steps == 0
         if not settings.evaluate_at:
             return waited > settings.evaluate_seconds
         last = self.history[-1]["seconds"] if self.history else 0.0

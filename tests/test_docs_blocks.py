@@ -11,7 +11,8 @@ alanine dipeptide or of that molecule finds the output of one that was made befo
 command, and adds what is missing.
 
 Not run: commands that install (``.ci/run`` executes README's); scripts of ``examples``, which
-``test_examples.py`` runs, and what ``torchrun`` starts. The options of the latter two are checked.
+``test_examples.py`` and ``test_paper_2020.py`` run, and what ``torchrun`` starts. The options of
+the latter two are checked.
 """
 
 from __future__ import annotations
@@ -191,8 +192,13 @@ def run_bash(code: str, prepared: Path, shell: Shell) -> None:
 
 
 def look_up_script(words: list[str]) -> None:
-    source = (ROOT / words[0]).read_text(encoding="utf-8")
     assert words[0].startswith("examples/")
+    script = ROOT / words[0]
+    source = script.read_text(encoding="utf-8")
+    # Options may be those of a module beside it that it imports.
+    for name in re.findall(r"^from (\w+) import", source, flags=re.M):
+        beside = script.with_name(f"{name}.py")
+        source += beside.read_text(encoding="utf-8") if beside.is_file() else ""
     for word in words[1:]:
         assert not word.startswith("--") or f'"{word}"' in source, f"{words[0]} has no {word}"
 

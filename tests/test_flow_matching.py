@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import align_rotations, random_rotations, remove_mean, rotate
 from openmm_eqflow.losses.alignment import align_batch, assign
+from openmm_eqflow.losses.augmentation import augment_together
 from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
@@ -147,6 +148,26 @@ def test_augmentation_keeps_cost_and_randomises_orientation() -> None:
     direction = nn.functional.normalize(y1[:, 1], dim=-1)
     assert float(direction.mean(0).abs().max()) < 5 / 400**0.5
     assert float(nn.functional.normalize(x1[:, 1], dim=-1).mean(0).abs().max()) > 0.5
+
+
+def test_group_elements_are_the_same_for_all_batches() -> None:
+    stream = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 4, 2, generator=stream, dtype=torch.float64)
+    options = {"classes": [0, 0, 0, 1], "proper": False, "generator": stream}
+    y, z = augment_together(x, 2.0 * x, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(2.0 * y, z)
+    # Which of the first three came where: all six orders, about as often as each other.
+    gap = (y[:, :, None].norm(dim=-1) - x[:, None].norm(dim=-1)).abs()
+    source = gap.argmin(-1)
+    assert bool((source[:, 3] == 3).all())
+    _, counts = torch.unique(source[:, :3], dim=0, return_counts=True)
+    assert len(counts) == 6
+    assert int(counts.min()) > 50 - 5 * 7
+    # Reflections occur, unless asked not to.
+    for proper, share in ((False, 0.5), (True, 1.0)):
+        (y,) = augment_together(x, **options | {"classes": [0, 1, 2, 3], "proper": proper})  # type: ignore[arg-type]
+        sign = torch.sign(torch.linalg.det(y[:, :2]) * torch.linalg.det(x[:, :2]))
+        assert abs(float((sign > 0).double().mean()) - share) < 5 * 0.5 / 300**0.5
 
 
 def test_bad_arguments() -> None:

@@ -245,6 +245,12 @@ def test_early_stop_survives_a_kill(tmp_path):
     assert same(result.average, kept)
 
 
+def test_evaluations_at_step_numbers():
+    module = network()
+    result = train(module, Regression(module), settings(max_steps=25, evaluate_steps=10))
+    assert [row["step"] for row in result.history] == [10, 20, 25]
+
+
 def test_history_as_csv(tmp_path):
     path, log = tmp_path / "checkpoint.safetensors", tmp_path / "history.csv"
 

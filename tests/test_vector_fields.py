@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,6 +226,16 @@ def test_hutchinson_is_unbiased_and_marked_inexact() -> None:
     error = (estimate.mean() - exact).abs() / (estimate.std() / 1000**0.5)
     assert float(error) < 5.0
     assert float(estimate.std()) > 0.0
+
+
+def test_divergence_on_several_threads() -> None:
+    x = remove_mean(torch.randn(64, 4, 2, generator=torch.Generator().manual_seed(3)))
+    field = MLPField.fit(x.double(), width=16).eval()
+    t = torch.tensor(0.3)
+    expected = field.with_divergence(t, x)[1]
+    with ThreadPoolExecutor(4) as executor:
+        parts = list(executor.map(lambda part: field.with_divergence(t, part)[1], x.split(1)))
+    torch.testing.assert_close(torch.cat(parts), expected)
 
 
 def test_bad_configurations_are_refused() -> None:

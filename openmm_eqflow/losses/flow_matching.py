@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
+from openmm_eqflow.geometry import random_rotations, remove_mean
 from openmm_eqflow.losses.alignment import align_batch
+from openmm_eqflow.losses.augmentation import augment_together
 
 __all__ = ["FlowMatchingLoss"]
 
@@ -107,24 +108,10 @@ class FlowMatchingLoss:
                 )
             )
         if self.augment:
-            rotations = random_rotations(n, n_dims, generator=generator)
-            if not self.proper:
-                sign = torch.randint(2, (n, 1, 1), generator=generator) * 2.0 - 1.0
-                rotations = torch.cat([rotations[..., :1] * sign, rotations[..., 1:]], dim=-1)
-            order = self._random_permutations(n, generator).unsqueeze(-1).expand_as(x0)
-            x0 = rotate(x0, rotations).gather(1, order)
-            x1 = rotate(x1, rotations).gather(1, order)
+            x0, x1 = augment_together(
+                x0, x1, classes=self.classes, proper=self.proper, generator=generator
+            )
         return x0, x1
-
-    def _random_permutations(self, n: int, generator: torch.Generator) -> Tensor:
-        labels = torch.tensor(self.classes, dtype=torch.float64)
-        keys = labels + 0.5 * torch.rand(n, len(labels), generator=generator, dtype=torch.float64)
-        # the k-th smallest key of a class replaces its k-th member
-        order = keys.argsort(dim=-1)
-        place = labels.argsort(stable=True)
-        out = torch.empty_like(order)
-        out[:, place] = order
-        return out
 
     def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Mean loss (nm^2, summed over coordinates) of a fresh batch, differentiable."""

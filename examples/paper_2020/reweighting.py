@@ -1,0 +1,88 @@
+"""Raw relative ESS of flows and of their prior alone (Köhler, Klein, Noé 2020, reweighting).
+
+The flows are those of nll_vs_size.py, trained here if they are missing:
+
+    python examples/paper_2020/reweighting.py --out paper
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from experiment import (
+    all_records,
+    argument_parser,
+    budget_of,
+    each_missing,
+    errors_in_one_line,
+    prepare,
+    tasks_of,
+    train_all,
+)
+from objectives import FIELDS
+from one_training import Report, Task
+from reference_frames import Frames
+from tables import draw_ess, ess_table, write_result
+
+from openmm_eqflow.checkpoint import load_flow
+from openmm_eqflow.diagnostics import log_z, pareto_k, relative_ess
+from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.precision import resolve_device
+
+
+def measure(
+    task: Task, frames: Frames, arguments: argparse.Namespace, report: Report
+) -> dict[str, Any]:
+    """Weights of fresh samples, nothing dropped."""
+    flow = load_flow(arguments.out / "flows" / task.name, device=resolve_device(arguments.device))
+    n = max(2, round(FIELDS[task.field].share(*flow.prior.event_shape) * arguments.n_samples))
+    samples = draw_weighted(flow, frames.target, n, seed=task.seed + 100, progress=report)
+    generator = torch.Generator().manual_seed(task.seed)
+    prior = prior_log_weights(flow, frames.target, arguments.n_samples, generator=generator)
+    log_w = samples.log_weight.numpy()
+    estimate = log_z(log_w)
+    return {
+        "n": n,
+        "relative_ess": relative_ess(log_w),
+        "pareto_k": pareto_k(log_w),
+        "log_z": float(estimate.value),
+        "log_z_error": float(estimate.error),
+        "known_log_z": float(frames.log_z.value),
+        "prior_n": arguments.n_samples,
+        "prior_relative_ess": relative_ess(prior.numpy()),
+        "seconds_per_sample": samples.seconds / n,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Sample, measure, write table and plot."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10_000])
+    parser.add_argument("--n-samples", type=int, default=10_000)
+    arguments = parser.parse_args(argv)
+    with errors_in_one_line():
+        frames = prepare(arguments, arguments.sizes)
+        tasks = tasks_of(arguments, arguments.sizes)
+        train_all(tasks, frames, arguments)
+
+        def settings(task: Task) -> dict[str, Any]:
+            training = asdict(budget_of(arguments))
+            return {"n_samples": arguments.n_samples, "training": training}
+
+        each_missing(
+            "sampling",
+            arguments.out / "reweighting",
+            tasks,
+            settings,
+            lambda task, report: measure(task, frames[task.system], arguments, report),
+        )
+        records = all_records(arguments.out / "reweighting")
+        write_result(arguments.out, "reweighting", ess_table(records), draw_ess(records))
+
+
+if __name__ == "__main__":
+    main()
