@@ -40,6 +40,7 @@ __all__ = [
 A = TypeVar("A")
 # Rank 0 works alone at times (reference data, calibration); torchrun ends ranks that wait in vain.
 _PATIENCE = timedelta(days=7)
+_LETTING_GO = 0.5  # s
 
 
 def _active() -> bool:
@@ -75,10 +76,17 @@ def process_group() -> Iterator[None]:
         yield
     except SystemExit as stop:
         if not stop.code:
-            dist.destroy_process_group()
+            _leave()
         raise
     # Not after an error: others may be waiting in a collective, and torchrun ends them.
+    _leave()
+
+
+def _leave() -> None:
     dist.destroy_process_group()
+    # Gloo's threads let go of the last tensors after the result is out, for which they need the
+    # interpreter lock: in an interpreter that is shutting down that aborts the process.
+    time.sleep(_LETTING_GO)
 
 
 @contextmanager
