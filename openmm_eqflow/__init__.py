@@ -10,6 +10,8 @@ y <- y + psi(x) - psi(phi(y))              y                  integrate.rk4_inve
 log q(x) = log p0(z) - ladj - log volume   log q              flow.EquivariantFlow                       test_flow::test_integral_of_q_is_one_for_two_particles
 tr dv/dx, D tangents of the readout        div v              vector_fields.leave_one_out.LeaveOneOutField  test_vector_fields::test_divergence_is_the_trace
 tr dv/dy = d1^T [W1 * (W0 W2)^T] d0        div v              vector_fields.chart.ChartField             test_chart_field::test_divergence_is_the_trace
+m sigma' . (sum_k U phi') (d_z d_p . W)    div v              vector_fields.contact.ContactField         test_contact_field::test_divergence_is_the_trace
+v_p + omega x (x_i - x_p) + dx/dq dq       dx/dy              vector_fields.chart_geometry.ChartGeometry  test_contact_field::test_derivative_of_the_positions
 sum_ij D phi + d phi'                      div v              vector_fields.kernel.KernelField           test_vector_fields::test_divergence_is_the_trace
 sum_k e_k . J e_k                          div v              divergence.exact_divergence                test_vector_fields::test_divergence_is_the_trace
 -|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2        log p0             priors.gaussian.MeanFreeGaussian           test_gaussian_prior::test_normalised_on_the_mean_free_subspace

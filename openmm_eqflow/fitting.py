@@ -27,7 +27,7 @@ from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.reference import ReferenceData
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.training import TrainingResult, TrainingSettings, train
-from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
+from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
 
 __all__ = [
     "build_field",
@@ -118,6 +118,8 @@ def build_field(
 ) -> nn.Module:
     """Untrained field of the recipe; its weights come from torch's global random stream."""
     options: dict[str, Any] = dict(recipe.field or {})
+    if recipe.prior == "internal" and "contacts" in options:
+        return ContactField.fit(prior, **options)
     if recipe.prior == "internal":
         return ChartField(prior.n_stiff, prior.n_soft, prior.fold, **options)  # type: ignore[attr-defined]
     return LeaveOneOutField.fit(frames, classes=target.symmetry.classes, **options)

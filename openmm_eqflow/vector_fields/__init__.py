@@ -2,6 +2,7 @@
 
 from openmm_eqflow.vector_fields.base import VectorField, build_vector_field
 from openmm_eqflow.vector_fields.chart import ChartField
+from openmm_eqflow.vector_fields.contact import ContactField
 from openmm_eqflow.vector_fields.egnn import EGNNField
 from openmm_eqflow.vector_fields.kernel import KernelField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
@@ -9,6 +10,7 @@ from openmm_eqflow.vector_fields.mlp import MLPField
 
 __all__ = [
     "ChartField",
+    "ContactField",
     "EGNNField",
     "KernelField",
     "LeaveOneOutField",

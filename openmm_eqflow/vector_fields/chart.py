@@ -152,10 +152,13 @@ class ChartField(nn.Module):
         time = torch.cat([t, t * t, torch.cos(t * self.times), torch.sin(t * self.times)], -1)
         return z, features, slope, time
 
+    def _context(self, features: Tensor, time: Tensor) -> Tensor:
+        context: Tensor = self.conditioner(torch.cat([features.flatten(1), time], -1))
+        return context
+
     def _stiff(
-        self, z: Tensor, features: Tensor, time: Tensor
+        self, z: Tensor, context: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        context = self.conditioner(torch.cat([features.flatten(1), time], -1))
         head = self.head(context)
         w = self.width
         s0, g0, s1, g1, bias = head.split([w, w, w, w, self.n_stiff], 1)
@@ -164,9 +167,13 @@ class ChartField(nn.Module):
         v = h1 @ self.w2.T + h0 @ self.w3.T + bias
         return v, (d0 * (1 + s0), d1 * (1 + s1))
 
-    def _soft(self, z: Tensor, features: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _soft(
+        self, z: Tensor, features: Tensor, time: Tensor, extra: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         a = self.torsion_z(z) + self.torsion_time(time)
         a = a + features.flatten(1) @ self.torsion_in.flatten(0, 1)
+        if extra is not None:
+            a = a + extra
         h0, d0 = _silu_with_derivative(a)
         h1, d1 = _silu_with_derivative(self.torsion_hidden(h0))
         return (h0 + h1) @ self.torsion_out.T, d0, d1
@@ -174,20 +181,24 @@ class ChartField(nn.Module):
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Velocity, shape of y."""
         z, features, _, time = self._inputs(t, y)
-        v, _ = self._stiff(z, features, time)
+        v, _ = self._stiff(z, self._context(features, time))
         return torch.cat([v, self._soft(z, features, time)[0]], 1) if self.n_soft else v
 
     def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and its exact divergence, (n, n_coordinates) and (n,)."""
         z, features, slope, time = self._inputs(t, y)
-        v, (d0, d1) = self._stiff(z, features, time)
+        v, (d0, d1) = self._stiff(z, self._context(features, time))
         mixing, diagonal = self._trace_weights()
         div = ((d1 @ mixing) * d0).sum(1) + d0 @ diagonal
         if not self.n_soft:
             return v, div
         v_soft, e0, e1 = self._soft(z, features, time)
         # One tangent per torsion: (n, n_soft, k).
-        tangent = torch.einsum("nsf,sfk->nsk", slope, self.torsion_in) * e0.unsqueeze(1)
+        tangent = torch.einsum("nsf,sfk->nsk", slope, self.torsion_in)
+        return torch.cat([v, v_soft], 1), div + self._soft_trace(tangent, e0, e1)
+
+    def _soft_trace(self, tangent: Tensor, e0: Tensor, e1: Tensor) -> Tensor:
+        """Trace of the torsion network whose input moves by ``tangent`` (n, n_soft, k)."""
+        tangent = tangent * e0.unsqueeze(1)
         second = (tangent @ self.torsion_hidden.weight.T) * e1.unsqueeze(1)
-        div = div + ((tangent + second) * self.torsion_out).sum((1, 2))
-        return torch.cat([v, v_soft], 1), div
+        return ((tangent + second) * self.torsion_out).sum((1, 2))

@@ -1,0 +1,222 @@
+r"""Positions and their derivative in the chart y = (z, tau), for fields that see distances.
+
+With internal coordinates q(y) = (b, theta, phi) the atoms are placed one after the other,
+
+.. math:: x_i = x_p + b\,[\cos\theta\, e_1 + \sin\theta(\cos\phi\, e_2 - \sin\phi\, n)],
+
+e_1 from the parent p to the grandparent g, n the unit normal of e_1 and c = x_r - x_g (r the
+reference), e_2 = n x e_1. If p, g, r move with velocities v, the frame turns with the angular
+velocity
+
+.. math:: \omega = \frac{e_1 \times (v_g - v_p)}{L} + e_1 \frac{n\cdot(v_r - v_g)
+          - (c\cdot e_1)\, n\cdot(v_g - v_p)/L}{c\cdot e_2}, \qquad L = |x_g - x_p|,
+
+so that :math:`v_i = v_p + \omega\times(x_i - x_p) + \partial_q x_i\, dq`: linear in v_p, v_g, v_r
+with a 3 x 9 matrix that all columns of dx/dy share. The rigid-body recursion is that of torsion
+angle dynamics (Jain, Vaidehi, Rodriguez 1993, J. Comput. Phys. 106:258); it costs one small
+product per level of the tree, not one tangent of the whole molecule per coordinate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix
+
+__all__ = ["ChartGeometry"]
+
+
+def _cross_matrix(a: Tensor) -> Tensor:
+    """Matrix (..., 3, 3) of b -> a x b."""
+    x, y, z = a.unbind(-1)
+    o = torch.zeros_like(x)
+    rows = [torch.stack(row, -1) for row in ((o, -z, y), (z, o, -x), (-y, x, o))]
+    return torch.stack(rows, -2)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+class ChartGeometry(nn.Module):
+    r"""The map y -> x of an internal-coordinate chart and dx/dy.
+
+    Stiff coordinates are :math:`s = F(\tau) C + L z` with Fourier features F, as in
+    :class:`~openmm_eqflow.priors.internal.InternalCoordinatePrior`; C, L and the centres are
+    buffers, so that the geometry is saved with the field that uses it.
+
+    Parameters
+    ----------
+    zmatrix
+        ``ZMatrix.config()``.
+    soft
+        Indices of the soft torsions.
+    n_modes
+        Number of Fourier modes of the mean.
+
+    Example
+    -------
+    >>> import torch
+    >>> from openmm_eqflow.zmatrix import ZMatrix
+    >>> zm = ZMatrix.from_bonds(4, [(0, 1), (1, 2), (2, 3)], masses=[12, 12, 12, 12])
+    >>> geometry = ChartGeometry(zm.config(), soft=[0], n_modes=0)
+    >>> geometry.mean[0] = torch.tensor([0.15, 0.15, 0.15, 1.9, 1.9])
+    >>> x, jacobian = geometry(torch.zeros(2, 6))
+    >>> x.shape, jacobian.shape
+    (torch.Size([2, 4, 3]), torch.Size([2, 4, 3, 6]))
+    """
+
+    def __init__(self, zmatrix: dict[str, Any], soft: list[int], n_modes: int) -> None:
+        super().__init__()
+        self.zmatrix = ZMatrix.from_config(zmatrix)
+        n = self.n_particles = self.zmatrix.n_particles
+        torsions = len(self.zmatrix.lead)
+        stiff = [k for k in range(torsions) if k not in set(soft)]
+        self.n_soft, self.n_stiff = len(soft), 2 * n - 3 + len(stiff)
+        self.register_buffer("modes", torch.zeros(n_modes, self.n_soft))
+        self.register_buffer("mean", torch.zeros(1 + 2 * n_modes, self.n_stiff))
+        self.register_buffer("factor", torch.eye(self.n_stiff))
+        self.register_buffer("centre", torch.zeros(len(stiff)))
+        # Torsions out of (s, tau), as they are stored, and relative to the fixed reference.
+        pick = torch.zeros(torsions, self.n_stiff + self.n_soft)
+        for j, k in enumerate(stiff):
+            pick[k, 2 * n - 3 + j] = 1
+        for j, k in enumerate(soft):
+            pick[k, self.n_stiff + j] = 1
+        absolute = pick.clone()
+        for k, lead in enumerate(self.zmatrix.lead):
+            if lead not in (-1, k):
+                absolute[k] += pick[lead]
+        lengths = torch.eye(self.n_stiff + self.n_soft)[: 2 * n - 3]
+        self.register_buffer("pick", pick, False)
+        self.register_buffer("select", torch.cat([lengths, absolute]), False)
+        # Atoms in the order in which they are placed, level by level.
+        rows = self.zmatrix.rows
+        order = [row[0] for row in rows[:3]]
+        self.levels: list[tuple[list[int], list[int]]] = []  # torsion index; parents' slots
+        for level in self.zmatrix._levels():
+            slots = [order.index(rows[k + 3][c]) for c in (1, 2, 3) for k in level]
+            self.levels.append((level, slots))
+            order += [rows[k + 3][0] for k in level]
+        self.order = order
+        self.back = [order.index(i) for i in range(n)]
+
+    modes: Tensor
+    mean: Tensor
+    factor: Tensor
+    centre: Tensor
+    pick: Tensor
+    select: Tensor
+
+    @classmethod
+    def of(cls, prior: Any) -> ChartGeometry:
+        """Geometry of an internal-coordinate prior."""
+        made = cls(prior.zmatrix.config(), prior.soft, len(prior.modes))
+        made.modes.copy_(prior.modes)
+        made.mean.copy_(prior.coefficients)
+        made.factor.copy_(prior.cholesky)
+        made.centre.copy_(prior.centre)
+        return made
+
+    def _internal(self, y: Tensor) -> tuple[InternalCoordinates, Tensor, Tensor]:
+        """Return internal coordinates, and cosine and sine of the modes."""
+        z, tau = y[:, : self.n_stiff], y[:, self.n_stiff :]
+        phase = tau @ self.modes.T
+        cos, sin = torch.cos(phase), torch.sin(phase)
+        s = torch.cat([torch.ones_like(y[:, :1]), cos, sin], 1) @ self.mean + z @ self.factor.T
+        n = self.n_particles
+        centre = self.pick[:, 2 * n - 3 : self.n_stiff] @ self.centre
+        torsions = torch.cat([s, tau], 1) @ self.pick.T + centre
+        return InternalCoordinates(s[:, : n - 1], s[:, n - 1 : 2 * n - 3], torsions), cos, sin
+
+    def positions(self, y: Tensor) -> Tensor:
+        """Return x (n, N, 3), mean-free."""
+        x, _ = self.zmatrix.from_internal(self._internal(y)[0])
+        return x
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x (n, N, 3) and its derivative (n, N, 3, d) up to a common motion."""
+        internal, cos, sin = self._internal(y)
+        x, _ = self.zmatrix.from_internal(internal)
+        n, count = len(y), self.n_particles
+        # dq/dy: constant in z, through the mean and directly in tau.
+        k = len(self.modes)
+        slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[1 + k :])
+        slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1 : 1 + k])
+        stiff = self.select[:, : self.n_stiff]
+        dq = torch.cat(
+            [
+                (stiff @ self.factor).expand(n, -1, -1),
+                stiff @ slope + self.select[:, self.n_stiff :],
+            ],
+            2,
+        )
+        b, theta = internal.bonds, internal.angles
+        along = torch.tensor([1.0, 0.0, 0.0]).to(y).expand(n, 3)
+        c, s = torch.cos(theta[:, 0]), torch.sin(theta[:, 0])
+        zero = torch.zeros_like(c)
+        out, up = torch.stack([c, s, zero], 1), torch.stack([-s, c, zero], 1)
+        second = _outer(along, dq[:, 0])
+        third = _outer(out, dq[:, 1]) + _outer(b[:, 1, None] * up, dq[:, count - 1])
+        v = torch.stack([torch.zeros_like(second), second, third], 1)
+        if self.levels:
+            transfer, frame = self._motion(x[:, self.order], internal)
+        offset = 0
+        for level, slots in self.levels:
+            m = len(level)
+            here = slice(offset, offset + m)
+            index = torch.tensor(level, device=y.device)
+            own = torch.stack(
+                [dq[:, index + 2], dq[:, index + count], dq[:, index + 2 * count - 3]], 2
+            )
+            parents = v[:, slots].reshape(n, 3, m, 3, -1).transpose(1, 2).flatten(2, 3)
+            v = torch.cat([v, transfer[:, here] @ parents + frame[:, here] @ own], 1)
+            offset += m
+        return x, v[:, self.back]
+
+    def _motion(self, x: Tensor, internal: InternalCoordinates) -> tuple[Tensor, Tensor]:
+        """Matrices (n, N - 3, 3, 9) of (v_p, v_g, v_r) and (n, N - 3, 3, 3) of (b, theta, phi)."""
+        order = [k for level, _ in self.levels for k in level]
+        parents: list[list[int]] = [[], [], []]
+        for level, slots in self.levels:
+            m = len(level)
+            for k in range(3):
+                parents[k] += slots[k * m : (k + 1) * m]
+        p, g, r = (x[:, column] for column in parents)
+        length = torch.linalg.vector_norm(g - p, dim=-1, keepdim=True)
+        e1 = (g - p) / length
+        c = r - g
+        normal = torch.linalg.cross(e1, c, dim=-1)
+        normal = normal / torch.linalg.vector_norm(normal, dim=-1, keepdim=True)
+        e2 = torch.linalg.cross(normal, e1, dim=-1)
+        c1, c2 = _dot(c, e1), _dot(c, e2)
+        turn = _cross_matrix(e1) / length.unsqueeze(-1)
+        twist_r = normal / c2
+        twist_p = c1 * normal / (c2 * length)
+        arm = -_cross_matrix(x[:, 3:] - p)
+        eye = torch.eye(3).to(x)
+        transfer = torch.cat(
+            [
+                eye + arm @ (_outer(e1, twist_p) - turn),
+                arm @ (turn - _outer(e1, twist_r + twist_p)),
+                arm @ _outer(e1, twist_r),
+            ],
+            -1,
+        )
+        b = internal.bonds[:, [k + 2 for k in order], None]
+        theta = internal.angles[:, [k + 1 for k in order], None]
+        phi = self.zmatrix._relative(internal.torsions, +1.0)[:, order, None]
+        radial = torch.cos(phi) * e2 - torch.sin(phi) * normal
+        across = -torch.sin(phi) * e2 - torch.cos(phi) * normal
+        cos, sin = torch.cos(theta), torch.sin(theta)
+        frame = torch.stack(
+            [cos * e1 + sin * radial, b * (cos * radial - sin * e1), b * sin * across], -1
+        )
+        return transfer, frame

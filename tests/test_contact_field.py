@@ -1,0 +1,232 @@
+"""ContactField and its geometry: exact derivative and trace, saved, chosen by a recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from flow_stand_ins import METHANOL, chain_prior, randomised, stream, water_prior
+
+from openmm_eqflow.checkpoint import load_flow, save_flow
+from openmm_eqflow.fitting import build_field
+from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.recipes import make_recipe
+from openmm_eqflow.vector_fields import ContactField, VectorField, build_vector_field
+from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry
+from openmm_eqflow.zmatrix import ZMatrix
+
+SIZES = {"width": 24, "conditioner_width": 16, "torsion_width": 12, "contacts": 6, "n_rbf": 4}
+
+
+def methanol_prior() -> InternalCoordinatePrior:
+    """A methyl: two torsions relative to the leading one, which is soft and threefold."""
+    zmatrix = ZMatrix.from_bonds(6, METHANOL[0], masses=METHANOL[1])
+    soft = [k for k, fold in enumerate(zmatrix.fold) if fold == 3]
+    assert soft, "the stand-in should have a methyl"
+    n_stiff = 9 + len(zmatrix.lead) - len(soft)
+    mean = torch.zeros(3, n_stiff, dtype=torch.float64)
+    mean[0] = torch.tensor([0.14] * 5 + [1.9] * 4 + [0.0] * (n_stiff - 9))
+    mean[1:] = 0.02 * torch.randn(2, n_stiff, generator=stream(1), dtype=torch.float64)
+    spread = torch.tensor([0.003] * 5 + [0.06] * (n_stiff - 5), dtype=torch.float64)
+    return InternalCoordinatePrior(
+        zmatrix,
+        soft=soft,
+        centre=torch.tensor([2.1, -2.1][: n_stiff - 9]),
+        modes=torch.tensor([[3.0] * len(soft)]),
+        coefficients=mean,
+        cholesky=torch.diag(spread),
+        torsions=TorsionDensity(
+            [TorsionGroup((0,), (3,), 0.2, 0.01)], [torch.full((36,), 1 / 36).double()]
+        ),
+    )
+
+
+PRIORS = {"chain": chain_prior, "methanol": methanol_prior, "water": water_prior}
+
+
+def points(prior: InternalCoordinatePrior, kind: str, n: int = 5) -> torch.Tensor:
+    if kind == "prior":
+        return prior.sample_latent(n, generator=stream(2))
+    y = torch.randn(n, *prior.event_shape, generator=stream(3), dtype=torch.float64)
+    if kind == "data":
+        y[:, : prior.n_stiff] = 0.6 * y[:, : prior.n_stiff] + 0.8 * y[:, :1] + 0.3
+        return y
+    y[:, : prior.n_stiff] *= 30.0  # bonds below zero, angles beyond pi: off the chart, smooth
+    return y
+
+
+def contact_field(prior: InternalCoordinatePrior, size: float = 0.3) -> ContactField:
+    torch.manual_seed(0)
+    field = ContactField.fit(prior, n_samples=200, **SIZES)
+    return randomised(field, size)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", ["prior", "data", "tail"])
+@pytest.mark.parametrize("name", PRIORS)
+def test_derivative_of_the_positions(name: str, kind: str) -> None:
+    prior = PRIORS[name]()
+    geometry = ChartGeometry.of(prior).double()
+    # Buffers are made in float32; not rounded here, so that the maps are one.
+    geometry.load_state_dict(
+        {
+            "modes": prior.modes,
+            "mean": prior.coefficients,
+            "factor": prior.cholesky,
+            "centre": prior.centre,
+        }
+    )
+    y = points(prior, kind)
+    x, jacobian = geometry(y)
+    torch.testing.assert_close(x, prior.to_cartesian(y)[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x, geometry.positions(y), rtol=0, atol=0)
+    for row in range(len(y)):
+        exact = torch.autograd.functional.jacobian(
+            lambda q: geometry.positions(q[None])[0], y[row]
+        )
+        # Up to a common motion: compare what distances see.
+        for i, j in [(0, 1), (0, 2), (1, 2), *([(0, 3), (2, 4)] if x.shape[1] > 4 else [])]:
+            r = x[row, i] - x[row, j]
+            ours = r @ (jacobian[row, i] - jacobian[row, j])
+            theirs = r @ (exact[i] - exact[j])
+            scale = float(theirs.abs().max())
+            assert float((ours - theirs).abs().max()) < 1e-9 * max(scale, 1e-3)
+            assert scale > 1e-5
+
+
+def full_trace(field: ContactField, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    rows = [
+        torch.autograd.functional.jacobian(
+            lambda q, k=k: field(t if t.dim() == 0 else t[k], q[None])[0], y[k]
+        ).diagonal()
+        for k in range(len(y))
+    ]
+    diagonal = torch.stack(rows)
+    return diagonal.sum(1), diagonal.abs().sum(1)
+
+
+@pytest.mark.parametrize("kind", ["prior", "data", "tail"])
+@pytest.mark.parametrize("name", PRIORS)
+def test_divergence_is_the_trace(name: str, kind: str) -> None:
+    prior = PRIORS[name]()
+    field = contact_field(prior).double()
+    y = points(prior, kind)
+    t = torch.linspace(0, 1, len(y)).double()
+    v, div = field.with_divergence(t, y)
+    torch.testing.assert_close(v, field(t, y), rtol=0, atol=0)
+    trace, scale = full_trace(field, t, y)
+    assert float(((div - trace).abs() / scale).max()) < 1e-10
+    # Power: what goes through the distances is part of the trace.
+    blind = contact_field(prior).double()
+    blind.centres += 50.0  # no distance is there
+    assert float((blind.with_divergence(t, y)[1] - div).abs().max()) > 1e-6 or kind == "tail"
+
+
+def test_without_any_pair() -> None:
+    zmatrix = water_prior().zmatrix
+    field = ContactField(zmatrix.config(), [], 0, [], **SIZES)
+    field = randomised(field, 0.3).double()  # type: ignore[assignment]
+    y, t = torch.randn(4, 3, generator=stream(7), dtype=torch.float64), torch.tensor(0.3).double()
+    trace, scale = full_trace(field, t, y)
+    assert float(((field.with_divergence(t, y)[1] - trace).abs() / scale).max()) < 1e-10
+
+
+def test_trace_sees_the_distances_in_both_parts() -> None:
+    prior = chain_prior()
+    y, t = points(prior, "prior"), torch.tensor(0.4).double()
+    field = contact_field(prior).double()
+    div = field.with_divergence(t, y)[1]
+    for name in ("contact_out", "contact_torsion"):
+        other = contact_field(prior).double()
+        getattr(other, name).zero_()
+        assert float((other.with_divergence(t, y)[1] - div).abs().min()) > 1e-6, name
+
+
+def test_divergence_is_differentiable() -> None:
+    prior = chain_prior()
+    field = contact_field(prior).double().requires_grad_(True)
+    y, t = points(prior, "prior", 2).requires_grad_(True), torch.tensor(0.5).double()
+    weight = field.contact_in
+    to_weight, to_point = torch.autograd.grad(
+        field.with_divergence(t, y)[1].sum(), (weight, y)
+    )
+    h = 1e-6
+    with torch.no_grad():
+        values = []
+        for step in (h, -2 * h):
+            weight[0, 1, 2] += step
+            values.append(float(field.with_divergence(t, y)[1].sum()))
+        weight[0, 1, 2] += h
+        shift = torch.zeros_like(y)
+        shift[0, 3] = h
+        moved = [float(field.with_divergence(t, y + s * shift)[1].sum()) for s in (1, -1)]
+    slope = (values[0] - values[1]) / (2 * h)
+    assert slope == pytest.approx(float(to_weight[0, 1, 2]), rel=1e-5, abs=1e-8)
+    assert (moved[0] - moved[1]) / (2 * h) == pytest.approx(float(to_point[0, 3]), rel=1e-5)
+
+
+def test_periodic_in_the_torsions() -> None:
+    prior = chain_prior()
+    field, t = contact_field(prior).double(), torch.tensor(0.2).double()
+    y = points(prior, "prior")
+    for column in (7, 8):
+        turned = y.clone()
+        turned[:, column] += 2 * math.pi
+        pairs = zip(field.with_divergence(t, y), field.with_divergence(t, turned), strict=True)
+        for one, two in pairs:
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_untrained_field_is_the_identity() -> None:
+    prior = chain_prior()
+    field = ContactField.fit(prior, n_samples=200, **SIZES).requires_grad_(False)
+    v, div = field.with_divergence(torch.tensor(0.5), points(prior, "prior").float())
+    assert float(v.abs().max()) == 0.0
+    assert float(div.abs().max()) == 0.0
+
+
+def test_pairs_are_those_that_can_meet() -> None:
+    field = ContactField.fit(chain_prior(), n_samples=500, **SIZES)
+    found = set(zip(*field.pairs, strict=True))
+    assert (0, 4) in found  # turned towards each other by the torsions
+    assert (0, 1) not in found  # a bond
+    assert (1, 3) not in found  # held by bonds and an angle
+    assert isinstance(field, VectorField)
+    assert field.exact_divergence
+
+
+def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    prior = chain_prior(tail_share=0.1)
+    field = contact_field(prior, 0.1)
+    again = build_vector_field("ContactField", json.loads(json.dumps(field.config)))
+    again.load_state_dict(field.state_dict())
+    y, t = points(prior, "prior").float(), torch.linspace(0, 1, 5)
+    again.requires_grad_(False)
+    for one, two in zip(field.with_divergence(t, y), again.with_divergence(t, y), strict=True):
+        assert torch.equal(one, two)
+    flow = EquivariantFlow(prior, field, grid=tuple(k / 8 for k in range(9)))
+    save_flow(flow, tmp_path / "flow")
+    loaded = load_flow(tmp_path / "flow")
+    loaded.module.requires_grad_(False)  # matmul folds differently where it tracks gradients
+    x, log_q = flow.sample_and_log_prob(20, generator=stream(5))
+    torch.testing.assert_close(loaded.log_prob(x), flow.log_prob(x), rtol=0, atol=0)
+    # The inverse is that of the same map (eight steps, float32 network).
+    assert float((loaded.log_prob(x) - log_q).abs().max()) < 1e-2
+
+
+def test_recipe_chooses_it() -> None:
+    prior = chain_prior()
+    target = SimpleNamespace(symmetry=None)
+    recipe = make_recipe("molecule", "thorough", {"recipe": {"field": SIZES}})
+    frames = torch.zeros(1, 5, 3)
+    field = build_field(recipe, prior, target, frames)  # type: ignore[arg-type]
+    assert isinstance(field, ContactField)
+    assert field.contact_out.shape == (7, 6)
+    plain = {k: v for k, v in SIZES.items() if k not in ("contacts", "n_rbf")}
+    recipe = make_recipe("molecule", "standard", {"recipe": {"field": plain}})
+    assert not isinstance(build_field(recipe, prior, target, frames), ContactField)  # type: ignore[arg-type]
