@@ -15,7 +15,8 @@ and the same sums over pairs enter the torsion network. Its divergence in z is
 
 one directional derivative of every distance per hidden unit, whatever the number of coordinates;
 :math:`\partial_y d_p` comes from :mod:`~openmm_eqflow.vector_fields.chart_geometry` and depends on
-no weight.
+no weight. Distances repeat after a full turn of a torsion: with them the field of a threefold
+rotor need not repeat after a third of one, as that of ``ChartField`` does.
 """
 
 from __future__ import annotations
