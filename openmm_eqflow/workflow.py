@@ -177,16 +177,16 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed + 12)
         # The first samples choose where the chains start, the others are their first proposals.
         k = len(samples.u) // 10
-        start = _starting_points(
-            recipe.n_chains, samples.x[:k], samples.log_weight[:k], generator
-        )
+        # Diagnostics need four steps of every chain, however few samples are asked for.
+        n_chains = max(1, min(recipe.n_chains, recipe.n_samples // 4))
+        start = _starting_points(n_chains, samples.x[:k], samples.log_weight[:k], generator)
         rest = Proposals(samples.x[k:], samples.log_q[k:], samples.u[k:] * target.kT)
         chains = run_chains(
             flow,
             target,
             start,
             run.path / "samples",
-            n_steps=-(-recipe.n_samples // recipe.n_chains),
+            n_steps=-(-recipe.n_samples // n_chains),
             n_proposals=recipe.n_proposals,
             n_local_steps=recipe.n_local_steps,
             seed=seed + 13,
