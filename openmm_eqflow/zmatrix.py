@@ -175,9 +175,9 @@ class ZMatrix:
         absolute = torch.atan2(
             (torch.linalg.cross(axis, a, dim=-1) * c).sum(-1), (a * c).sum(-1)
         )
-        return InternalCoordinates(bonds, angles, self._relative(absolute, -1.0))
+        return InternalCoordinates(bonds, angles, self.relative(absolute, -1.0))
 
-    def _relative(self, torsions: Tensor, sign: float) -> Tensor:
+    def relative(self, torsions: Tensor, sign: float) -> Tensor:
         """Subtract (sign -1) or add (+1) each group's leading torsion to its other members."""
         follower = [k for k, lead in enumerate(self.lead) if lead not in (-1, k)]
         if not follower:
@@ -196,7 +196,8 @@ class ZMatrix:
             + const
         )
 
-    def _levels(self) -> list[list[int]]:
+    def levels(self) -> list[list[int]]:
+        """Torsions (indices) whose atoms can be placed together, level by level."""
         depth = {row[0]: 0 for row in self.rows[:3]}
         levels: dict[int, list[int]] = {}
         for k, (atom, par, grand, ref) in enumerate(self.rows[3:]):
@@ -210,7 +211,7 @@ class ZMatrix:
         Atoms at the same depth of the tree are placed together.
         """
         bonds, angles, torsions = internal
-        absolute = self._relative(torsions, +1.0)
+        absolute = self.relative(torsions, +1.0)
         zero = torch.zeros_like(bonds[:, 0])
         first = torch.stack([bonds[:, 0], zero, zero], -1)
         second = bonds[:, 1, None] * torch.stack(
@@ -218,7 +219,7 @@ class ZMatrix:
         )
         placed = torch.stack([torch.zeros_like(first), first, second], 1)
         slot = {row[0]: k for k, row in enumerate(self.rows[:3])}
-        for level in self._levels():
+        for level in self.levels():
             rows = [self.rows[k + 3] for k in level]
             par, grand, ref = (
                 placed[:, [slot[row[c]] for row in rows]] for c in (1, 2, 3)

@@ -53,7 +53,8 @@ def test_flow_is_as_good_as_its_card(folder: Path) -> None:
     stated, _ = figure(card, "relative ESS (raw)")[:2]
     stated_log_z, log_z_error = figure(card, "log Z (mean-free, nm)")
     with build_target(load_system(folder.name)) as target:
-        log_w = draw_weighted(flow, target, n, seed=5).log_weight.numpy()
+        samples = draw_weighted(flow, target, n, seed=5)
+        log_w, log_q = samples.log_weight.numpy(), samples.log_q.numpy()
         stream = torch.Generator().manual_seed(6)
         prior = prior_log_weights(flow, target, 4000, generator=stream).numpy()
     halves = [relative_ess(half) for half in np.array_split(log_w, 4)]
@@ -64,6 +65,10 @@ def test_flow_is_as_good_as_its_card(folder: Path) -> None:
     assert relative_ess(log_w) > relative_ess(prior)
     ours = log_z(log_w)
     assert abs(ours.value - stated_log_z) < 4 * np.hypot(ours.error, log_z_error)
+    for lie in (log_w + log_q, log_w + 2 * log_q):  # power: log q dropped, its sign turned
+        wrong = log_z(lie)
+        assert abs(wrong.value - stated_log_z) > 4 * np.hypot(wrong.error, log_z_error)
+        assert abs(relative_ess(lie) - stated) > max(3 * spread, 0.08)
 
 
 @pytest.mark.slow

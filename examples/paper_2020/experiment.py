@@ -185,3 +185,24 @@ def train_all(
             return train_one(task, frames[task.system], budget, folder, report, device)
 
     return each_missing("training", folder, tasks, settings, work)
+
+
+def measure_flows(
+    arguments: argparse.Namespace,
+    title: str,
+    kind: str,
+    measure: Callable[[Task, Frames, argparse.Namespace, Report], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Train what is missing, measure every flow once; return all records of folder ``kind``."""
+    frames = prepare(arguments, arguments.sizes)
+    tasks = tasks_of(arguments, arguments.sizes)
+    train_all(tasks, frames, arguments)
+    settings = {"n_samples": arguments.n_samples, "training": asdict(budget_of(arguments))}
+    each_missing(
+        title,
+        arguments.out / kind,
+        tasks,
+        lambda task: settings,
+        lambda task, report: measure(task, frames[task.system], arguments, report),
+    )
+    return all_records(arguments.out / kind)

@@ -9,20 +9,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from experiment import (
-    all_records,
-    argument_parser,
-    budget_of,
-    each_missing,
-    errors_in_one_line,
-    prepare,
-    tasks_of,
-    train_all,
-)
+from experiment import argument_parser, errors_in_one_line, measure_flows
 from objectives import FIELDS
 from one_training import Report, Task
 from reference_frames import Frames
@@ -65,22 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n-samples", type=int, default=10_000)
     arguments = parser.parse_args(argv)
     with errors_in_one_line():
-        frames = prepare(arguments, arguments.sizes)
-        tasks = tasks_of(arguments, arguments.sizes)
-        train_all(tasks, frames, arguments)
-
-        def settings(task: Task) -> dict[str, Any]:
-            training = asdict(budget_of(arguments))
-            return {"n_samples": arguments.n_samples, "training": training}
-
-        each_missing(
-            "sampling",
-            arguments.out / "reweighting",
-            tasks,
-            settings,
-            lambda task, report: measure(task, frames[task.system], arguments, report),
-        )
-        records = all_records(arguments.out / "reweighting")
+        records = measure_flows(arguments, "sampling", "reweighting", measure)
         write_result(arguments.out, "reweighting", ess_table(records), draw_ess(records))
 
 

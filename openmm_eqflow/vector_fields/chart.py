@@ -31,10 +31,11 @@ from torch import Tensor, nn
 
 from openmm_eqflow.vector_fields.base import register_vector_field
 
-__all__ = ["ChartField"]
+__all__ = ["ChartField", "silu_with_derivative"]
 
 
-def _silu_with_derivative(a: Tensor) -> tuple[Tensor, Tensor]:
+def silu_with_derivative(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a * sigmoid(a) and its derivative."""
     sigmoid = torch.sigmoid(a)
     value = a * sigmoid
     return value, sigmoid + value * (1 - sigmoid)
@@ -162,8 +163,8 @@ class ChartField(nn.Module):
         head = self.head(context)
         w = self.width
         s0, g0, s1, g1, bias = head.split([w, w, w, w, self.n_stiff], 1)
-        h0, d0 = _silu_with_derivative((1 + s0) * (z @ self.w0.T) + g0)
-        h1, d1 = _silu_with_derivative((1 + s1) * (h0 @ self.w1.T) + g1)
+        h0, d0 = silu_with_derivative((1 + s0) * (z @ self.w0.T) + g0)
+        h1, d1 = silu_with_derivative((1 + s1) * (h0 @ self.w1.T) + g1)
         v = h1 @ self.w2.T + h0 @ self.w3.T + bias
         return v, (d0 * (1 + s0), d1 * (1 + s1))
 
@@ -174,8 +175,8 @@ class ChartField(nn.Module):
         a = a + features.flatten(1) @ self.torsion_in.flatten(0, 1)
         if extra is not None:
             a = a + extra
-        h0, d0 = _silu_with_derivative(a)
-        h1, d1 = _silu_with_derivative(self.torsion_hidden(h0))
+        h0, d0 = silu_with_derivative(a)
+        h1, d1 = silu_with_derivative(self.torsion_hidden(h0))
         return (h0 + h1) @ self.torsion_out.T, d0, d1
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:

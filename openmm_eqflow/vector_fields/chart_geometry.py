@@ -100,10 +100,15 @@ class ChartGeometry(nn.Module):
         # Atoms in the order in which they are placed, level by level.
         rows = self.zmatrix.rows
         order = [row[0] for row in rows[:3]]
-        self.levels: list[tuple[list[int], list[int]]] = []  # torsion index; parents' slots
-        for level in self.zmatrix._levels():
-            slots = [order.index(rows[k + 3][c]) for c in (1, 2, 3) for k in level]
-            self.levels.append((level, slots))
+        self.levels: list[list[int]] = []  # slots of the parents, grandparents, references
+        self.parents: list[list[int]] = [[], [], []]  # the same of all levels
+        self.placed: list[int] = []  # torsions in that order
+        for level in self.zmatrix.levels():
+            slots = [[order.index(rows[k + 3][c]) for k in level] for c in (1, 2, 3)]
+            self.levels.append([slot for column in slots for slot in column])
+            for total, column in zip(self.parents, slots, strict=True):
+                total += column
+            self.placed += level
             order += [rows[k + 3][0] for k in level]
         self.order = order
         self.back = [order.index(i) for i in range(n)]
@@ -147,9 +152,9 @@ class ChartGeometry(nn.Module):
         x, _ = self.zmatrix.from_internal(internal)
         n, count = len(y), self.n_particles
         # dq/dy: constant in z, through the mean and directly in tau.
-        k = len(self.modes)
-        slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[1 + k :])
-        slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1 : 1 + k])
+        half = 1 + len(self.modes)
+        slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[half:])
+        slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1:half])
         stiff = self.select[:, : self.n_stiff]
         dq = torch.cat(
             [
@@ -168,28 +173,21 @@ class ChartGeometry(nn.Module):
         v = torch.stack([torch.zeros_like(second), second, third], 1)
         if self.levels:
             transfer, frame = self._motion(x[:, self.order], internal)
+            k = torch.tensor(self.placed, device=y.device)
+            own = torch.stack([dq[:, k + 2], dq[:, k + count], dq[:, k + 2 * count - 3]], 2)
+            local = frame @ own
         offset = 0
-        for level, slots in self.levels:
-            m = len(level)
+        for slots in self.levels:
+            m = len(slots) // 3
             here = slice(offset, offset + m)
-            index = torch.tensor(level, device=y.device)
-            own = torch.stack(
-                [dq[:, index + 2], dq[:, index + count], dq[:, index + 2 * count - 3]], 2
-            )
-            parents = v[:, slots].reshape(n, 3, m, 3, -1).transpose(1, 2).flatten(2, 3)
-            v = torch.cat([v, transfer[:, here] @ parents + frame[:, here] @ own], 1)
+            before = v[:, slots].reshape(n, 3, m, 3, -1).transpose(1, 2).flatten(2, 3)
+            v = torch.cat([v, transfer[:, here] @ before + local[:, here]], 1)
             offset += m
         return x, v[:, self.back]
 
     def _motion(self, x: Tensor, internal: InternalCoordinates) -> tuple[Tensor, Tensor]:
         """Matrices (n, N - 3, 3, 9) of (v_p, v_g, v_r) and (n, N - 3, 3, 3) of (b, theta, phi)."""
-        order = [k for level, _ in self.levels for k in level]
-        parents: list[list[int]] = [[], [], []]
-        for level, slots in self.levels:
-            m = len(level)
-            for k in range(3):
-                parents[k] += slots[k * m : (k + 1) * m]
-        p, g, r = (x[:, column] for column in parents)
+        p, g, r = (x[:, column] for column in self.parents)
         length = torch.linalg.vector_norm(g - p, dim=-1, keepdim=True)
         e1 = (g - p) / length
         c = r - g
@@ -210,9 +208,9 @@ class ChartGeometry(nn.Module):
             ],
             -1,
         )
-        b = internal.bonds[:, [k + 2 for k in order], None]
-        theta = internal.angles[:, [k + 1 for k in order], None]
-        phi = self.zmatrix._relative(internal.torsions, +1.0)[:, order, None]
+        b = internal.bonds[:, [k + 2 for k in self.placed], None]
+        theta = internal.angles[:, [k + 1 for k in self.placed], None]
+        phi = self.zmatrix.relative(internal.torsions, +1.0)[:, self.placed, None]
         radial = torch.cos(phi) * e2 - torch.sin(phi) * normal
         across = -torch.sin(phi) * e2 - torch.cos(phi) * normal
         cos, sin = torch.cos(theta), torch.sin(theta)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_eqflow.vector_fields.base import register_vector_field
-from openmm_eqflow.vector_fields.chart import ChartField, _silu_with_derivative
+from openmm_eqflow.vector_fields.chart import ChartField, silu_with_derivative
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry
 
 __all__ = ["ContactField"]
@@ -136,13 +136,12 @@ class ContactField(ChartField):
         field.inverse_widths.copy_(0.8 * (n_rbf - 1) / gap[:, None])
         return field
 
-    def _contacts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, n_pairs, n_rbf), their slopes and unit vectors (n, n_pairs, 3)."""
+    def _distances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (n, n_pairs, 3), distances in widths from the centres, features of these."""
         r = x[:, self.pairs[0]] - x[:, self.pairs[1]]
         d = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
         a = (d - self.centres) * self.inverse_widths
-        phi = torch.exp(-0.5 * a * a)
-        return phi, -a * self.inverse_widths * phi, r / d
+        return r / d, a, torch.exp(-0.5 * a * a)
 
     def _stiff_contacts(
         self, z: Tensor, context: Tensor, total: Tensor
@@ -150,13 +149,13 @@ class ContactField(ChartField):
         """Velocity and the factor m sigma' of the trace."""
         m, g = self.contact_head(context).chunk(2, 1)
         a = total + z @ self.contact_z.T + g
-        h, slope = _silu_with_derivative(a)
+        h, slope = silu_with_derivative(a)
         return ((1 + m) * h) @ self.contact_out.T, (1 + m) * slope
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         """Velocity, shape of y."""
         z, features, _, time = self._inputs(t, y)
-        phi, _, _ = self._contacts(self.geometry.positions(y))
+        _, _, phi = self._distances(self.geometry.positions(y))
         total = phi.flatten(1) @ self.contact_in.flatten(0, 1)
         context = self._context(features, time)
         v = self._stiff(z, context)[0] + self._stiff_contacts(z, context, total)[0]
@@ -169,7 +168,8 @@ class ContactField(ChartField):
         """Velocity and its exact divergence, (n, n_coordinates) and (n,)."""
         z, features, slope, time = self._inputs(t, y)
         x, jacobian = self.geometry(y)
-        phi, slopes, unit = self._contacts(x)
+        unit, a, phi = self._distances(x)
+        slopes = -a * self.inverse_widths * phi
         total = phi.flatten(1) @ self.contact_in.flatten(0, 1)
         context = self._context(features, time)
         v, (d0, d1) = self._stiff(z, context)
