@@ -119,6 +119,8 @@ class WrongLatentFlow:
 
     def __init__(self, flow: EquivariantFlow, factor: float) -> None:
         self.flow, self.prior, self.factor = flow, flow.prior, factor
+        self.n_particles = getattr(flow, "n_particles", None)
+        self.n_dims = getattr(flow, "n_dims", None)
 
     def transform(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, log_q = self.flow.transform(z)

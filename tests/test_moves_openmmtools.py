@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from move_stand_ins import RadialField, WrongDensity, harmonic_flow
+from move_stand_ins import RadialField, WrongDensity, WrongLatentFlow, harmonic_flow
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, WeightedMove
 from openmmtools.states import SamplerState, ThermodynamicState
@@ -104,21 +104,37 @@ def test_harmonic_moments_to_three_hundredths(system: MolecularSystem, flow_path
     assert abs(log_z.value - harmonic_log_z(6)) < 4 * log_z.error
 
 
-@pytest.mark.statistical
-@pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
-def test_moves_with_langevin_sample_the_harmonic_target(
-    system: MolecularSystem, flow_path: Path, kind: str
-) -> None:
-    flow = load_flow(flow_path)
-    move = {
+def move_of_kind(kind: str, flow: EquivariantFlow) -> FlowMove | LatentMove | AnnealedMove:
+    return {
         "independence": lambda: FlowMove(flow, n_proposals=1, seed=11),
         "multiple-try": lambda: FlowMove(flow, n_proposals=4, seed=12),
         "latent": lambda: LatentMove(flow, step=0.7, n_repeats=3, seed=13),
         "annealed": lambda: AnnealedMove(flow, n_proposals=2, n_bridge=2, step=0.5, seed=14),
     }[kind]()
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
+def test_moves_with_langevin_sample_the_harmonic_target(
+    system: MolecularSystem, flow_path: Path, kind: str
+) -> None:
+    move = move_of_kind(kind, load_flow(flow_path))
     u = reduced_energies(system, SequenceMove([langevin(), move]), 330.0, 600)
     assert has_analytic_moments(u, 0.4, 5.0)
     assert 0.2 < move.statistics["n_accepted"] / move.statistics["n_proposed"] < 1.0
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+@pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
+def test_power_with_langevin(
+    system: MolecularSystem, flow_path: Path, kind: str, factor: float
+) -> None:
+    move = move_of_kind(kind, load_flow(flow_path))
+    wrong = WrongLatentFlow if kind in ("latent", "annealed") else WrongDensity
+    move._flow = wrong(move.flow, factor)  # type: ignore[assignment]
+    u = reduced_energies(system, SequenceMove([langevin(), move]), 330.0, 600)
+    assert not has_analytic_moments(u, 1.5, 5.0)
 
 
 @pytest.mark.statistical

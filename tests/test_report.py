@@ -15,6 +15,7 @@ from synthetic_runs import PHI_POSITIVE, write_run
 from openmm_eqflow.compare import compare
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.report import write_report
+from openmm_eqflow.report.checks import chain_checks
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import compare_ensembles
 from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, new_figure, style, to_svg
@@ -116,13 +117,25 @@ def test_stuck_chains_and_heavy_weights_read_as_bad(tmp_path):
     verdict, _ = judged(write_run(tmp_path / "run", stuck=True, spread=4.0))
     assert verdict.word == "Not converged"
     assert verdict.flow == "poor"
-    assert "rejected 100 of 100 flow moves" in verdict.sentence
+    assert "100% of all flow moves lie in long stretches of rejections" in verdict.sentence
     assert "the flow is poor" in verdict.sentence
     assert "--budget standard" in verdict.advice
     grades = {check.name: check.grade for check in verdict.checks}
     assert grades["largest weight in the chain against proposals"] == "poor"
     assert grades["agreement between chains"] == "poor"
     assert grades["Pareto k of the weights"] == "poor"
+
+
+@pytest.mark.parametrize(
+    ("n_stuck", "length", "grade"),
+    [(0, 0, "good"), (1, 30, "good"), (1, 100, "good"), (8, 60, "fair"), (40, 100, "poor")],
+)
+def test_one_unlucky_chain_of_many_is_no_verdict(good, n_stuck, length, grade):
+    accepted = np.ones((100, 100), dtype=bool)
+    accepted[:n_stuck, :length] = False
+    run = dataclasses.replace(load_run(good), accepted=accepted)
+    (check,) = [c for c in chain_checks(run, {}, None) if "stuck" in c.name]
+    assert check.grade == grade
 
 
 def test_poor_flow_alone_makes_agreeing_chains_doubtful(tmp_path):
