@@ -17,7 +17,6 @@ hand of a stereocentre, :math:`\log p_1 = -\infty`: rejected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch

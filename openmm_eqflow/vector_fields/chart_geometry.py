@@ -195,7 +195,7 @@ class ChartGeometry(nn.Module):
     def pull_back(
         self, motion: ChartMotion, gradient: Tensor, columns: Tensor
     ) -> tuple[Tensor, Tensor]:
-        r"""Derivatives along the chart of functions of x whose gradients are known.
+        r"""Return derivatives along the chart of functions of x whose gradients are known.
 
         The recursion of :meth:`forward` backwards: what acts on an atom is handed on to those that
         carry it, so that the cost is that of N atoms and not of N times d entries of dx/dy.
@@ -243,7 +243,7 @@ class ChartGeometry(nn.Module):
         return (inner * stiff).sum(1), slope.transpose(1, 2) @ inner
 
     def _slope(self, cos: Tensor, sin: Tensor) -> Tensor:
-        """Derivative of internal coordinates along the torsions, (n, 3 N - 6, n_soft)."""
+        """Return dq/dtau of the internal coordinates q, (n, 3 N - 6, n_soft)."""
         half = 1 + len(self.modes)
         slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[half:])
         slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1:half])

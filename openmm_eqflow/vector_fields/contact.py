@@ -191,7 +191,8 @@ class ContactField(ChartField):
         div = ((d1 @ mixing) * d0).sum(1) + d0 @ diagonal
         more, factor = self._stiff_contacts(z, context, total)
         v = v + more
-        trace, change = (self._by_atom if self.by_atom else self._by_pair)(unit, slopes, move)
+        respond: Any = self._by_atom if self.by_atom else self._by_pair
+        trace, change = respond(unit, slopes, move)
         trace = trace + (self.contact_z.T * self.contact_out).sum(0)
         div = div + (factor * trace).sum(1)
         if not self.n_soft:
