@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -116,6 +117,17 @@ def _feeder(p: _Parts, source: PathSampler | None) -> PoolFeeder:
     return feeder
 
 
+def _path_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of the path sampler; an unknown one is an error."""
+    options: dict[str, Any] = dict(recipe.annealed or {})
+    for key in options:
+        if key not in PathSampler.OPTIONS:
+            near = difflib.get_close_matches(key, PathSampler.OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {PathSampler.OPTIONS}"
+            raise ConfigurationError(f"annealed: unknown key {key!r}; {hint}")
+    return options
+
+
 def _liouville(p: _Parts) -> Any:
     if len(p.prior.event_shape) != 1:
         raise ConfigurationError(
@@ -135,10 +147,9 @@ def _liouville(p: _Parts) -> Any:
     def sampler(base: Pool, seed: int) -> PathSampler:
         # Its own stream, so that every process finds the same step sizes.
         stream = torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = dict(p.recipe.annealed or {})
         return PathSampler(p.prior, p.target, base, generator=stream, **options)
 
-    annealed = p.recipe.annealed is not None
+    annealed, options = p.recipe.annealed is not None, _path_options(p.recipe)
     feeder = None if annealed else _feeder(p, None)  # works while the pools are filled
     first = pool(p.recipe.n_pool, thin(p.frames, MAX_FRAMES))
     held_out = pool(_N_HELD_OUT, thin(p.test, _N_HELD_OUT))

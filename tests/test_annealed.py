@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +18,25 @@ from test_liouville import (
     GaussianTarget,
     pool,
 )
+from tiny_molecule import write_system
 from torch import Tensor
 
+from openmm_eqflow import fitting
 from openmm_eqflow.balance import (
     balance_log_weights,
     bennett_log_z,
     path_free_energies,
     path_weights,
 )
+from openmm_eqflow.checkpoint import load_tensors
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.library import load_system
 from openmm_eqflow.losses.annealed import PathSampler, PathState, path_trajectory
 from openmm_eqflow.losses.liouville import LiouvilleLoss
 from openmm_eqflow.losses.pool import Pool, PoolFeeder, join_pools
+from openmm_eqflow.reference import load_reference
+from openmm_eqflow.rundir import RunDirectory
+from openmm_eqflow.workflow import build_target, run_stage
 
 SHIFT, WIDTH, HEIGHT = 1.2, 0.5, 0.7  # p_1 = exp(HEIGHT - (y - SHIFT)^2 / (2 WIDTH^2)), one y
 
@@ -290,3 +300,79 @@ def test_chunk_depends_on_seed_and_number_only():
 def test_numbers_out_of_range_are_errors(wrong):
     with pytest.raises(ValueError, match="expected at least 1 each"):
         sampler(GaussianTarget(), **wrong)
+
+
+ANNEALED = {
+    "annealed": {"levels": 3, "n_trajectories": 2, "n_steps": 3},
+    "max_pool": 3_000,
+    "max_steps": 25,
+    "train_seconds": 600,
+    "grow_every": 10,
+    "n_shards": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def molecule(tmp_path_factory):
+    """Run directory of a small molecule with reference data; its recipe has a renewed pool."""
+    folder = tmp_path_factory.mktemp("annealed")
+    write_system(folder / "hooh", recipe=ANNEALED)
+    system = load_system(folder / "hooh")
+    with build_target(system) as target:
+        run = RunDirectory.create(
+            folder / "run", system, target, budget="quick", seed=0, device="cpu"
+        )
+        run_stage(run, "reference")
+        yield run, target, load_reference(run.path)
+
+
+def test_a_recipe_has_a_renewed_pool_and_resumes_bit_for_bit(molecule, tmp_path, monkeypatch):
+    run, target, data = molecule
+    assert run.config.recipe.annealed == ANNEALED["annealed"]
+    levels: list[set[float]] = []
+    set_pool = LiouvilleLoss.set_pool
+
+    def watched(self: LiouvilleLoss, new: Pool) -> None:
+        set_pool(self, new)
+        levels.append(set(new.level.tolist()))
+
+    monkeypatch.setattr(LiouvilleLoss, "set_pool", watched)
+    often = fitting.training_settings
+    monkeypatch.setattr(
+        fitting, "training_settings", lambda *a, **k: replace(often(*a, **k), checkpoint_seconds=0)
+    )
+
+    def trained(folder: Path, stop_at: int = 0) -> list[Tensor]:
+        calls = []
+        step = LiouvilleLoss.__call__
+
+        def counted(self: LiouvilleLoss, n: int, generator: torch.Generator) -> Tensor:
+            calls.append(n)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+            return step(self, n, generator)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LiouvilleLoss, "__call__", counted)
+            flow, result = fitting.train_flow(
+                run.config.recipe, target, data, seed=0, folder=folder
+            )
+        assert result.n_steps == 25
+        return list(flow.module.state_dict().values())
+
+    whole = trained(tmp_path / "whole")
+    path = {0.0, 1 / 3, 2 / 3, 1.0}
+    assert levels[:2] == [path, {0.0, 1.0}]  # held-out pool, then that of the training
+    assert path in levels[2:]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", stop_at=18)
+    assert load_tensors(tmp_path / "parts" / "checkpoint.safetensors")[1]["step"] == 17
+    resumed = trained(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_an_unknown_entry_of_annealed_is_an_error(molecule, tmp_path):
+    run, target, data = molecule
+    recipe = replace(run.config.recipe, annealed={"levles": 3})
+    with pytest.raises(ConfigurationError, match=r"annealed: .*'levles'.*did you mean 'levels'"):
+        fitting.train_flow(recipe, target, data, seed=0, folder=tmp_path)

@@ -154,6 +154,9 @@ class PathSampler:
         A number is out of range.
     """
 
+    #: Arguments a recipe may set.
+    OPTIONS = ("levels", "prior_share", "n_trajectories", "n_steps")
+
     def __init__(
         self,
         prior: Prior,
