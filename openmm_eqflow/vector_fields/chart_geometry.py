@@ -51,8 +51,8 @@ class ChartMotion(NamedTuple):
     internal: InternalCoordinates
     slope: Tensor
     """Derivative of the internal coordinates along the torsions, (n, 3 N - 6, n_soft)."""
-    matrices: tuple[Tensor, Tensor] | None
-    """(n, N - 3, 3, 9) of parents' velocities and (n, N - 3, 3, 3) of (b, theta, phi)."""
+    matrices: Tensor | None
+    """(n, N - 3, 12, 3): from what acts on an atom to its three parents and (b, theta, phi)."""
 
 
 class ChartGeometry(nn.Module):
@@ -189,8 +189,11 @@ class ChartGeometry(nn.Module):
         """Return x (n, N, 3) and what :meth:`pull_back` needs."""
         internal, cos, sin = self._internal(y)
         x, _ = self.zmatrix.from_internal(internal)
-        matrices = self._motion(x[:, self.order], internal) if self.levels else None
-        return x, ChartMotion(internal, self._slope(cos, sin), matrices)
+        slope, matrices = self._slope(cos, sin)[:, self.listed], None
+        if self.levels:
+            pair = self._motion(x[:, self.order], internal)
+            matrices = torch.cat(pair, 3).transpose(2, 3).contiguous()
+        return x, ChartMotion(internal, slope, matrices)
 
     def pull_back(
         self, motion: ChartMotion, gradient: Tensor, columns: Tensor
@@ -215,32 +218,28 @@ class ChartGeometry(nn.Module):
             :math:`\sum_i \partial a_j / \partial z_i\, C_{ij}` (n, h) and
             :math:`\partial a_j / \partial \tau` (n, n_soft, h).
         """
-        n, count = len(gradient), self.n_particles
+        n = len(gradient)
         acting = gradient[:, self.order]
         own: list[Tensor] = []
-        offset = count - 3
+        stop = self.n_particles - 3
         for slots in reversed(self.levels):
-            transfer, frame = motion.matrices  # type: ignore[misc]
             m = len(slots) // 3
-            offset -= m
-            here = slice(offset, offset + m)
-            last = acting[:, 3 + offset :]
-            own.insert(0, frame[:, here].transpose(2, 3) @ last)
-            handed = (transfer[:, here].transpose(2, 3) @ last).reshape(n, m, 3, 3, -1)
-            acting = acting[:, : 3 + offset].index_add(
-                1,
-                torch.tensor(slots, device=gradient.device),
-                handed.transpose(1, 2).flatten(1, 2),
-            )
+            stop -= m
+            acting, last = acting.split([3 + stop, m], 1)
+            assert motion.matrices is not None
+            handed = motion.matrices[:, stop : stop + m] @ last
+            parents, inner = handed.split([9, 3], 2)
+            own.insert(0, inner.flatten(1, 2))
+            parents = parents.unflatten(2, (3, 3)).transpose(1, 2).flatten(1, 2)
+            acting = acting.index_add(1, torch.tensor(slots, device=acting.device), parents)
         along, out, up = self._base(motion.internal)
         first = [
             torch.einsum("nc,nch->nh", unit, acting[:, slot])[:, None]
             for unit, slot in ((along, 1), (out, 2), (up, 2))
         ]
-        inner = torch.cat([*first, *(part.flatten(1, 2) for part in own)], 1)
+        inner = torch.cat([*first, *own], 1)
         stiff = self.select[self.listed, : self.n_stiff] @ (self.factor @ columns)
-        slope = motion.slope[:, self.listed]
-        return (inner * stiff).sum(1), slope.transpose(1, 2) @ inner
+        return (inner * stiff).sum(1), motion.slope.transpose(1, 2) @ inner
 
     def _slope(self, cos: Tensor, sin: Tensor) -> Tensor:
         """Return dq/dtau of the internal coordinates q, (n, 3 N - 6, n_soft)."""
