@@ -218,7 +218,6 @@ class ChartGeometry(nn.Module):
             :math:`\sum_i \partial a_j / \partial z_i\, C_{ij}` (n, h) and
             :math:`\partial a_j / \partial \tau` (n, n_soft, h).
         """
-        n = len(gradient)
         acting = gradient[:, self.order]
         own: list[Tensor] = []
         stop = self.n_particles - 3
