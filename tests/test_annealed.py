@@ -274,9 +274,22 @@ def test_chunk_depends_on_seed_and_number_only():
     )
     assert not torch.equal(chunks[3].y[:50], chunks[4].y[:50])  # type: ignore[union-attr]
 
-    # A resumed run, which jumps to its step, has the same points as one that came there.
-    def grown(steps: list[int]) -> tuple[LiouvilleLoss, Pool]:
-        source = feeder()
+
+
+def test_a_resumed_pool_is_the_same_and_makes_no_chunk_in_vain():
+    made = sampler(CoupledTarget(), levels=3, n_trajectories=2)
+    numbers: list[int] = []
+
+    class Counted(PoolFeeder):
+        def _make(self, k: int) -> Pool:
+            numbers.append(k)
+            return super()._make(k)
+
+    def grown(steps: list[int]) -> LiouvilleLoss:
+        numbers.clear()
+        source = Counted(
+            FlatPrior(), CoupledTarget(), chunk=300, n_chunks=20, seed=7, source=made
+        )
         first = pool(CoupledTarget(), 400)
         loss = LiouvilleLoss(
             ExactField(), first, feeder=source, grow_every=10, capacity=1_000
@@ -284,14 +297,17 @@ def test_chunk_depends_on_seed_and_number_only():
         for step in steps:
             loss.grow(step)
         source.close()
-        return loss, first
+        return loss
 
-    (walked, first), (jumped, _) = grown(list(range(46))), grown([45])
-    assert len(walked.pool.y) == 1_000  # the newest ones
-    assert torch.equal(walked.pool.y, join_pools(first, *chunks[:4]).y[-1_000:])  # type: ignore[arg-type]
-    assert torch.equal(walked.pool.y, jumped.pool.y)
-    assert torch.equal(walked.cumulative, jumped.cumulative)
-    assert torch.equal(walked.mean_log_weight, jumped.mean_log_weight)
+    for last in (25, 45, 155):
+        walked = grown(list(range(last + 11)))
+        jumped = grown([last, last + 10])
+        if last == 155:  # the pool holds the newest four of sixteen
+            assert set(numbers).isdisjoint(range(3, 8))
+        assert len(walked.pool.y) == min(1_000, 400 + 300 * (last // 10 + 1))
+        assert torch.equal(walked.pool.y, jumped.pool.y)
+        assert torch.equal(walked.cumulative, jumped.cumulative)
+        assert torch.equal(walked.mean_log_weight, jumped.mean_log_weight)
 
 
 @pytest.mark.parametrize(

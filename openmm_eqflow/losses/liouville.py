@@ -70,13 +70,12 @@ class LiouvilleLoss:
         self.set_pool(pool)
 
     def grow(self, step: int) -> None:
-        """Take the chunks that are due at ``step`` (all earlier ones too, after a resume)."""
-        fresh = []
-        while self.feeder is not None and self.n_grown < step // self.grow_every:
-            chunk = self.feeder.next()
-            self.n_grown += 1
-            if chunk is not None:
-                fresh.append(chunk)
+        """Take the chunks that are due at ``step`` (after a resume all that the pool still has)."""
+        due = step // self.grow_every
+        if self.feeder is None or due <= self.n_grown:
+            return
+        fresh = self.feeder.take(due, self.capacity)
+        self.n_grown = due
         if fresh:
             joined = join_pools(self.pool, *fresh)
             self.set_pool(Pool(*(v[-self.capacity :] for v in joined)))

@@ -199,12 +199,40 @@ class PoolFeeder:
         self.prefetch()
         return share_pool(pool, owner)
 
+    def take(self, stop: int, capacity: int = 0) -> list[Pool]:
+        """Return the chunks before number ``stop`` that were not handed out yet, in order.
+
+        Of these a pool of ``capacity`` points (0: any number) keeps the newest only; those that it
+        would drop are not made, which is what makes a late resume quick.
+        """
+        stop = min(stop, self.n_chunks)
+        if not capacity or stop - self._next < 2:
+            made = [self.next() for _ in range(self._next, stop)]
+            return [pool for pool in made if pool is not None]
+        taken: list[Pool] = []
+        k = stop
+        while k > self._next and sum(len(pool.y) for pool in taken) < capacity:
+            k -= 1
+            for coming in range(k, max(k - 3, self._next - 1), -1):
+                self._submit(coming)
+            owner = k % world_size()
+            pool = self._pending.pop(k).result() if owner == rank() else None
+            taken.insert(0, share_pool(pool, owner))
+        for skipped in [k for k in self._pending if k < stop]:
+            self._pending.pop(skipped).cancel()
+        self._next = stop
+        self.prefetch()
+        return taken
+
     def prefetch(self, ahead: int = 3) -> None:
         """Start making the coming chunks."""
         for k in range(self._next, min(self._next + ahead, self.n_chunks)):
-            mine = k % world_size() == rank()
-            if mine and k not in self._pending and not self._stop.is_set():
-                self._pending[k] = self._executor.submit(self._make, k)
+            self._submit(k)
+
+    def _submit(self, k: int) -> None:
+        mine = k % world_size() == rank()
+        if mine and k not in self._pending and not self._stop.is_set():
+            self._pending[k] = self._executor.submit(self._make, k)
 
     def close(self) -> None:
         """Stop the thread; a chunk under way is finished first."""
