@@ -33,7 +33,7 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.library import load_system
 from openmm_eqflow.losses.annealed import PathSampler, PathState, path_trajectory
 from openmm_eqflow.losses.liouville import LiouvilleLoss
-from openmm_eqflow.losses.pool import Pool, PoolFeeder, join_pools
+from openmm_eqflow.losses.pool import Pool, PoolFeeder
 from openmm_eqflow.reference import load_reference
 from openmm_eqflow.rundir import RunDirectory
 from openmm_eqflow.workflow import build_target, run_stage

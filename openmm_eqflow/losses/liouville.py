@@ -70,7 +70,7 @@ class LiouvilleLoss:
         self.set_pool(pool)
 
     def grow(self, step: int) -> None:
-        """Take the chunks that are due at ``step`` (after a resume all that the pool still has)."""
+        """Take the chunks due at ``step`` (after a resume all that the pool still has)."""
         due = step // self.grow_every
         if self.feeder is None or due <= self.n_grown:
             return
