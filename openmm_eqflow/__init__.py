@@ -19,6 +19,8 @@ log p(y) - log volume                      log p0             priors.internal.In
 8 pi^2 N^(-3/2) prod b^2 sin theta         log volume         zmatrix.ZMatrix.log_volume                 test_zmatrix::test_volume_element_is_the_jacobian_determinant
 E[s + Sigma g] = E[s]                      Sigma              priors.fit.fit_internal_prior              test_internal_prior::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]   r_t                losses.liouville.LiouvilleLoss             test_liouville::test_exact_field_has_no_residual
+w^t / sum_l alpha_l exp(t_l log w - F_l)   omega_t            balance.path_weights                       test_annealed::test_weights_give_moments_of_every_time
+exp(-Delta H) for p_0^(1-t) p_1^t          acceptance         losses.annealed.path_trajectory            test_annealed::test_trajectories_leave_the_level_invariant
 |v(t, x_t) - (x_1 - x_0)|^2                loss               losses.flow_matching.FlowMatchingLoss      test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
 -E_data[log q]                             NLL                losses.likelihood.LikelihoodLoss           test_objectives::test_likelihood_is_the_flows_own
 E_q[log q + u]                             KL(q|p)            losses.reverse_kl.ReverseKLLoss            test_objectives::test_reverse_kl_takes_forces_from_openmm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from openmm_eqflow.distributed import is_main, share
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.losses.annealed import PathSampler
 from openmm_eqflow.losses.chart_target import ChartTarget
 from openmm_eqflow.losses.combined import ScheduledLoss
 from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
@@ -101,6 +103,31 @@ def build_objective(
     return ScheduledLoss(made, schedule), close
 
 
+def _feeder(p: _Parts, source: PathSampler | None) -> PoolFeeder:
+    feeder = PoolFeeder(
+        p.prior,
+        p.target,
+        chunk=p.recipe.chunk,
+        n_chunks=p.recipe.n_chunks,
+        seed=p.seed + 1000,
+        source=source,
+    )
+    p.stack.callback(feeder.close)
+    feeder.prefetch()
+    return feeder
+
+
+def _path_options(recipe: Recipe) -> dict[str, Any]:
+    """Keyword arguments of the path sampler; an unknown one is an error."""
+    options: dict[str, Any] = dict(recipe.annealed or {})
+    for key in options:
+        if key not in PathSampler.OPTIONS:
+            near = difflib.get_close_matches(key, PathSampler.OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {PathSampler.OPTIONS}"
+            raise ConfigurationError(f"annealed: unknown key {key!r}; {hint}")
+    return options
+
+
 def _liouville(p: _Parts) -> Any:
     if len(p.prior.event_shape) != 1:
         raise ConfigurationError(
@@ -108,11 +135,6 @@ def _liouville(p: _Parts) -> Any:
             "or objective: flow-matching"
         )
     p.report(0.0, "filling the training pool")
-    feeder = PoolFeeder(
-        p.prior, p.target, chunk=p.recipe.chunk, n_chunks=p.recipe.n_chunks, seed=p.seed + 1000
-    )
-    p.stack.callback(feeder.close)
-    feeder.prefetch()
 
     def pool(n_prior: int, frames: Tensor) -> Pool:
         if not is_main():
@@ -122,12 +144,27 @@ def _liouville(p: _Parts) -> Any:
         )
         return share_pool(made)
 
+    def sampler(base: Pool, seed: int) -> PathSampler:
+        # Its own stream, so that every process finds the same step sizes.
+        stream = torch.Generator().manual_seed(seed)
+        return PathSampler(p.prior, p.target, base, generator=stream, **options)
+
+    annealed, options = p.recipe.annealed is not None, _path_options(p.recipe)
+    feeder = None if annealed else _feeder(p, None)  # works while the pools are filled
+    first = pool(p.recipe.n_pool, thin(p.frames, MAX_FRAMES))
+    held_out = pool(_N_HELD_OUT, thin(p.test, _N_HELD_OUT))
+    if annealed:
+        p.report(0.0, "tuning the trajectories of the training pool")
+        feeder = _feeder(p, sampler(first, p.seed + 3))
+        source = sampler(held_out, p.seed + 4)
+        held_out = share_pool(source.chunk(2 * _N_HELD_OUT, p.generator) if is_main() else None)
     return LiouvilleLoss(
         p.field,
-        pool(p.recipe.n_pool, thin(p.frames, MAX_FRAMES)),
-        held_out=pool(_N_HELD_OUT, thin(p.test, _N_HELD_OUT)),
+        first,
+        held_out=held_out,
         feeder=feeder,
         grow_every=p.recipe.grow_every,
+        capacity=p.recipe.max_pool,
     )
 
 

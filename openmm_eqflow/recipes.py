@@ -44,6 +44,13 @@ class Recipe:
         Refinement of the internal-coordinate prior on its own samples.
     n_pool, chunk, n_chunks, grow_every
         Liouville pool: initial prior points, points and number of later chunks, steps between.
+    max_pool
+        Points the Liouville pool keeps at most, the newest ones; 0 for all.
+    annealed
+        With a mapping, later chunks hold points of the whole path between prior and target, moved
+        by Hamiltonian Monte Carlo, and so does the held-out pool: for molecules whose prior is so
+        poor that the pool's few points near the target would be learnt by heart. Its entries are
+        keyword arguments of :class:`~openmm_eqflow.losses.annealed.PathSampler`.
     ode_steps
         RK4 steps of objectives that simulate the flow (nll, reverse-kl, path-forward,
         path-reverse).
@@ -79,6 +86,8 @@ class Recipe:
     chunk: int = 30_000
     n_chunks: int = 30
     grow_every: int = 100
+    max_pool: int = 0
+    annealed: Mapping[str, Any] | None = None
     grid_tolerance: float = 5e-5
     ode_steps: int = 8
     max_steps: int = 0

@@ -110,11 +110,13 @@ def full_trace(field: ContactField, t: torch.Tensor, y: torch.Tensor) -> tuple[t
     return diagonal.sum(1), diagonal.abs().sum(1)
 
 
+@pytest.mark.parametrize("by_atom", [False, True])
 @pytest.mark.parametrize("kind", ["prior", "data", "tail"])
 @pytest.mark.parametrize("name", PRIORS)
-def test_divergence_is_the_trace(name: str, kind: str) -> None:
+def test_divergence_is_the_trace(name: str, kind: str, by_atom: bool) -> None:
     prior = PRIORS[name]()
     field = contact_field(prior).double()
+    field.by_atom = by_atom
     y = points(prior, kind)
     t = torch.linspace(0, 1, len(y)).double()
     v, div = field.with_divergence(t, y)
@@ -125,6 +127,44 @@ def test_divergence_is_the_trace(name: str, kind: str) -> None:
     blind = contact_field(prior).double()
     blind.centres += 50.0  # no distance is there
     assert float((blind.with_divergence(t, y)[1] - div).abs().max()) > 1e-6 or kind == "tail"
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_pull_back_is_the_transpose_of_the_derivative(name: str) -> None:
+    geometry = ChartGeometry.of(PRIORS[name]()).double()
+    y = points(PRIORS[name](), "prior")
+    x, jacobian = geometry(y)
+    n, h = len(y), 3
+    # Gradients of functions of distances: no net force, no net torque.
+    weight = torch.randn(h, x.shape[1], x.shape[1], generator=stream(8), dtype=torch.float64)
+    pulls = torch.einsum("hij,nijc->nich", weight + weight.mT, x[:, :, None] - x[:, None])
+    columns = torch.randn(geometry.n_stiff, h, generator=stream(9), dtype=torch.float64)
+    again, motion = geometry.linearise(y)
+    along, soft = geometry.pull_back(motion, pulls, columns)
+    assert torch.equal(again, x)
+    full = torch.einsum("nach,nacd->ndh", pulls, jacobian)
+    torch.testing.assert_close(along, (full[:, : geometry.n_stiff] * columns).sum(1))
+    torch.testing.assert_close(soft, full[:, geometry.n_stiff :])
+    assert soft.shape == (n, geometry.n_soft, h)
+
+
+def test_many_pairs_are_summed_by_atom() -> None:
+    prior = chain_prior()
+    few = contact_field(prior)
+    assert not few.by_atom  # arithmetic of small molecules, bit for bit
+    pairs = [[0, 3], [0, 4], [1, 4]] * 150
+    many = ContactField(prior.zmatrix.config(), prior.soft, 3, pairs, **SIZES)
+    assert many.by_atom
+    gradients = []
+    for by_atom in (False, True):
+        few.by_atom = by_atom
+        few.double().requires_grad_(True)
+        v, div = few.with_divergence(torch.tensor(0.3).double(), points(prior, "prior"))
+        loss = (div + v.sum(1)).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(few.parameters())))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+    assert float(gradients[0][0].abs().max()) > 0
 
 
 def test_without_any_pair() -> None:

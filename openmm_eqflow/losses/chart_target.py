@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.errors import TrainingError
-from openmm_eqflow.losses.pool import Target, latent_target
+from openmm_eqflow.losses.pool import Target, latent_target, prior_score
 from openmm_eqflow.priors.base import Prior
 
 __all__ = ["ChartTarget", "bound_energy", "prior_score"]
@@ -41,15 +41,6 @@ def bound_energy(u: Tensor, energy_high: float) -> tuple[Tensor, Tensor]:
     bounded = torch.where(excess > 0, energy_high + torch.log1p(excess), u)
     slope = torch.where(excess < _ENERGY_MAX, 1 / (1 + excess), torch.zeros_like(excess))
     return bounded, slope
-
-
-def prior_score(prior: Prior, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Log density of the prior (n,) and its gradient in the chart, without a graph."""
-    with torch.enable_grad():
-        point = y.detach().requires_grad_(True)
-        log_p = prior.latent_log_prob(point)
-        (gradient,) = torch.autograd.grad(log_p.sum(), point)
-    return log_p.detach(), gradient
 
 
 class ChartTarget:

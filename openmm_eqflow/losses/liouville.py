@@ -8,7 +8,8 @@ obeys
 
 (Máté, Fleuret 2023, arXiv:2301.07388; NETS, arXiv:2410.02711). The residual vanishes *pointwise*
 for the exact field: no irreducible noise, one field evaluation per sample, no ODE in training. The
-points come from a pool of prior samples and reference frames, weighted for every t by the balance
+points come from a pool of prior samples and reference frames, and of whatever levels of the path
+between them (:mod:`~openmm_eqflow.losses.annealed`), weighted for every t by the balance
 heuristic (:mod:`openmm_eqflow.balance`). The pool only decides where the residual is made
 small; it never biases the field it converges to.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.balance import balance_log_weights, bennett_log_z
+from openmm_eqflow.balance import path_weights
 from openmm_eqflow.losses.pool import Pool, PoolFeeder, join_pools
 
 __all__ = ["LiouvilleLoss"]
@@ -41,6 +42,8 @@ class LiouvilleLoss:
         A pool of other points, for :meth:`validation`.
     feeder
         Source of fresh chunks; one is taken every ``grow_every`` steps.
+    capacity
+        Points kept at most, the newest ones; 0 for all.
     damping
         Residuals beyond this many kT count linearly.
     breadth
@@ -55,35 +58,36 @@ class LiouvilleLoss:
         held_out: Pool | None = None,
         feeder: PoolFeeder | None = None,
         grow_every: int = 100,
+        capacity: int = 0,
         damping: float = 4.0,
         breadth: float = 0.1,
     ) -> None:
         self.field: Any = field
         self.damping, self.breadth = damping, breadth
         self.feeder, self.grow_every, self.n_grown = feeder, grow_every, 0
+        self.capacity = capacity
         self.held_out = None if held_out is None else LiouvilleLoss(field, held_out, breadth=0.0)
         self.set_pool(pool)
 
     def grow(self, step: int) -> None:
-        """Take the chunks that are due at ``step`` (all earlier ones too, after a resume)."""
-        fresh = []
-        while self.feeder is not None and self.n_grown < step // self.grow_every:
-            chunk = self.feeder.next()
-            self.n_grown += 1
-            if chunk is not None:
-                fresh.append(chunk)
+        """Take the chunks due at ``step`` (after a resume all that the pool still has)."""
+        due = step // self.grow_every
+        if self.feeder is None or due <= self.n_grown:
+            return
+        fresh = self.feeder.take(due, self.capacity)
+        self.n_grown = due
         if fresh:
-            self.set_pool(join_pools(self.pool, *fresh))
+            joined = join_pools(self.pool, *fresh)
+            self.set_pool(Pool(*(v[-self.capacity :] for v in joined)))
 
     def set_pool(self, pool: Pool) -> None:
         """Replace the pool and its time-dependent weights; moved to the device of the field."""
         device = next(self.field.parameters()).device
         pool = Pool(*(v.to(device) for v in pool))
         self.pool = pool
-        relative = pool.log_weight - bennett_log_z(pool.log_weight, pool.from_prior)
-        self.relative = relative.float()
         times = torch.linspace(0, 1, _N_TIMES, dtype=torch.float64, device=device)
-        weights = torch.softmax(balance_log_weights(relative, pool.from_prior, times), dim=1)
+        relative, weights = path_weights(pool.log_weight, pool.level, times)
+        self.relative = relative.float()
         self.mean_log_weight = (weights @ relative).float()
         # One increasing table for all times: row k holds k + (cumulative weights), so that a
         # single searchsorted serves a batch of mixed times.

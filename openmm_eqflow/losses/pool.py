@@ -20,12 +20,14 @@ from openmm_eqflow.distributed import rank, share_tensors, world_size
 from openmm_eqflow.priors.base import Prior
 
 __all__ = [
+    "ChunkSource",
     "Pool",
     "PoolFeeder",
     "Target",
     "build_pool",
     "join_pools",
     "latent_target",
+    "prior_score",
     "share_pool",
 ]
 
@@ -39,13 +41,16 @@ class Target(Protocol):
 
 
 class Pool(NamedTuple):
-    """Points with scores: y, grad log p0, grad log p1 (n, d); log w (n,); from the prior? (n,)."""
+    """Points with scores: y, grad log p0, grad log p1 (n, d); log w (n,); level t (n,).
+
+    Level 0 is a sample of the prior, level 1 a reference frame; others lie on the path between.
+    """
 
     y: Tensor
     score_prior: Tensor
     score_target: Tensor
     log_weight: Tensor
-    from_prior: Tensor
+    level: Tensor
 
 
 def latent_target(
@@ -75,6 +80,15 @@ def latent_target(
     return value, gradient
 
 
+def prior_score(prior: Prior, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Log density of the prior (n,) and its gradient in the chart, without a graph."""
+    with torch.enable_grad():
+        point = y.detach().requires_grad_(True)
+        log_p = prior.latent_log_prob(point)
+        (gradient,) = torch.autograd.grad(log_p.sum(), point)
+    return log_p.detach(), gradient
+
+
 def build_pool(
     prior: Prior,
     target: Target,
@@ -91,27 +105,23 @@ def build_pool(
     astronomically large) are left out of the *training* pool; no weight is ever left out of an
     estimate.
     """
-    sources: list[tuple[Tensor, bool]] = []
+    sources: list[tuple[Tensor, float]] = []
     if n_prior:
-        sources.append((prior.sample_latent(n_prior, generator=generator), True))
+        sources.append((prior.sample_latent(n_prior, generator=generator), 0.0))
     if frames is not None and len(frames):
-        sources.append((prior.from_cartesian(frames.double())[0], False))
+        sources.append((prior.from_cartesian(frames.double())[0], 1.0))
     rows = []
-    for y_all, is_prior in sources:
+    for y_all, level in sources:
         for y in y_all.split(chunk):
             log_p1, g1 = latent_target(prior, target, y)
-            point = y.detach().requires_grad_(True)
-            with torch.enable_grad():
-                log_p0 = prior.latent_log_prob(point)
-                g0 = torch.autograd.grad(log_p0.sum(), point)[0]
-            log_w = log_p1 - log_p0.detach()
-            rows.append((y, g0, g1, log_w, torch.full((len(y),), is_prior)))
-    y, g0, g1, log_w, origin = (torch.cat(column) for column in zip(*rows, strict=True))
+            log_p0, g0 = prior_score(prior, y)
+            rows.append((y, g0, g1, log_p1 - log_p0, torch.full_like(log_p0, level)))
+    y, g0, g1, log_w, levels = (torch.cat(column) for column in zip(*rows, strict=True))
     keep = torch.isfinite(log_w) & torch.isfinite(g1).all(1) & torch.isfinite(g0).all(1)
     median = log_w[keep].median()
     keep &= (log_w > median + window[0]) & (log_w < median + window[1])
     return Pool(
-        y[keep].float(), g0[keep].float(), g1[keep].float(), log_w[keep].double(), origin[keep]
+        y[keep].float(), g0[keep].float(), g1[keep].float(), log_w[keep].double(), levels[keep]
     )
 
 
@@ -125,8 +135,16 @@ def share_pool(pool: Pool | None, source: int = 0) -> Pool:
     return Pool(**share_tensors(None if pool is None else pool._asdict(), source))
 
 
+class ChunkSource(Protocol):
+    """What makes a chunk of fresh points."""
+
+    def chunk(self, n: int, generator: torch.Generator) -> Pool:
+        """About ``n`` points that depend on the random stream only."""
+        ...
+
+
 class PoolFeeder:
-    """Makes chunks of prior points ahead of their use, in one background thread.
+    """Makes chunks of fresh points ahead of their use, in one background thread.
 
     Processes that train together take turns in making chunks and share them.
 
@@ -140,12 +158,22 @@ class PoolFeeder:
         How many chunks there will be in all.
     seed
         Chunk k uses the stream ``seed + k``.
+    source
+        What makes them, such as :class:`~openmm_eqflow.losses.annealed.PathSampler`; samples of
+        the prior by default.
     """
 
     def __init__(
-        self, prior: Prior, target: Target, *, chunk: int, n_chunks: int, seed: int
+        self,
+        prior: Prior,
+        target: Target,
+        *,
+        chunk: int,
+        n_chunks: int,
+        seed: int,
+        source: ChunkSource | None = None,
     ) -> None:
-        self.prior, self.target = prior, target
+        self.prior, self.target, self.source = prior, target, source
         self.chunk, self.n_chunks, self.seed = chunk, n_chunks, seed
         self._executor = ThreadPoolExecutor(
             1, "pool-feeder", initializer=torch.set_num_threads, initargs=(1,)
@@ -156,6 +184,8 @@ class PoolFeeder:
 
     def _make(self, k: int) -> Pool:
         generator = torch.Generator().manual_seed(self.seed + k)
+        if self.source is not None:
+            return self.source.chunk(self.chunk, generator)
         return build_pool(self.prior, self.target, n_prior=self.chunk, generator=generator)
 
     def next(self) -> Pool | None:
@@ -169,12 +199,40 @@ class PoolFeeder:
         self.prefetch()
         return share_pool(pool, owner)
 
+    def take(self, stop: int, capacity: int = 0) -> list[Pool]:
+        """Return the chunks before number ``stop`` that were not handed out yet, in order.
+
+        Of these a pool of ``capacity`` points (0: any number) keeps the newest only; those that it
+        would drop are not made, which is what makes a late resume quick.
+        """
+        stop = min(stop, self.n_chunks)
+        if not capacity or stop - self._next < 2:
+            made = [self.next() for _ in range(self._next, stop)]
+            return [pool for pool in made if pool is not None]
+        taken: list[Pool] = []
+        k = stop
+        while k > self._next and sum(len(pool.y) for pool in taken) < capacity:
+            k -= 1
+            for coming in range(k, max(k - 3, self._next - 1), -1):
+                self._submit(coming)
+            owner = k % world_size()
+            pool = self._pending.pop(k).result() if owner == rank() else None
+            taken.insert(0, share_pool(pool, owner))
+        for skipped in [k for k in self._pending if k < stop]:
+            self._pending.pop(skipped).cancel()
+        self._next = stop
+        self.prefetch()
+        return taken
+
     def prefetch(self, ahead: int = 3) -> None:
         """Start making the coming chunks."""
         for k in range(self._next, min(self._next + ahead, self.n_chunks)):
-            mine = k % world_size() == rank()
-            if mine and k not in self._pending and not self._stop.is_set():
-                self._pending[k] = self._executor.submit(self._make, k)
+            self._submit(k)
+
+    def _submit(self, k: int) -> None:
+        mine = k % world_size() == rank()
+        if mine and k not in self._pending and not self._stop.is_set():
+            self._pending[k] = self._executor.submit(self._make, k)
 
     def close(self) -> None:
         """Stop the thread; a chunk under way is finished first."""

@@ -19,7 +19,7 @@ product per level of the tree, not one tangent of the whole molecule per coordin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True)
+
+
+class ChartMotion(NamedTuple):
+    """How a point of the chart moves: what a pull-back needs, see :class:`ChartGeometry`."""
+
+    internal: InternalCoordinates
+    slope: Tensor
+    """Derivative of the internal coordinates along the torsions, (n, 3 N - 6, n_soft)."""
+    matrices: Tensor | None
+    """(n, N - 3, 12, 3): from what acts on an atom to its three parents and (b, theta, phi)."""
 
 
 class ChartGeometry(nn.Module):
@@ -112,6 +122,9 @@ class ChartGeometry(nn.Module):
             order += [rows[k + 3][0] for k in level]
         self.order = order
         self.back = [order.index(i) for i in range(n)]
+        # Internal coordinates in the order of the recursion: bond, bond, angle, then by atom.
+        self.listed = [0, 1, n - 1]
+        self.listed += [row for k in self.placed for row in (k + 2, k + n, k + 2 * n - 3)]
 
     modes: Tensor
     mean: Tensor
@@ -152,24 +165,11 @@ class ChartGeometry(nn.Module):
         x, _ = self.zmatrix.from_internal(internal)
         n, count = len(y), self.n_particles
         # dq/dy: constant in z, through the mean and directly in tau.
-        half = 1 + len(self.modes)
-        slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[half:])
-        slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1:half])
         stiff = self.select[:, : self.n_stiff]
-        dq = torch.cat(
-            [
-                (stiff @ self.factor).expand(n, -1, -1),
-                stiff @ slope + self.select[:, self.n_stiff :],
-            ],
-            2,
-        )
-        b, theta = internal.bonds, internal.angles
-        along = torch.tensor([1.0, 0.0, 0.0]).to(y).expand(n, 3)
-        c, s = torch.cos(theta[:, 0]), torch.sin(theta[:, 0])
-        zero = torch.zeros_like(c)
-        out, up = torch.stack([c, s, zero], 1), torch.stack([-s, c, zero], 1)
+        dq = torch.cat([(stiff @ self.factor).expand(n, -1, -1), self._slope(cos, sin)], 2)
+        along, out, up = self._base(internal)
         second = _outer(along, dq[:, 0])
-        third = _outer(out, dq[:, 1]) + _outer(b[:, 1, None] * up, dq[:, count - 1])
+        third = _outer(out, dq[:, 1]) + _outer(up, dq[:, count - 1])
         v = torch.stack([torch.zeros_like(second), second, third], 1)
         if self.levels:
             transfer, frame = self._motion(x[:, self.order], internal)
@@ -184,6 +184,78 @@ class ChartGeometry(nn.Module):
             v = torch.cat([v, transfer[:, here] @ before + local[:, here]], 1)
             offset += m
         return x, v[:, self.back]
+
+    def linearise(self, y: Tensor) -> tuple[Tensor, ChartMotion]:
+        """Return x (n, N, 3) and what :meth:`pull_back` needs."""
+        internal, cos, sin = self._internal(y)
+        x, _ = self.zmatrix.from_internal(internal)
+        slope, matrices = self._slope(cos, sin)[:, self.listed], None
+        if self.levels:
+            pair = self._motion(x[:, self.order], internal)
+            matrices = torch.cat(pair, 3).transpose(2, 3).contiguous()
+        return x, ChartMotion(internal, slope, matrices)
+
+    def pull_back(
+        self, motion: ChartMotion, gradient: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return derivatives along the chart of functions of x whose gradients are known.
+
+        The recursion of :meth:`forward` backwards: what acts on an atom is handed on to those that
+        carry it, so that the cost is that of N atoms and not of N times d entries of dx/dy.
+
+        Parameters
+        ----------
+        motion
+            From :meth:`linearise`.
+        gradient
+            :math:`\partial a_j / \partial x`, (n, N, 3, h); no net force, no net torque.
+        columns
+            A direction in z for every function, (n_stiff, h).
+
+        Returns
+        -------
+        tuple of Tensor
+            :math:`\sum_i \partial a_j / \partial z_i\, C_{ij}` (n, h) and
+            :math:`\partial a_j / \partial \tau` (n, n_soft, h).
+        """
+        acting = gradient[:, self.order]
+        own: list[Tensor] = []
+        stop = self.n_particles - 3
+        for slots in reversed(self.levels):
+            m = len(slots) // 3
+            stop -= m
+            acting, last = acting.split([3 + stop, m], 1)
+            assert motion.matrices is not None
+            handed = motion.matrices[:, stop : stop + m] @ last
+            parents, inner = handed.split([9, 3], 2)
+            own.insert(0, inner.flatten(1, 2))
+            parents = parents.unflatten(2, (3, 3)).transpose(1, 2).flatten(1, 2)
+            acting = acting.index_add(1, torch.tensor(slots, device=acting.device), parents)
+        along, out, up = self._base(motion.internal)
+        first = [
+            torch.einsum("nc,nch->nh", unit, acting[:, slot])[:, None]
+            for unit, slot in ((along, 1), (out, 2), (up, 2))
+        ]
+        inner = torch.cat([*first, *own], 1)
+        stiff = self.select[self.listed, : self.n_stiff] @ (self.factor @ columns)
+        return (inner * stiff).sum(1), motion.slope.transpose(1, 2) @ inner
+
+    def _slope(self, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return dq/dtau of the internal coordinates q, (n, 3 N - 6, n_soft)."""
+        half = 1 + len(self.modes)
+        slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[half:])
+        slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1:half])
+        return self.select[:, : self.n_stiff] @ slope + self.select[:, self.n_stiff :]
+
+    @staticmethod
+    def _base(internal: InternalCoordinates) -> tuple[Tensor, Tensor, Tensor]:
+        """Motion of the second atom, and of the third with its bond and its angle, (n, 3) each."""
+        b, theta = internal.bonds, internal.angles
+        along = torch.tensor([1.0, 0.0, 0.0]).to(b).expand(len(b), 3)
+        c, s = torch.cos(theta[:, 0]), torch.sin(theta[:, 0])
+        zero = torch.zeros_like(c)
+        out, up = torch.stack([c, s, zero], 1), torch.stack([-s, c, zero], 1)
+        return along, out, b[:, 1, None] * up
 
     def _motion(self, x: Tensor, internal: InternalCoordinates) -> tuple[Tensor, Tensor]:
         """Matrices (n, N - 3, 3, 9) of (v_p, v_g, v_r) and (n, N - 3, 3, 3) of (b, theta, phi)."""
