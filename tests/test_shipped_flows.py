@@ -13,6 +13,7 @@ from openmm_eqflow.audit import audit
 from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.diagnostics import log_z, relative_ess
 from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.library import load_system, systems_directory
 from openmm_eqflow.system_identity import system_sha256
 from openmm_eqflow.workflow import build_target
@@ -26,6 +27,13 @@ def figure(card: str, label: str) -> list[float]:
     (row,) = (line for line in card.splitlines() if line.startswith(f"| {label}"))
     text = row.removeprefix(f"| {label}").replace(",", "")
     return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?:e-\d+)?", text)]
+
+
+def n_samples(flow: EquivariantFlow, *, cluster: int, molecule: int, large: int) -> int:
+    """As many as half a minute or so is enough for."""
+    if len(flow.prior.event_shape) == 2:
+        return cluster
+    return molecule if flow.n_particles < 30 else large
 
 
 def test_some_flows_ship() -> None:
@@ -47,8 +55,7 @@ def test_flow_belongs_to_its_system_and_is_small(folder: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_flow_is_as_good_as_its_card(folder: Path) -> None:
     flow = load_flow(folder / "flow")
-    cartesian = len(flow.prior.event_shape) == 2
-    n = 320 if cartesian else 4000
+    n = n_samples(flow, cluster=480, molecule=4000, large=2000)
     card = (folder / "card.md").read_text(encoding="utf-8")
     stated, _ = figure(card, "relative ESS (raw)")[:2]
     stated_log_z, log_z_error = figure(card, "log Z (mean-free, nm)")
@@ -57,25 +64,29 @@ def test_flow_is_as_good_as_its_card(folder: Path) -> None:
         log_w, log_q = samples.log_weight.numpy(), samples.log_q.numpy()
         stream = torch.Generator().manual_seed(6)
         prior = prior_log_weights(flow, target, 4000, generator=stream).numpy()
-    halves = [relative_ess(half) for half in np.array_split(log_w, 4)]
-    spread = float(np.std(halves, ddof=1))
+    parts = [relative_ess(part) for part in np.array_split(log_w, 4)]
+    spread = float(np.std(np.log(parts), ddof=1))
+
     # A few heavy weights make or break the ESS of a small sample: a wide gate, but one that a
     # flow with other weights, grid or prior than the card's does not pass.
-    assert relative_ess(log_w) == pytest.approx(stated, abs=max(3 * spread, 0.08))
+    def is_that_of_the_card(ess: float) -> bool:
+        return abs(np.log(ess / stated)) < max(3 * spread, 0.1)
+
+    assert is_that_of_the_card(relative_ess(log_w))
     assert relative_ess(log_w) > relative_ess(prior)
     ours = log_z(log_w)
     assert abs(ours.value - stated_log_z) < 4 * np.hypot(ours.error, log_z_error)
     for lie in (log_w + log_q, log_w + 2 * log_q):  # power: log q dropped, its sign turned
         wrong = log_z(lie)
         assert abs(wrong.value - stated_log_z) > 4 * np.hypot(wrong.error, log_z_error)
-        assert abs(relative_ess(lie) - stated) > max(3 * spread, 0.08)
+        assert not is_that_of_the_card(relative_ess(lie))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_log_q_on_the_shipped_grid(folder: Path) -> None:
     flow = load_flow(folder / "flow")
-    n = 16 if len(flow.prior.event_shape) == 2 else 512
+    n = n_samples(flow, cluster=16, molecule=512, large=128)
     report = audit(flow, n=n, generator=torch.Generator().manual_seed(7))
     assert report["passed"]
     assert report["sampling_against_log_prob"]["p99"] < 1e-3
