@@ -138,6 +138,13 @@ def test_one_unlucky_chain_of_many_is_no_verdict(good, n_stuck, length, grade):
     assert check.grade == grade
 
 
+@pytest.mark.parametrize("n_steps", [4, 5, 8, 40])
+def test_chains_that_never_move_are_stuck_however_short(good, n_steps):
+    run = dataclasses.replace(load_run(good), accepted=np.zeros((20, n_steps), dtype=bool))
+    (check,) = [c for c in chain_checks(run, {}, None) if "stuck" in c.name]
+    assert check.grade == "poor"
+
+
 def test_poor_flow_alone_makes_agreeing_chains_doubtful(tmp_path):
     verdict, _ = judged(write_run(tmp_path / "run", spread=4.0, seed=3))
     assert verdict.flow == "poor"

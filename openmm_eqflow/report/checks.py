@@ -207,7 +207,8 @@ def _stuck_check(streaks: NDArray[np.int64]) -> Check:
     """
     n_chains, n_steps = streaks.shape
     longest = streaks.max(axis=1)
-    long = longest > max(0.25 * n_steps, 4)
+    # A handful of rejections in a row is chance, unless it is the whole of a short run.
+    long = longest > max(0.25 * n_steps, min(4, n_steps - 1))
     share = float(np.where(long, longest, 0).sum()) / (n_chains * n_steps)
     worst = f"worst chain: {int(longest.max())} of {n_steps}"
     return Check(
