@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.geometry import random_rotations, rotate
+from openmm_eqflow.priors.conformers import Conformers
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 
@@ -222,6 +223,9 @@ class InternalCoordinatePrior:
             "tail_scale": self.tail_scale,
             "groups": groups,
         }
+        if self.torsions is not None and self.torsions.conformers is not None:
+            config["conformers"], coupling = self.torsions.conformers.state()
+            tensors |= coupling
         return config, tensors
 
     @classmethod
@@ -233,8 +237,13 @@ class InternalCoordinatePrior:
             TorsionGroup(tuple(g["members"]), tuple(g["fold"]), g["width"], g["floor"])
             for g in config["groups"]
         ]
+        coupling = config.get("conformers")
         density = (
-            TorsionDensity(groups, [tensors[f"torsions.{k}"] for k in range(len(groups))])
+            TorsionDensity(
+                groups,
+                [tensors[f"torsions.{k}"] for k in range(len(groups))],
+                None if coupling is None else Conformers.from_state(coupling, tensors),
+            )
             if groups
             else None
         )

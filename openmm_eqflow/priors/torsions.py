@@ -7,7 +7,8 @@ a group is a mixture of wrapped Gaussian kernels centred on a regular grid,
           + \epsilon (2\pi)^{-d},
 
 with respect to Lebesgue measure on :math:`[-\pi,\pi)^d`. A torsion with m-fold rotational symmetry
-(a methyl group: m = 3) enters as m times its angle, so p is exactly m-fold periodic. The density
+(a methyl group: m = 3) enters as m times its angle, so p is exactly m-fold periodic. Groups are
+independent, or coupled through their basins (:mod:`~openmm_eqflow.priors.conformers`). The density
 is smooth, sampled exactly, and bounded below.
 """
 
@@ -23,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_eqflow.priors.conformers import Conformers, find_basins
 from openmm_eqflow.zmatrix import wrap_angle
 
 __all__ = ["TorsionDensity", "TorsionGroup"]
 
 _GRID = 72
+_BASIN_WIDTH = 0.3  # rad: structure of a density finer than this is no basin of its own
 
 
 def _kernel(delta: Tensor, width: Tensor) -> Tensor:
@@ -44,6 +47,13 @@ def _smooth(histogram: np.ndarray, width: float) -> np.ndarray:
     axes = np.meshgrid(*(np.fft.fftfreq(s, 1 / s) for s in histogram.shape), indexing="ij")
     damping = np.exp(-0.5 * width**2 * sum(a**2 for a in axes))
     return np.clip(np.fft.ifftn(np.fft.fftn(histogram) * damping).real, 0.0, None)
+
+
+def _cells(tau: np.ndarray) -> np.ndarray:
+    """Flat index of the grid cell of every point ``(n, d)``."""
+    turn = np.remainder(tau + np.pi, 2 * np.pi) / (2 * np.pi)
+    index = np.minimum((turn * _GRID).astype(np.int64), _GRID - 1)
+    return np.ravel_multi_index(tuple(index.T), (_GRID,) * tau.shape[1])
 
 
 def _histogram(tau: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -83,7 +93,7 @@ class TorsionGroup:
 
 
 class TorsionDensity:
-    """Product of group densities over ``n_torsions`` soft torsions (see the module docstring).
+    """Density of ``n_torsions`` soft torsions (see the module docstring).
 
     Parameters
     ----------
@@ -91,10 +101,18 @@ class TorsionDensity:
         The groups; every torsion belongs to exactly one.
     tables
         Grid weights of every group, non-negative, summing to one, shape ``(72,) * len(members)``.
+    conformers
+        Which basins go together; None for independent groups.
     """
 
-    def __init__(self, groups: Sequence[TorsionGroup], tables: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[TorsionGroup],
+        tables: Sequence[Tensor],
+        conformers: Conformers | None = None,
+    ) -> None:
         self.groups = tuple(groups)
+        self.conformers = conformers
         self.tables = tuple(t.to(torch.float64) for t in tables)
         self.n_torsions = sum(len(g.members) for g in self.groups)
         self.centres = -math.pi + (torch.arange(_GRID, dtype=torch.float64) + 0.5) * (
@@ -150,30 +168,74 @@ class TorsionDensity:
                 table = (1 - extra_share) * table + extra_share * hot_table / hot_table.sum()
             groups.append(TorsionGroup(tuple(members), folds, width, floor))
             tables.append(torch.from_numpy(table))
-        return cls(groups, tables)
+        share = 0.0 if hot is None else extra_share
+        return cls(groups, tables, _conformers(groups, tables, data, mass, hot, share))
 
     def log_prob(self, tau: Tensor) -> Tensor:
         """Log density, ``(n,)``, of torsions ``(n, n_torsions)`` in radians; differentiable."""
         total = torch.zeros(tau.shape[0], dtype=tau.dtype, device=tau.device)
-        centres = self.centres.to(tau)
-        for group, table in zip(self.groups, self.tables, strict=True):
-            width = torch.as_tensor(group.width, dtype=tau.dtype, device=tau.device)
-            kernels = [
-                _kernel(m * tau[:, k, None] - centres, width)
-                for k, m in zip(group.members, group.fold, strict=True)
-            ]
-            mixture = kernels[0] @ table.to(tau)
-            density = mixture if mixture.dim() == 1 else (mixture * kernels[1]).sum(1)
-            uniform = (2 * math.pi) ** -len(group.members)
-            total = total + torch.log((1 - group.floor) * density + group.floor * uniform)
+        coupled = self.conformers.groups if self.conformers is not None else ()
+        log_free, log_basin = [], []
+        for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True)):
+            kernels = self._kernels(g, tau)
+            log_p = self._log_mixture(group, kernels, table[None])[:, 0]
+            if g not in coupled:
+                total = total + log_p
+                continue
+            log_free.append(log_p)
+            log_basin.append(self._log_mixture(group, kernels, self._given_basin(g)))
+        if self.conformers is not None:
+            total = total + self.conformers.log_mixture(log_free, log_basin)
         return total
+
+    def _kernels(self, g: int, tau: Tensor) -> list[Tensor]:
+        """Kernels of every centre, ``(n, 72)``, for each torsion of group ``g``."""
+        group, centres = self.groups[g], self.centres.to(tau)
+        width = torch.as_tensor(group.width, dtype=tau.dtype, device=tau.device)
+        return [
+            _kernel(m * tau[:, k, None] - centres, width)
+            for k, m in zip(group.members, group.fold, strict=True)
+        ]
+
+    def _given_basin(self, g: int) -> Tensor:
+        """Grid weights of group ``g`` given each of its basins, ``(n_basins, 72, ...)``."""
+        if self.conformers is None:
+            raise RuntimeError("groups without conformers have no basins")
+        basins = self.conformers.basins[self.conformers.groups.index(g)]
+        n_basins = int(basins.max()) + 1
+        inside = basins == torch.arange(n_basins).reshape(-1, *[1] * basins.ndim)
+        tables = self.tables[g] * inside
+        return tables / tables.flatten(1).sum(1).reshape(-1, *[1] * basins.ndim)
+
+    @staticmethod
+    def _log_mixture(group: TorsionGroup, kernels: list[Tensor], tables: Tensor) -> Tensor:
+        """Log density of a group under each of ``tables`` (m, 72, ...): ``(n, m)``."""
+        weights = tables.to(kernels[0])
+        if len(kernels) == 1:
+            density = kernels[0] @ weights.T
+        else:
+            inner = kernels[0] @ weights.transpose(0, 1).flatten(1)
+            density = torch.einsum(
+                "nmb,nb->nm", inner.unflatten(1, weights.shape[::2]), kernels[1]
+            )
+        uniform = (2 * math.pi) ** -len(group.members)
+        return torch.log((1 - group.floor) * density + group.floor * uniform)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, n_torsions)`` torsions in [-pi, pi), float64."""
         tau = torch.empty(n, self.n_torsions, dtype=torch.float64)
-        for group, table in zip(self.groups, self.tables, strict=True):
+        basins: dict[int, Tensor] = {}
+        if self.conformers is not None:
+            drawn = self.conformers.sample(n, generator=generator)
+            basins = dict(zip(self.conformers.groups, drawn.T, strict=True))
+        for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True)):
             d = len(group.members)
             cell = torch.multinomial(table.reshape(-1), n, replacement=True, generator=generator)
+            for b, inside in enumerate(self._given_basin(g) if g in basins else ()):
+                here = torch.nonzero(basins[g] == b)[:, 0]
+                cell[here] = torch.multinomial(
+                    inside.reshape(-1), max(len(here), 1), replacement=True, generator=generator
+                )[: len(here)]
             noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
             uniform = (torch.rand(n, d, generator=generator, dtype=torch.float64) - 0.5) * (
                 2 * math.pi
@@ -186,6 +248,34 @@ class TorsionDensity:
                 sheet = torch.randint(m, (n,), generator=generator)
                 tau[:, k] = wrap_angle((wrap_angle(angle) + 2 * math.pi * sheet) / m)
         return tau
+
+
+def _conformers(
+    groups: Sequence[TorsionGroup],
+    tables: Sequence[Tensor],
+    data: np.ndarray,
+    mass: np.ndarray | None,
+    hot: np.ndarray | None,
+    hot_share: float,
+) -> Conformers | None:
+    """Count the conformers of frames and of hot frames; None if fewer than two groups have any."""
+    found = []
+    for g, (group, table) in enumerate(zip(groups, tables, strict=True)):
+        # The basins of a symmetric rotor are the same state.
+        if max(group.fold) == 1:
+            basins = find_basins(_smooth(table.numpy(), _BASIN_WIDTH))
+            carry = np.bincount(basins.reshape(-1), weights=table.numpy().reshape(-1))
+            if len(carry) > 1 and bool((carry > 0).all()):
+                found.append((g, torch.from_numpy(basins)))
+    if len(found) < 2:
+        return None
+    frames, weight = data, np.full(len(data), 1 / len(data)) if mass is None else mass
+    if hot is not None:
+        frames = np.concatenate([data, hot])
+        hot_mass = np.full(len(hot), hot_share / len(hot))
+        weight = np.concatenate([(1 - hot_share) * weight / weight.sum(), hot_mass])
+    cells = np.stack([_cells(frames[:, groups[g].members]) for g, _ in found], axis=1)
+    return Conformers.count(tuple(g for g, _ in found), tuple(b for _, b in found), cells, weight)
 
 
 def _mutual_information(tau: np.ndarray, weights: np.ndarray | None) -> float:
