@@ -150,7 +150,8 @@ def find_basins(density: np.ndarray, *, least: float = 0.005) -> np.ndarray:
     for shift in itertools.product((-1, 0, 1), repeat=density.ndim):
         axes = tuple(range(density.ndim))
         value, source = np.roll(density, shift, axes), np.roll(index, shift, axes)
-        higher = value > highest
+        # Equal neighbours: the higher index wins, so that a flat top is one basin.
+        higher = (value > highest) | ((value == highest) & (source > target))
         highest, target = np.where(higher, value, highest), np.where(higher, source, target)
     peak = target.reshape(-1)
     while not np.array_equal(peak[peak], peak):
