@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,8 @@ def _train_flow(
     )
     field = build_field(recipe, prior, target, frames).to(device)
     settings = training_settings(recipe, seed=seed, device=device)
+    size = _affordable(settings.validation_size, prior, 512)
+    settings = replace(settings, validation_size=size)
     with training_precision(field, recipe.precision, device) as trained:
         objective, close = build_objective(
             recipe,
@@ -209,8 +212,8 @@ def _train_flow(
         finally:
             close()
     # A Cartesian field costs a hundred times more per evaluation than a chart field.
-    n = 256 if len(prior.event_shape) == 1 else 64
-    flow = EquivariantFlow(prior, result.average.eval(), chunk_size=2 * n)  # type: ignore[arg-type]
+    n, chunk = (256, 512) if len(prior.event_shape) == 1 else (_affordable(64, prior, 16), 128)
+    flow = EquivariantFlow(prior, result.average.eval(), chunk_size=chunk)  # type: ignore[arg-type]
     if not is_main():
         return flow, result  # rank 0 calibrates, audits and saves
     report(1.0, "calibrating the time grid and auditing log q")
@@ -219,13 +222,18 @@ def _train_flow(
     return flow, result
 
 
+def _affordable(n: int, prior: Prior, least: int) -> int:
+    """Fewer points, at least ``least``, where a Cartesian field has more than 16 x 16 pairs."""
+    shape = prior.event_shape
+    return n if len(shape) == 1 else max(least, round(n * min(1.0, (16 / shape[0]) ** 2)))
+
+
 def _monitor(
     prior: Prior, target: BoltzmannTarget, generator: torch.Generator
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Raw relative ESS on the same few latents every time: a trend, not a claim."""
-    latents = prior.sample_latent(
-        _MONITOR if len(prior.event_shape) == 1 else 256, generator=generator
-    )
+    n = _MONITOR if len(prior.event_shape) == 1 else _affordable(256, prior, 64)
+    latents = prior.sample_latent(n, generator=generator)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         flow = EquivariantFlow(prior, module, grid=tuple(k / 6 for k in range(7)))  # type: ignore[arg-type]
