@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from openmm_eqflow import fitting
 from openmm_eqflow.checkpoint import load_tensors
 from openmm_eqflow.errors import CheckpointError, TrainingError
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.training import TrainingResult, TrainingSettings, train
 from openmm_eqflow.training_log import COLUMNS, write_history
 
@@ -294,3 +296,9 @@ def test_scheduled_objectives_are_told_the_fraction():
     objective = Told(module)
     train(module, objective, settings(max_steps=8))
     assert objective.fractions == pytest.approx([k / 8 for k in range(8)], abs=1e-4)
+
+
+@pytest.mark.parametrize(("n_particles", "expected"), [(4, 256), (13, 256), (32, 64), (55, 40)])
+def test_large_clusters_are_monitored_on_fewer_points(n_particles: int, expected: int) -> None:
+    prior = MeanFreeGaussian(n_particles, 3, 0.1)
+    assert fitting._affordable(256, prior, 40) == expected

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from openmm_eqflow.divergence import HutchinsonField, exact_divergence, mean_free_directions
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
+from openmm_eqflow.vector_fields import leave_one_out
 from openmm_eqflow.vector_fields.base import VectorField, build_vector_field
 from openmm_eqflow.vector_fields.egnn import EGNNField
 from openmm_eqflow.vector_fields.features import fit_pair_statistics, pair_classes
@@ -197,6 +198,25 @@ def test_batch_independence(case: Case) -> None:
     again = field.with_divergence(t, disturbed)
     torch.testing.assert_close(again[0][0], velocity[0], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(again[1][0], divergence[0], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("single_time", [True, False])
+def test_blocks_of_a_batch_change_nothing(
+    single_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = make(("leave_one_out", 3, False))
+    y = data(7, 3, seed=3)
+    t = torch.tensor(0.3, dtype=y.dtype) if single_time else torch.linspace(0, 1, 7).to(y)
+    whole, divergence = field.with_divergence(t, y)
+    sizes: list[int] = []
+    trunk = field.trunk.forward
+    monkeypatch.setattr(leave_one_out, "_BLOCK_PAIRS", 2 * 6**2)
+    monkeypatch.setattr(field.trunk, "forward", lambda x, *a: sizes.append(len(x)) or trunk(x, *a))
+    parts, divergence_of_parts = field.with_divergence(t, y)
+    assert sizes == [2, 2, 2, 1]
+    torch.testing.assert_close(parts, whole, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(divergence_of_parts, divergence, atol=1e-10, rtol=1e-12)
+    torch.testing.assert_close(field(t, y), whole, atol=1e-12, rtol=1e-12)
 
 
 def test_config_round_trip(case: Case) -> None:
