@@ -16,6 +16,7 @@ sum_ij D phi + d phi'                      div v              vector_fields.kern
 sum_k e_k . J e_k                          div v              divergence.exact_divergence                test_vector_fields::test_divergence_is_the_trace
 -|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2        log p0             priors.gaussian.MeanFreeGaussian           test_gaussian_prior::test_normalised_on_the_mean_free_subspace
 log p(y) - log volume                      log p0             priors.internal.InternalCoordinatePrior    test_internal_prior::test_triatomic_density_integrates_to_one_and_matches_samples
+eta prod p_g + (1-eta) sum W_c prod p_g|c  log p(tau)         priors.conformers.Conformers               test_conformers::test_mixture_is_normalised_by_quadrature
 8 pi^2 N^(-3/2) prod b^2 sin theta         log volume         zmatrix.ZMatrix.log_volume                 test_zmatrix::test_volume_element_is_the_jacobian_determinant
 E[s + Sigma g] = E[s]                      Sigma              priors.fit.fit_internal_prior              test_internal_prior::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]   r_t                losses.liouville.LiouvilleLoss             test_liouville::test_exact_field_has_no_residual
