@@ -212,7 +212,9 @@ def _train_flow(
         finally:
             close()
     # A Cartesian field costs a hundred times more per evaluation than a chart field.
-    n, chunk = (256, 512) if len(prior.event_shape) == 1 else (_affordable(64, prior, 16), 128)
+    n, chunk = 256, 512
+    if len(prior.event_shape) == 2:
+        n, chunk = _affordable(64, prior, 16), _affordable(128, prior, 32)
     flow = EquivariantFlow(prior, result.average.eval(), chunk_size=chunk)  # type: ignore[arg-type]
     if not is_main():
         return flow, result  # rank 0 calibrates, audits and saves
