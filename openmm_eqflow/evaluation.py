@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_eqflow.audit import audit
@@ -182,6 +183,7 @@ def evaluate_flow(
         most = max(100, n_samples // 10)
         test_frames = test_frames[:: max(1, -(-len(test_frames) // most))]
     nll, nll_error = _test_nll(flow, test_frames)
+    mean_log_w, mean_log_w_error = _mean_log_weight(log_w)
     result = {
         "system": name,
         "n_samples": n_samples,
@@ -190,6 +192,8 @@ def evaluate_flow(
         "prior_relative_ess": relative_ess(prior_weights.numpy()),
         "pareto_k": _finite(pareto_k(log_w)),
         "max_weight_share": max_weight_share(log_w),
+        "mean_log_weight": mean_log_w,
+        "mean_log_weight_error": mean_log_w_error,
         "log_z": _finite(float(estimate.value)),
         "log_z_error": _finite(float(estimate.error)),
         "test_nll": nll,
@@ -208,6 +212,13 @@ def evaluate_flow(
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
+
+
+def _mean_log_weight(log_w: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """E_q[log w] = log Z - KL(q|p) and its error; None if a weight is zero (KL infinite)."""
+    if len(log_w) < 2 or not np.isfinite(log_w).all():
+        return None, None
+    return float(log_w.mean()), float(log_w.std(ddof=1) / np.sqrt(len(log_w)))
 
 
 def _test_nll(

@@ -95,13 +95,14 @@ def _card(
         "Pareto k, largest weight": f"{metrics['pareto_k']:.2f}, "
         f"{100 * metrics['max_weight_share']:.2f} %",
         "log Z (mean-free, nm)": f"{metrics['log_z']:.3f} +- {metrics['log_z_error']:.3f}",
+        "reverse KL": _reverse_kl(metrics),
         "log q error, 99th percentile": f"{audit['log_q_error_p99']:.1e} kT (n = {audit['n']})",
         "cost": f"{1e3 * metrics['seconds_per_sample']:.2g} ms per sample with log q, "
         f"{metrics['n_threads']} threads",
     }
     title = f"# Flow of {system.name} at {kelvin(system.temperature):g} K"
     lines = [title, "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    lines += [f"| {key} | {value} |" for key, value in rows.items() if value]
     lines += [
         "",
         f"Measure it again: `openmm-eqflow evaluate {name} --n-samples {metrics['n_samples']} "
@@ -109,3 +110,11 @@ def _card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _reverse_kl(metrics: dict[str, Any]) -> str:
+    """KL(q|p) = log Z - E_q[log w], which few samples measure where few of them carry weight."""
+    mean, error = metrics.get("mean_log_weight"), metrics.get("mean_log_weight_error")
+    if mean is None or error is None:
+        return ""
+    return f"{metrics['log_z'] - mean:.3f} kT, mean log weight {mean:.3f} +- {error:.3f}"

@@ -31,6 +31,7 @@ CONTRACT = {
     "prior_relative_ess",
     "pareto_k",
     "max_weight_share",
+    "mean_log_weight",
     "log_z",
     "log_z_error",
     "test_nll",
@@ -282,6 +283,7 @@ def test_publish_gives_a_flow_and_its_card(finished: Path, tmp_path: Path) -> No
     metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
     assert f"{metrics['relative_ess']:.3f}, n = 1,200" in card
     assert f"{metrics['prior_relative_ess']:.3f}, same n" in card
+    assert f"mean log weight {metrics['mean_log_weight']:.3f} +- " in card
     assert "--budget quick --seed 0" in card
     assert f"--seed {metrics['seed']}" in card
     ours, theirs = (load_flow(p / "flow") for p in (tmp_path / "out", finished))
