@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from openmm_eqflow.atomic import atomic_path, write_text
 
@@ -203,14 +204,16 @@ def draw_minima(records: Sequence[Record]) -> Figure:
         names.append(f"{system}, {size:,}: {label(field, augmented)}")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="energy of minima, kT (black: training set; colour: new in the flow)")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("energy of minima, kT")
+    axes.set_title("black: training set; colour: new in the flow", fontsize=8)
     return figure
 
 
 def draw_nll(records: Sequence[Record]) -> Figure:
     """Excess over the floor against the number of training frames."""
     systems = grouped(records, "system")
-    figure = Figure(figsize=(4.2 * len(systems), 3.4), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 4.2 * len(systems)), 3.8), layout="constrained")
     for k, ((system,), of_system) in enumerate(systems.items()):
         axes = figure.add_subplot(1, len(systems), k + 1)
         for (field, augmented), group in grouped(of_system, "field", "augmented").items():
@@ -235,8 +238,8 @@ def draw_nll(records: Sequence[Record]) -> Figure:
         axes.set(xscale="log", yscale="log", title=system, xlabel="training frames")
         axes.set_ylabel("test NLL above the floor, kT")
         axes.grid(alpha=0.3)
-        if k == 0:
-            axes.legend(fontsize=6.5)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
