@@ -59,7 +59,7 @@ def test_flow_belongs_to_its_system_and_is_small(folder: Path) -> None:
 @pytest.mark.parametrize("folder", ESS_IN_REACH, ids=lambda folder: folder.name)
 def test_flow_is_as_good_as_its_card(folder: Path) -> None:
     flow = load_flow(folder / "flow")
-    n = n_samples(flow, cluster=480, molecule=4000, large=1000)
+    n = n_samples(flow, cluster=480, molecule=4000, large=2000)
     card = (folder / "card.md").read_text(encoding="utf-8")
     stated, _ = figure(card, "relative ESS (raw)")[:2]
     stated_log_z, log_z_error = figure(card, "log Z (mean-free, nm)")
