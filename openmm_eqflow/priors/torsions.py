@@ -118,6 +118,10 @@ class TorsionDensity:
         self.centres = -math.pi + (torch.arange(_GRID, dtype=torch.float64) + 0.5) * (
             2 * math.pi / _GRID
         )
+        coupled = (
+            () if conformers is None else zip(conformers.groups, conformers.basins, strict=True)
+        )
+        self._given_basin = {g: _split_basins(self.tables[g], basins) for g, basins in coupled}
 
     @classmethod
     def fit(
@@ -174,16 +178,15 @@ class TorsionDensity:
     def log_prob(self, tau: Tensor) -> Tensor:
         """Log density, ``(n,)``, of torsions ``(n, n_torsions)`` in radians; differentiable."""
         total = torch.zeros(tau.shape[0], dtype=tau.dtype, device=tau.device)
-        coupled = self.conformers.groups if self.conformers is not None else ()
         log_free, log_basin = [], []
         for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True)):
             kernels = self._kernels(g, tau)
             log_p = self._log_mixture(group, kernels, table[None])[:, 0]
-            if g not in coupled:
+            if g not in self._given_basin:
                 total = total + log_p
                 continue
             log_free.append(log_p)
-            log_basin.append(self._log_mixture(group, kernels, self._given_basin(g)))
+            log_basin.append(self._log_mixture(group, kernels, self._given_basin[g]))
         if self.conformers is not None:
             total = total + self.conformers.log_mixture(log_free, log_basin)
         return total
@@ -196,16 +199,6 @@ class TorsionDensity:
             _kernel(m * tau[:, k, None] - centres, width)
             for k, m in zip(group.members, group.fold, strict=True)
         ]
-
-    def _given_basin(self, g: int) -> Tensor:
-        """Grid weights of group ``g`` given each of its basins, ``(n_basins, 72, ...)``."""
-        if self.conformers is None:
-            raise RuntimeError("groups without conformers have no basins")
-        basins = self.conformers.basins[self.conformers.groups.index(g)]
-        n_basins = int(basins.max()) + 1
-        inside = basins == torch.arange(n_basins).reshape(-1, *[1] * basins.ndim)
-        tables = self.tables[g] * inside
-        return tables / tables.flatten(1).sum(1).reshape(-1, *[1] * basins.ndim)
 
     @staticmethod
     def _log_mixture(group: TorsionGroup, kernels: list[Tensor], tables: Tensor) -> Tensor:
@@ -231,7 +224,7 @@ class TorsionDensity:
         for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True)):
             d = len(group.members)
             cell = torch.multinomial(table.reshape(-1), n, replacement=True, generator=generator)
-            for b, inside in enumerate(self._given_basin(g) if g in basins else ()):
+            for b, inside in enumerate(self._given_basin.get(g, ())):
                 here = torch.nonzero(basins[g] == b)[:, 0]
                 cell[here] = torch.multinomial(
                     inside.reshape(-1), max(len(here), 1), replacement=True, generator=generator
@@ -248,6 +241,14 @@ class TorsionDensity:
                 sheet = torch.randint(m, (n,), generator=generator)
                 tau[:, k] = wrap_angle((wrap_angle(angle) + 2 * math.pi * sheet) / m)
         return tau
+
+
+def _split_basins(table: Tensor, basins: Tensor) -> Tensor:
+    """Grid weights of a group given each of its basins, ``(n_basins, 72, ...)``."""
+    rest = [1] * basins.ndim
+    inside = basins == torch.arange(int(basins.max()) + 1).reshape(-1, *rest)
+    parts = table * inside
+    return parts / parts.flatten(1).sum(1).reshape(-1, *rest)
 
 
 def _conformers(
