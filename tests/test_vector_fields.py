@@ -248,6 +248,24 @@ def test_hutchinson_is_unbiased_and_marked_inexact() -> None:
     assert float(estimate.std()) > 0.0
 
 
+def test_contacts_are_resolved_whatever_the_size_of_the_cluster() -> None:
+    """On a cubic lattice of spacing 2 every nearest neighbour is at 2, in 8 sites and in 64."""
+    grids = [torch.cartesian_prod(*[2.0 * torch.arange(k).double()] * 3) for k in (2, 4)]
+    made = [
+        fit_pair_statistics(torch.stack([x, x]), [0] * len(x), resolve="contacts") for x in grids
+    ]
+    assert made[0] == made[1]
+    assert made[0]["pair_mean"] == [pytest.approx(2.0)]
+    assert 0.0 < made[0]["pair_spread"][0] < made[0]["length"] < 1.0
+    spreads = [
+        fit_pair_statistics(torch.stack([x, x]), [0] * len(x))["pair_spread"][0] for x in grids
+    ]
+    assert spreads[1] > 1.5 * spreads[0]
+    field = LeaveOneOutField.fit(torch.stack([grids[0]] * 2), classes=[0] * 8, resolve="contacts")
+    assert field.config["pair_mean"] == made[0]["pair_mean"]
+    assert "resolve" not in field.config
+
+
 def test_divergence_on_several_threads() -> None:
     x = remove_mean(torch.randn(64, 4, 2, generator=torch.Generator().manual_seed(3)))
     field = MLPField.fit(x.double(), width=16).eval()
@@ -263,6 +281,10 @@ def test_bad_configurations_are_refused() -> None:
         pair_classes([0] * 6, [[0]])
     with pytest.raises(ConfigurationError, match="at least two"):
         fit_pair_statistics(torch.zeros(1, 6, 3), [0] * 6)
+    with pytest.raises(ConfigurationError, match="resolve is 'contact'"):
+        fit_pair_statistics(data(3, 3), [0] * 6, resolve="contact")
+    with pytest.raises(ConfigurationError, match="for clusters"):
+        fit_pair_statistics(data(3, 3), [0] * 6, [[1] * 6] * 6, resolve="contacts")
     with pytest.raises(ConfigurationError, match="pair classes"):
         EGNNField(classes=[0, 1, 2], n_dims=3, pair_mean=[1.0], pair_spread=[1.0], length=1.0)
     with pytest.raises(ConfigurationError, match="reach"):

@@ -4,7 +4,9 @@ A field may be equivariant under the permutations of exchangeable atoms and unde
 every pair of atoms carries a *pair class*: the unordered pair of atom classes together with the
 bond-graph distance. Distances are standardised by the fitted mean and spread of their pair class,
 so that a stiff bond (spread 0.003 nm) and a soft contact (0.3 nm) fill the same range, and pass
-through asinh, which keeps that resolution near the mean and becomes logarithmic far from it.
+through asinh, which keeps that resolution near the mean and becomes logarithmic far from it. In a
+cluster the mean distance is across the cluster, where little happens; there the resolution can be
+put on contacts instead (``resolve="contacts"``), whatever the number of particles.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import pair_vectors
 
 N_WIDE = 3
+# In nearest-neighbour distances: wells and shells of simple liquids are about this wide.
+_CONTACT_SPREAD = 0.23
+_CONTACT_LENGTH = 0.4
 
 __all__ = [
     "PairBasis",
@@ -59,7 +64,11 @@ def pair_classes(
 
 
 def fit_pair_statistics(
-    x: Tensor, classes: Sequence[int], bond_distances: Sequence[Sequence[int]] | None = None
+    x: Tensor,
+    classes: Sequence[int],
+    bond_distances: Sequence[Sequence[int]] | None = None,
+    *,
+    resolve: str = "distances",
 ) -> dict[str, Any]:
     """Mean and spread of the distances in each pair class, as JSON-able keyword arguments.
 
@@ -67,7 +76,17 @@ def fit_pair_statistics(
     ----------
     x
         Configurations ``(n_samples, n_particles, n_dims)`` in nm, at least two.
+    classes, bond_distances
+        As in :func:`pair_classes`.
+    resolve
+        ``distances``: mean and standard deviation of all distances of a class, and of all classes
+        for ``length``. ``contacts``, for clusters: the mean distance of nearest neighbours stands
+        for the mean, and fixed fractions of it for spread and length.
     """
+    if resolve not in ("distances", "contacts"):
+        raise ConfigurationError(f"resolve is {resolve!r}, expected 'distances' or 'contacts'")
+    if resolve == "contacts" and bond_distances is not None:
+        raise ConfigurationError("resolve: contacts is for clusters; bonded atoms have distances")
     if x.ndim != 3 or x.shape[0] < 2 or x.shape[1] != len(classes):
         raise ConfigurationError(
             f"expected at least two configurations of {len(classes)} particles, got shape "
@@ -79,6 +98,15 @@ def fit_pair_statistics(
     distances = pair_vectors(x[:10_000].double())[:, row, column].norm(dim=-1)
     labels = table[row, column]
     count = int(labels.max()) + 1 if len(labels) else 1
+    if resolve == "contacts":
+        square = distances.new_full((len(distances), n, n), torch.inf)
+        square[:, row, column] = square[:, column, row] = distances
+        contact = float(square.amin(-1).mean())
+        return {
+            "pair_mean": [contact] * count,
+            "pair_spread": [_CONTACT_SPREAD * contact] * count,
+            "length": _CONTACT_LENGTH * contact,
+        }
     mean, spread = [], []
     for k in range(count):
         values = distances[:, labels == k]
@@ -97,10 +125,14 @@ class PairField(nn.Module):
         *,
         classes: Sequence[int],
         bond_distances: Sequence[Sequence[int]] | None = None,
+        resolve: str = "distances",
         **sizes: Any,
     ) -> Self:
-        """Build an untrained field whose inputs are normalised by the spread of data ``x``."""
-        statistics = fit_pair_statistics(x, classes, bond_distances)
+        """Build an untrained field whose inputs are normalised by the spread of data ``x``.
+
+        ``resolve`` as in :func:`fit_pair_statistics`.
+        """
+        statistics = fit_pair_statistics(x, classes, bond_distances, resolve=resolve)
         return cls(
             classes=classes,
             n_dims=x.shape[-1],
