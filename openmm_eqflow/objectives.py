@@ -180,6 +180,7 @@ def _flow_matching(p: _Parts) -> Any:
         p.frames,
         classes=p.target.symmetry.classes,
         proper=p.target.check_chirality,
+        held_out=p.test,
     )
 
 

@@ -98,6 +98,22 @@ def test_more_starts_shorten_the_paths() -> None:
     assert costs[2] < costs[1] < costs[0]
 
 
+def test_validation_sees_held_out_frames_and_training_does_not() -> None:
+    data, other = lattice(50), 3.0 * lattice(20)
+    field = LeaveOneOutField.fit(data, classes=[0] * 3, width=8, readout_width=8)
+    plain, loss = loss_for(field, data), loss_for(field, data, held_out=other)
+
+    def seeded(k: int) -> torch.Generator:
+        return torch.Generator().manual_seed(k)
+
+    assert torch.equal(loss(16, seeded(6)), plain(16, seeded(6)))
+    expected = loss_for(field, other).validation(64, seeded(5))
+    assert torch.equal(loss.validation(64, seeded(5)), expected)
+    assert float(expected) > 2.0 * float(plain.validation(64, seeded(5)))
+    nothing = loss_for(field, data, held_out=other[:0])
+    assert torch.equal(nothing.validation(64, seeded(5)), plain.validation(64, seeded(5)))
+
+
 def test_seeded_and_independent_of_chunks() -> None:
     data = lattice(50)
     field = LeaveOneOutField.fit(data, classes=[0] * 3, width=8, readout_width=8).double()

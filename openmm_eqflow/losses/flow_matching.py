@@ -54,6 +54,9 @@ class FlowMatchingLoss:
         noise of the objective. 0 leaves pairs as they come.
     augment
         Move each pair by a random rotation and permutation (for non-equivariant fields).
+    held_out
+        Configurations :meth:`validation` is measured on; None for ``data``, which a long training
+        learns by heart.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class FlowMatchingLoss:
         proper: bool,
         n_starts: int = 4,
         augment: bool = False,
+        held_out: Tensor | None = None,
     ) -> None:
         shape = tuple(data.shape[1:])
         if data.ndim != 3 or shape != tuple(prior.event_shape) or len(classes) != shape[0]:
@@ -84,15 +88,20 @@ class FlowMatchingLoss:
         self.field = field
         self.prior = prior
         self.data = remove_mean(data.detach().double().cpu())
+        kept = data if held_out is None or len(held_out) == 0 else held_out
+        self.held_out = remove_mean(kept.detach().double().cpu())
         self.classes = [int(c) for c in classes]
         self.proper = proper
         self.n_starts = n_starts
         self.augment = augment
 
-    def pairs(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pairs(
+        self, n: int, generator: torch.Generator, *, held_out: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` coupled pairs (latent, data point), float64 on the CPU."""
-        index = torch.randint(len(self.data), (n,), generator=generator)
-        x1 = self.data[index]
+        data = self.held_out if held_out else self.data
+        index = torch.randint(len(data), (n,), generator=generator)
+        x1 = data[index]
         x0 = self.prior.sample_latent(n, generator=generator)
         n_dims = x1.shape[-1]
         if self.n_starts > 0:
@@ -119,13 +128,15 @@ class FlowMatchingLoss:
 
     @torch.no_grad()
     def validation(self, n: int, generator: torch.Generator, *, chunk_size: int = 512) -> Tensor:
-        """Mean loss over ``n`` pairs; the same generator state gives the same pairs."""
+        """Mean loss over ``n`` held-out pairs; the same generator state gives the same pairs."""
         sizes = [chunk_size] * (n // chunk_size) + [n % chunk_size] * (n % chunk_size > 0)
-        parts = [self._per_sample(size, generator) for size in sizes]
+        parts = [self._per_sample(size, generator, held_out=True) for size in sizes]
         return torch.cat(parts).double().mean()
 
-    def _per_sample(self, n: int, generator: torch.Generator) -> Tensor:
-        x0, x1 = self.pairs(n, generator)
+    def _per_sample(
+        self, n: int, generator: torch.Generator, *, held_out: bool = False
+    ) -> Tensor:
+        x0, x1 = self.pairs(n, generator, held_out=held_out)
         # stratified times: as unbiased as uniform ones, less noisy
         t = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
         weight = next(self.field.parameters())
