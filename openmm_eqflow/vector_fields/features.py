@@ -99,9 +99,9 @@ def fit_pair_statistics(
     labels = table[row, column]
     count = int(labels.max()) + 1 if len(labels) else 1
     if resolve == "contacts":
-        square = distances.new_full((len(distances), n, n), torch.inf)
-        square[:, row, column] = square[:, column, row] = distances
-        contact = float(square.amin(-1).mean())
+        between = distances.new_full((len(distances), n, n), torch.inf)
+        between[:, row, column] = between[:, column, row] = distances
+        contact = float(between.amin(-1).mean())
         return {
             "pair_mean": [contact] * count,
             "pair_spread": [_CONTACT_SPREAD * contact] * count,
