@@ -16,6 +16,7 @@ from openmm_eqflow.diagnostics import relative_ess
 from openmm_eqflow.distributed import is_main, share, share_tensors, world_size
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.losses.schedule import SIMULATING, Schedule
 from openmm_eqflow.objectives import MAX_FRAMES, build_objective, thin
 from openmm_eqflow.parallel import available_threads, one_torch_thread
 from openmm_eqflow.precision import check_precision, training_precision
@@ -27,7 +28,12 @@ from openmm_eqflow.priors.refine import refine_internal_prior
 from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.reference import ReferenceData
 from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.training import TrainingResult, TrainingSettings, train
+from openmm_eqflow.training import (
+    TrainingResult,
+    TrainingSettings,
+    join_trainings,
+    train,
+)
 from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
 
 __all__ = [
@@ -41,6 +47,7 @@ __all__ = [
 
 Progress = Callable[[float, str], None]
 _MONITOR = 1000
+_CHECKPOINTS = ("checkpoint", "finetune")
 
 
 def split_frames(data: ReferenceData) -> tuple[Tensor, Tensor]:
@@ -156,8 +163,9 @@ def train_flow(
 ) -> tuple[EquivariantFlow, TrainingResult]:
     """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``.
 
-    ``log`` is the CSV file of the history. Under torchrun all processes train together; the flow
-    that rank 0 returns is calibrated and audited, the others' is not.
+    ``log`` is the CSV file of the history; that of a fine-tuning is beside it. Under torchrun
+    all processes train together; the flow that rank 0 returns is calibrated and audited, the
+    others' is not.
     """
     with one_torch_thread():
         return _train_flow(recipe, target, data, seed, folder, device, log, progress)
@@ -184,33 +192,39 @@ def _train_flow(
         fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
     )
     field = build_field(recipe, prior, target, frames).to(device)
-    settings = training_settings(recipe, seed=seed, device=device)
-    size = _affordable(settings.validation_size, prior, 512)
-    settings = replace(settings, validation_size=size)
+    trainings = recipe.trainings()
+    done: list[TrainingResult] = []
+    monitor = None
     with training_precision(field, recipe.precision, device) as trained:
-        objective, close = build_objective(
-            recipe,
-            trained,
-            prior,
-            target,
-            frames,
-            test,
-            generator=generator,
-            seed=seed,
-            report=report,
-        )
-        try:
-            result = train(
-                field,
-                objective,
-                settings,
-                checkpoint=folder / "checkpoint.safetensors",
-                log=log,
-                evaluate=_monitor(prior, target, generator),
-                progress=progress,
+        for part, name in zip(trainings, _CHECKPOINTS, strict=False):
+            if done:
+                field.load_state_dict(done[-1].average.state_dict())
+            objective, close = build_objective(
+                part,
+                trained,
+                prior,
+                target,
+                frames,
+                test,
+                generator=generator,
+                seed=seed,
+                report=report,
             )
-        finally:
-            close()
+            monitor = monitor or _monitor(prior, target, generator)
+            try:
+                result = train(
+                    field,
+                    objective,
+                    _settings(part, prior, seed=seed, device=device),
+                    checkpoint=folder / f"{name}.safetensors",
+                    log=log if log is None or not done else log.with_stem(f"{log.stem}-{name}"),
+                    evaluate=monitor,
+                    progress=_part_of(report, trainings, len(done)),
+                )
+            finally:
+                close()
+            done.append(result)
+    result = join_trainings(done)
     # A Cartesian field costs a hundred times more per evaluation than a chart field.
     n, chunk = 256, 512
     if len(prior.event_shape) == 2:
@@ -222,6 +236,25 @@ def _train_flow(
     flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
     audit(flow, n=n // 2, x=test[: n // 2], generator=generator)
     return flow, result
+
+
+def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:
+    """Make the settings of one training, with as many validation points as it can afford."""
+    settings = training_settings(recipe, seed=seed, device=device)
+    size = _affordable(settings.validation_size, prior, 512)
+    if len(prior.event_shape) == 2 and not SIMULATING.isdisjoint(
+        Schedule(recipe.objective).knots
+    ):
+        size = _affordable(128, prior, 32)
+    return replace(settings, validation_size=size)
+
+
+def _part_of(report: Progress, trainings: tuple[Recipe, ...], index: int) -> Progress:
+    """Report one training as its share of the seconds of all."""
+    seconds = [part.train_seconds for part in trainings]
+    before, own = sum(seconds[:index]) / sum(seconds), seconds[index] / sum(seconds)
+    title = "fine-tuning, " if index else ""
+    return lambda fraction, text: report(before + own * min(fraction, 1.0), title + text)
 
 
 def _affordable(n: int, prior: Prior, least: int) -> int:

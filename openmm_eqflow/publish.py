@@ -13,6 +13,7 @@ from openmm_eqflow.atomic import write_text
 from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.machine import machine_name
+from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.thermo import kelvin
 
@@ -85,7 +86,7 @@ def _card(
         f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
         f"({n_weights:,} weights), {flow.n_ode_steps} RK4 steps",
-        "training": f"{config.recipe.objective}, {train['training_seconds']:.0f} s, "
+        "training": f"{_objectives(config.recipe)}, {train['training_seconds']:.0f} s, "
         f"{train['n_steps']:,} steps, batch {config.recipe.batch_size}",
         "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "
         f"{seconds / 60:.0f} min",
@@ -110,6 +111,12 @@ def _card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _objectives(recipe: Recipe) -> str:
+    first, *later = recipe.trainings()
+    then = [f" then {r.objective} ({r.train_seconds:g} s, batch {r.batch_size})" for r in later]
+    return ",".join([str(first.objective), *then])
 
 
 def _reverse_kl(metrics: dict[str, Any]) -> str:

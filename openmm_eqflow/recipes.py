@@ -59,6 +59,10 @@ class Recipe:
         same on every machine needs a number of steps.
     patience
         Evaluations without a better validation loss that end the training; 0 for never.
+    finetune
+        A second training, with a fresh optimiser, that starts from the averaged weights of the
+        first: the entries in which it differs, ``objective`` and ``train_seconds`` at least. Flow
+        matching, then path gradients, is what it is for (Vaitl, Klein 2025, arXiv:2505.10139).
     precision
         Of the network in the training loss: float32, or on a GPU tf32 or bfloat16.
     n_shards
@@ -92,6 +96,7 @@ class Recipe:
     ode_steps: int = 8
     max_steps: int = 0
     patience: int = 0
+    finetune: Mapping[str, Any] | None = None
     precision: str = "float32"
     n_shards: int = 0
     n_evaluate: int = 10_000
@@ -103,6 +108,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def trainings(self) -> tuple[Recipe, ...]:
+        """Return the recipe of each training in turn, one or two."""
+        first = replace(self, finetune=None)
+        return (first, replace(first, **self.finetune)) if self.finetune else (first,)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
@@ -124,6 +134,18 @@ def check_keys(content: Mapping[str, Any], where: str) -> None:
             raise ConfigurationError(f"{where}: key {key!r} is {value!r}, expected {wanted}")
 
 
+def _finetune_misfit(value: Mapping[str, Any]) -> str | None:
+    for key in value:
+        if key not in _FINETUNE:
+            near = difflib.get_close_matches(key, _FINETUNE, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_FINETUNE)}"
+            return f"entries of a training in it (not {key!r}; {hint})"
+        if (wanted := _misfit(key, value[key])) is not None:
+            return f"{wanted} as its {key!r}"
+    missing = [key for key in ("objective", "train_seconds") if key not in value]
+    return f"a mapping with {' and '.join(map(repr, missing))}" if missing else None
+
+
 def _misfit(key: str, value: Any) -> str | None:
     """Say what the entry should be, or None if ``value`` is that."""
     example = getattr(_EXAMPLE, key)
@@ -134,6 +156,8 @@ def _misfit(key: str, value: Any) -> str | None:
     if key == "ode_steps" and value == 0:
         return "at least 1"
     if example is None:
+        if key == "finetune" and isinstance(value, Mapping):
+            return _finetune_misfit(value)
         return None if value is None or isinstance(value, Mapping) else "a mapping"
     if isinstance(example, str):
         return None if isinstance(value, str) else "text"
@@ -145,6 +169,19 @@ def _misfit(key: str, value: Any) -> str | None:
 
 _EXAMPLE = Recipe(1.0, 1.0)
 _PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
+#: Entries a second training may differ in.
+_FINETUNE = (
+    "objective",
+    "train_seconds",
+    "max_steps",
+    "batch_size",
+    "n_shards",
+    "learning_rate",
+    "average",
+    "gradient_clip",
+    "ode_steps",
+    "patience",
+)
 _SECTIONS = ("recipe", "reference", *BUDGETS)
 _MOLECULE: dict[Budget, Recipe] = {
     "quick": Recipe(45, 90, n_pool=60_000, n_chunks=8, n_evaluate=10_000, n_samples=5_000),

@@ -11,7 +11,7 @@ Under torchrun every process runs this loop; rank 0 has the clock, evaluates and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from openmm_eqflow.training_state import (
     TrainingState,
 )
 
-__all__ = ["Objective", "TrainingResult", "TrainingSettings", "train"]
+__all__ = ["Objective", "TrainingResult", "TrainingSettings", "join_trainings", "train"]
 
 _MAX_BAD_STEPS = 20
 
@@ -47,6 +47,25 @@ class TrainingResult:
     n_steps: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+
+
+def join_trainings(results: Sequence[TrainingResult]) -> TrainingResult:
+    """Trainings of one field in turn as one: steps and seconds go on counting.
+
+    Rows of the history say which ``training`` they are of if there are several; losses of
+    different objectives do not compare.
+    """
+    history: list[dict[str, float]] = []
+    steps, seconds = 0, 0.0
+    for index, result in enumerate(results):
+        part = {"training": float(index)} if len(results) > 1 else {}
+        history += [
+            row | part | {"step": row["step"] + steps, "seconds": row["seconds"] + seconds}
+            for row in result.history
+        ]
+        steps, seconds = steps + result.n_steps, seconds + result.seconds
+    last = results[-1]
+    return TrainingResult(last.average, history, steps, seconds, last.stopped_early)
 
 
 def _learning_rate(step: int, fraction: float, settings: TrainingSettings) -> float:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["OBJECTIVES", "Schedule", "schedule_misfit"]
+__all__ = ["OBJECTIVES", "SIMULATING", "Schedule", "schedule_misfit"]
 
 OBJECTIVES = (
     "liouville",
@@ -22,6 +22,8 @@ OBJECTIVES = (
     "path-forward",
     "path-reverse",
 )
+#: Those that solve the flow's ODE in every step.
+SIMULATING = frozenset(("nll", "reverse-kl", "path-forward", "path-reverse"))
 _FORM = "an objective's name or a mapping {name: [[fraction, weight], ...]}"
 
 

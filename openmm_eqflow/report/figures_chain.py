@@ -19,6 +19,12 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+_LOSSES = {
+    "liouville": "residual variance",
+    "flow-matching": "flow-matching loss",
+    "nll": "negative log likelihood",
+    "path-forward": "negative log likelihood",
+}
 
 
 def acceptance_panel(run: RunData) -> Panel:
@@ -172,31 +178,10 @@ def training_panels(run: RunData) -> list[Panel]:
     panels = []
     minutes = np.array([row.get("seconds", 0.0) for row in history]) / 60.0
     mark = "." if len(history) < 40 else None
-    figure, axes = new_figure()
-    found = False
-    for column, key, label, dash in (
-        ("loss", "chain", "training", "-"),
-        ("validation_loss", "flow", "held-out", (0, (4, 1.5))),
-    ):
-        y = np.array([_number(row.get(column)) for row in history])
-        if np.isfinite(y).any():
-            axes.plot(minutes, y, color=COLOURS[key], marker=mark, linestyle=dash, label=label)
-            found = True
-    if found:
-        names = {"liouville": "residual variance", "flow-matching": "flow-matching loss"}
-        axes.set_xlabel("training time (min)")
-        axes.set_ylabel(names.get(str(run.run.config.recipe.objective), "loss"))
-        legend(figure, axes)
-        panels.append(
-            Panel(
-                "loss",
-                "Training loss",
-                to_svg(figure, "loss", "Loss against training time"),
-                f"{run.stages['train'].get('n_steps', len(history)):,} steps. Held-out above "
-                "training means that the pool is learnt by heart; still falling means that more "
-                "time pays.",
-            )
-        )
+    for index, recipe in enumerate(run.run.config.recipe.trainings()):
+        rows = [row for row in history if row.get("training", 0.0) == index]
+        if panel := _loss_panel(rows, str(recipe.objective), index):
+            panels.append(panel)
     ess = np.array([_number(row.get("relative_ess")) for row in history])
     if np.isfinite(ess).any():
         figure, axes = new_figure()
@@ -229,6 +214,36 @@ def training_panels(run: RunData) -> list[Panel]:
             )
         )
     return panels
+
+
+def _loss_panel(history: list[dict[str, Any]], objective: str, index: int) -> Panel | None:
+    """Losses of one training; None if there are none."""
+    minutes = np.array([row.get("seconds", 0.0) for row in history]) / 60.0
+    figure, axes = new_figure()
+    found = False
+    for column, key, label, dash in (
+        ("loss", "chain", "training", "-"),
+        ("validation_loss", "flow", "held-out", (0, (4, 1.5))),
+    ):
+        y = np.array([_number(row.get(column)) for row in history])
+        if np.isfinite(y).any():
+            mark = "." if len(history) < 40 else None
+            axes.plot(minutes, y, color=COLOURS[key], marker=mark, linestyle=dash, label=label)
+            found = True
+    if not found:
+        return None
+    axes.set_xlabel("training time (min)")
+    axes.set_ylabel(_LOSSES.get(objective, "loss"))
+    legend(figure, axes)
+    name = "fine-tuning" if index else "training"
+    steps = int(history[-1].get("step", len(history)))
+    return Panel(
+        f"loss-{index}" if index else "loss",
+        f"{name.capitalize()} loss",
+        to_svg(figure, f"loss-{index}" if index else "loss", "Loss against training time"),
+        f"{steps:,} steps by the end. Held-out above training means that the points are learnt "
+        "by heart; still falling means that more time pays.",
+    )
 
 
 def _number(value: object) -> float:
