@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 __all__ = ["stage_progress"]
 
 _LINE_SECONDS = 15.0
+# A first report above this fraction means that earlier attempts did that much.
+_RESUMED = 0.1
 
 
 def _clock(seconds: float) -> str:
@@ -25,11 +27,17 @@ def stage_progress(
 ) -> Iterator[Callable[[float, str], None]]:
     """Yield ``report(fraction, text)``: bar with elapsed and remaining time of one stage."""
     started = time.monotonic()
+    first: list[tuple[float, float]] = []
 
     def remaining(fraction: float) -> str:
-        if fraction <= 0.02:
+        now = time.monotonic()
+        if fraction > 0 and not first:
+            # A stage that is resumed starts far from nothing: what was done before took no time.
+            first.append((now, fraction) if fraction > _RESUMED else (started, 0.0))
+        if not first or fraction - first[0][1] <= 0.02:
             return "-:--"
-        return _clock((time.monotonic() - started) * (1 / fraction - 1))
+        since, before = first[0]
+        return _clock((now - since) * max(0.0, 1 - fraction) / (fraction - before))
 
     if not console.is_terminal:
         last, ended = [-math.inf], [False]

@@ -43,3 +43,10 @@ def test_lines_do_not_wrap_and_text_is_no_markup(clock):
     (line,) = lines([(0, 0.5, text)], clock)
     assert line.endswith(text.rstrip()) or line.endswith(text)
     assert "[bold]" in line
+
+
+def test_time_left_counts_what_this_attempt_did(clock):
+    fresh = lines([(0, 0.0, "a"), (20, 0.05, "b"), (80, 0.25, "c")], clock)
+    assert ["-:-- left", "6:20 left", "5:00 left"] == [line[31:40].strip() for line in fresh]
+    resumed = lines([(0, 0.0, "a"), (20, 0.5, "b"), (80, 0.75, "c")], clock)
+    assert ["-:-- left", "-:-- left", "1:20 left"] == [line[31:40].strip() for line in resumed]
