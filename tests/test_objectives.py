@@ -25,7 +25,7 @@ from openmm_eqflow.integrate import rk4
 from openmm_eqflow.losses.chart_target import ChartTarget, bound_energy
 from openmm_eqflow.losses.likelihood import LikelihoodLoss
 from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
-from openmm_eqflow.losses.solve import solve, transport_score
+from openmm_eqflow.losses.solve import follow, solve, transport_score
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.training import TrainingSettings, train
 from openmm_eqflow.vector_fields import LeaveOneOutField
@@ -240,7 +240,7 @@ def test_score_of_the_flow() -> None:
         point = z.clone().requires_grad_(True)
         log_p0 = own_prior.latent_log_prob(point)  # type: ignore[attr-defined]
         (score,) = torch.autograd.grad(log_p0.sum(), point)
-    y, carried, ladj = transport_score(field, z, score, grid)
+    y, carried, ladj, _ = transport_score(field, z, score, grid)
     flow = EquivariantFlow(own_prior, field, grid=grid)  # type: ignore[arg-type]
     point = y.clone().requires_grad_(True)
     back, ladj_back = rk4(flow._field, point, grid, reverse=True)
@@ -249,9 +249,28 @@ def test_score_of_the_flow() -> None:
     torch.testing.assert_close(carried, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ladj, ladj_back.detach(), rtol=0, atol=1e-5)
     assert float((carried - score).abs().max()) > 0.1  # power: it did change
-    z_back, score_back, _ = transport_score(field, y, carried, grid, reverse=True)
+    z_back, score_back, _, _ = transport_score(field, y, carried, grid, reverse=True)
     torch.testing.assert_close(z_back, z, rtol=0, atol=1e-5)
     torch.testing.assert_close(score_back, score, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["chart", "leave-one-out"])
+def test_a_known_trajectory_has_the_gradient_of_its_solve(kind: str, reverse: bool) -> None:
+    field, _, z = case(kind)
+    grid = uniform_grid(3)
+    pull = torch.randn(z.shape, generator=stream(5), dtype=torch.float64)
+    states = transport_score(field, z, pull, grid, reverse=reverse).states
+    end, _ = solve(field, z, grid, reverse=reverse, with_divergence=False)
+    again = follow(field, states, grid, reverse=reverse)
+    assert states.shape == (4, *z.shape)
+    torch.testing.assert_close(again, end, rtol=0, atol=1e-11)
+    expected = gradient_of((end * pull).sum(), field)
+    found = gradient_of((again * pull).sum(), field)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    # power: another trajectory has another gradient
+    other = follow(field, states * 1.1, grid, reverse=reverse)
+    assert float((gradient_of((other * pull).sum(), field) - expected).abs().max()) > 1e-3
 
 
 def test_refusals() -> None:

@@ -37,7 +37,7 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.losses.chart_target import ChartTarget, prior_score
 from openmm_eqflow.losses.likelihood import LikelihoodLoss
 from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
-from openmm_eqflow.losses.solve import solve, transport_score
+from openmm_eqflow.losses.solve import follow, transport_score
 
 __all__ = ["ForwardPathLoss", "ReversePathLoss"]
 
@@ -54,9 +54,9 @@ class ReversePathLoss(ReverseKLLoss):
     def per_sample(self, z: Tensor) -> Tensor:
         """Return log q + u (n,) of the samples that ``z`` flows to; path gradient attached."""
         log_p0, score = prior_score(self.prior, z)
-        y, score, ladj = transport_score(self.field, z, score, self.grid)
+        y, score, ladj, states = transport_score(self.field, z, score, self.grid)
         log_p1, force = self.target.log_prob_and_gradient(y)
-        end, _ = solve(self.field, z, self.grid, with_divergence=False)
+        end = follow(self.field, states, self.grid)
         return _attach(log_p0 - ladj - log_p1, score - force, end)
 
 
@@ -100,10 +100,12 @@ class ForwardPathLoss(LikelihoodLoss):
         """Return -log q (n,) of data ``index``, path gradient attached."""
         device = next(self.field.parameters()).device
         y, score = self.data.y[index].to(device), self.score[index].to(device)
-        z, pulled, ladj = transport_score(self.field, y, score, self.grid, reverse=True)
+        z, pulled, ladj, states = transport_score(
+            self.field, y, score, self.grid, reverse=True
+        )
         log_p0, slope = prior_score(self.prior, z)
         value = ladj + self.data.log_volume[index].to(device) - log_p0
-        start, _ = solve(self.field, y, self.grid, reverse=True, with_divergence=False)
+        start = follow(self.field, states, self.grid, reverse=True)
         return _attach(value, pulled - slope, start)
 
     def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:

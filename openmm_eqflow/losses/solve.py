@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.integrate import rk4
 
-__all__ = ["solve", "transport_score", "uniform_grid"]
+__all__ = ["Carried", "follow", "solve", "transport_score", "uniform_grid"]
 
 Dynamics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -57,8 +57,17 @@ def _dynamics(field: nn.Module, *, with_divergence: bool) -> Dynamics:
     return dynamics
 
 
+def _intervals(grid: Sequence[float], reverse: bool) -> list[tuple[float, float]]:
+    """Return the steps of the grid in the order they are taken."""
+    intervals = list(itertools.pairwise(grid))
+    return intervals[::-1] if reverse else intervals
+
+
 class _Solve(torch.autograd.Function):
-    """RK4 over a grid that keeps states only; see the module docstring."""
+    """RK4 over a grid that keeps states only; see the module docstring.
+
+    ``known`` (n_steps + 1, n, ...) are the states of a solve already made; empty for none.
+    """
 
     @staticmethod
     def forward(
@@ -67,14 +76,18 @@ class _Solve(torch.autograd.Function):
         dynamics: Dynamics,
         intervals: list[tuple[float, float]],
         reverse: bool,
+        known: Tensor,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ladj = torch.zeros(len(y), dtype=y.dtype, device=y.device)
-        states = []
-        for interval in intervals:
-            states.append(y)
-            y, increment = rk4(dynamics, y, interval, reverse=reverse)
-            ladj = ladj + increment
+        states = list(known[:-1])
+        if states:
+            y = known[-1].clone()
+        else:
+            for interval in intervals:
+                states.append(y)
+                y, increment = rk4(dynamics, y, interval, reverse=reverse)
+                ladj = ladj + increment
         ctx.save_for_backward(*states)
         ctx.plan = dynamics, intervals, reverse, parameters
         return y, ladj
@@ -96,7 +109,7 @@ class _Solve(torch.autograd.Function):
             for k, part in enumerate(found[1:]):
                 before = total[k]
                 total[k] = part if before is None or part is None else before + part
-        return grad_y, None, None, None, *total
+        return grad_y, None, None, None, None, *total
 
 
 def solve(
@@ -128,13 +141,45 @@ def solve(
         Final state and :math:`\int \nabla\cdot v\,dt`, (n,), as
         :func:`~openmm_eqflow.integrate.rk4` gives them.
     """
-    intervals = list(itertools.pairwise(grid))
-    if reverse:
-        intervals.reverse()
+    intervals = _intervals(grid, reverse)
     weights = [p for p in field.parameters() if p.requires_grad]
     dynamics = _dynamics(field, with_divergence=with_divergence)
-    end, ladj = _Solve.apply(y, dynamics, intervals, reverse, *weights)
+    end, ladj = _Solve.apply(y, dynamics, intervals, reverse, y.new_empty(0), *weights)
     return end, ladj
+
+
+def follow(
+    field: nn.Module, states: Tensor, grid: Sequence[float], *, reverse: bool = False
+) -> Tensor:
+    r"""End of a trajectory that is known, differentiable in the weights as that of :func:`solve`.
+
+    Parameters
+    ----------
+    field, grid, reverse
+        As they were when ``states`` were found.
+    states
+        From :func:`transport_score`, (n_steps + 1, n, *event_shape). Nothing is solved again until
+        the gradient is due.
+
+    Returns
+    -------
+    y
+        ``states[-1]``.
+    """
+    weights = [p for p in field.parameters() if p.requires_grad]
+    dynamics = _dynamics(field, with_divergence=False)
+    start = states[0].detach()
+    end, _ = _Solve.apply(start, dynamics, _intervals(grid, reverse), reverse, states, *weights)
+    return end
+
+
+class Carried(NamedTuple):
+    """What :func:`transport_score` returns."""
+
+    y: Tensor
+    score: Tensor
+    ladj: Tensor
+    states: Tensor
 
 
 def transport_score(
@@ -144,7 +189,7 @@ def transport_score(
     grid: Sequence[float],
     *,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Carried:
     r"""Carry points and the score of a density along the flow; nothing is differentiable.
 
     Parameters
@@ -159,6 +204,9 @@ def transport_score(
     y, score, ladj
         At the other end of the grid; with p_0 the prior and ``reverse=False``, ``score`` is
         :math:`\nabla_y \log q`.
+    states
+        Points at all times of the grid, in the order they were passed (n_steps + 1, n, ...), for
+        :func:`follow`.
     """
     dynamics = _dynamics(field, with_divergence=True)
 
@@ -169,6 +217,11 @@ def transport_score(
             (pull,) = torch.autograd.grad((v * state[:, 1]).sum() + div.sum(), point)
         return torch.stack([v.detach(), -pull], 1), div.detach()
 
+    state, states = torch.stack([y, score], 1), [y]
+    ladj = torch.zeros(len(y), dtype=y.dtype, device=y.device)
     with torch.no_grad():
-        state, ladj = rk4(augmented, torch.stack([y, score], 1), grid, reverse=reverse)
-    return state[:, 0], state[:, 1], ladj
+        for interval in _intervals(grid, reverse):
+            state, increment = rk4(augmented, state, interval, reverse=reverse)
+            ladj = ladj + increment
+            states.append(state[:, 0])
+    return Carried(state[:, 0], state[:, 1], ladj, torch.stack(states))
