@@ -133,7 +133,7 @@ def solve(
     reverse
         From the last time to the first; the log determinant stays that of the forward map.
     with_divergence
-        False leaves the divergence out (it returns zeros), which is all a path gradient needs.
+        False leaves the divergence out (it returns zeros).
 
     Returns
     -------
@@ -159,7 +159,7 @@ def follow(
         As they were when ``states`` were found.
     states
         From :func:`transport_score`, (n_steps + 1, n, *event_shape). Nothing is solved again until
-        the gradient is due.
+        the gradient is due. The start, ``states[0]``, gets no gradient.
 
     Returns
     -------
