@@ -1,0 +1,1 @@
+"""Stochastic normalizing flows: field layers and Hamiltonian Monte Carlo layers in turn."""
