@@ -18,6 +18,8 @@ from openmm_eqflow.library import SYSTEM_FILE, systems_directory
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.stochastic.flow import StochasticFlow
+from openmm_eqflow.stochastic.path import SoftCorePath
 from openmm_eqflow.vector_fields import build_vector_field
 
 __all__ = ["file_sha256", "load_flow", "load_tensors", "save_flow", "save_tensors"]
@@ -129,6 +131,8 @@ def save_flow(
         "audit": flow.audit_report,
         "metadata": metadata or {},
     }
+    if isinstance(flow, StochasticFlow):
+        record["layers"] = flow.layers()
     record = plain_json(record)
     write_json(words, record | {"record_sha256": _digest(record)})
     flow.metadata = dict(metadata or {})
@@ -185,19 +189,42 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
         spec = record["vector_field"]
         field = build_vector_field(spec["kind"], spec["config"])
         field.load_state_dict(part("field."))
+        layers = record.get("layers")
+        flow = (
+            _plain(prior, field.to(device), record)
+            if layers is None
+            else _stochastic(prior, field, record, layers)
+        )
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigurationError) as error:
         raise CheckpointError(
             f"{words} does not describe a flow of this version ({' '.join(str(error).split())}); "
             "train again"
         ) from error
-    flow = EquivariantFlow(
-        prior,
-        field.to(device).eval(),  # type: ignore[arg-type]
-        grid=tuple(record["grid"]),
-        inverse_corrections=record.get("inverse_corrections", 0),
-        chunk_size=record["chunk_size"],
-    )
     flow.audit_report = record["audit"]
     flow.metadata = record["metadata"]
     flow.source = (str(weights), digest)
     return flow
+
+
+def _plain(prior: Prior, field: Any, record: dict[str, Any]) -> EquivariantFlow:
+    return EquivariantFlow(
+        prior,
+        field.eval(),
+        grid=tuple(record["grid"]),
+        inverse_corrections=record.get("inverse_corrections", 0),
+        chunk_size=record["chunk_size"],
+    )
+
+
+def _stochastic(
+    prior: Any, field: Any, record: dict[str, Any], layers: dict[str, Any]
+) -> StochasticFlow:
+    return StochasticFlow(
+        prior,
+        field.eval(),
+        path=SoftCorePath(**layers["path"]),
+        grid=tuple(record["grid"]),
+        timesteps=layers["timesteps"],
+        n_leapfrog=layers["n_leapfrog"],
+        chunk_size=record["chunk_size"],
+    )

@@ -15,6 +15,7 @@ from openmm_eqflow.audit import audit
 from openmm_eqflow.diagnostics import relative_ess
 from openmm_eqflow.distributed import is_main, share, share_tensors, world_size
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.fitting_layers import train_stochastic_flow
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.losses.schedule import SIMULATING, Schedule
 from openmm_eqflow.objectives import MAX_FRAMES, build_objective, thin
@@ -167,6 +168,10 @@ def train_flow(
     all processes train together; the flow that rank 0 returns is calibrated and audited, the
     others' is not.
     """
+    if recipe.stochastic is not None:
+        return train_stochastic_flow(
+            recipe.stochastic_options(), target, seed=seed, log=log, progress=progress
+        )
     with one_torch_thread():
         return _train_flow(recipe, target, data, seed, folder, device, log, progress)
 

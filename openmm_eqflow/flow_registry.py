@@ -29,6 +29,7 @@ from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.stochastic.flow import StochasticFlow
 from openmm_eqflow.target import BoltzmannTarget
 
 __all__ = [
@@ -66,6 +67,8 @@ def _identity(flow: EquivariantFlow, weights_sha256: str) -> str:
         flow.vector_field.config,
         list(flow.grid),
     ]
+    if isinstance(flow, StochasticFlow):
+        content.append(flow.layers())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

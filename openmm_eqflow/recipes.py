@@ -15,10 +15,21 @@ from typing import Any, Literal
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.losses.schedule import schedule_misfit
 
-__all__ = ["BUDGETS", "Budget", "Recipe", "make_recipe"]
+__all__ = ["BUDGETS", "STOCHASTIC_OPTIONS", "Budget", "Recipe", "make_recipe"]
 
 Budget = Literal["quick", "standard", "thorough"]
 BUDGETS: tuple[Budget, ...] = ("quick", "standard", "thorough")
+
+#: Of a stochastic flow: levels of one sample and leapfrog steps on each; configurations and
+#: stride (kT) of the fit; reach (nm) and splines of the field.
+STOCHASTIC_OPTIONS: Mapping[str, float] = {
+    "n_levels": 1000,
+    "n_leapfrog": 16,
+    "n_fit": 2048,
+    "stride": 0.04,
+    "reach": 5.0,
+    "n_splines": 50,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,10 @@ class Recipe:
         A second training, with a fresh optimiser, that starts from the averaged weights of the
         first: the entries in which it differs, ``objective`` and ``train_seconds`` at least. Flow
         matching, then path gradients, is what it is for (Vaitl, Klein 2025, arXiv:2505.10139).
+    stochastic
+        With a mapping, the flow is a :class:`~openmm_eqflow.stochastic.flow.StochasticFlow`,
+        fitted along a path without data; entries differ from :data:`STOCHASTIC_OPTIONS`. Fields,
+        batches and training times of this recipe are then not used.
     precision
         Of the network in the training loss: float32, or on a GPU tf32 or bfloat16.
     n_shards
@@ -97,6 +112,7 @@ class Recipe:
     max_steps: int = 0
     patience: int = 0
     finetune: Mapping[str, Any] | None = None
+    stochastic: Mapping[str, Any] | None = None
     precision: str = "float32"
     n_shards: int = 0
     n_evaluate: int = 10_000
@@ -108,6 +124,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return asdict(self)
+
+    def stochastic_options(self) -> dict[str, float]:
+        """Return the entries of ``stochastic`` with their defaults."""
+        return {**STOCHASTIC_OPTIONS, **(self.stochastic or {})}
 
     def trainings(self) -> tuple[Recipe, ...]:
         """Return the recipe of each training in turn, one or two."""
@@ -146,6 +166,21 @@ def _finetune_misfit(value: Mapping[str, Any]) -> str | None:
     return f"a mapping with {' and '.join(map(repr, missing))}" if missing else None
 
 
+def _stochastic_misfit(value: Mapping[str, Any]) -> str | None:
+    for key, number in value.items():
+        if key not in STOCHASTIC_OPTIONS:
+            near = difflib.get_close_matches(key, STOCHASTIC_OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {list(STOCHASTIC_OPTIONS)}"
+            return f"entries of a stochastic flow in it (not {key!r}; {hint})"
+        kinds = (int,) if isinstance(STOCHASTIC_OPTIONS[key], int) else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < math.inf:
+            whole = "a whole number" if kinds == (int,) else "a number"
+            return f"{whole} above 0 as its {key!r}"
+        if key == "n_levels" and number < 2:
+            return "at least 2 as its 'n_levels'"
+    return None
+
+
 def _misfit(key: str, value: Any) -> str | None:
     """Say what the entry should be, or None if ``value`` is that."""
     example = getattr(_EXAMPLE, key)
@@ -158,6 +193,8 @@ def _misfit(key: str, value: Any) -> str | None:
     if example is None:
         if key == "finetune" and isinstance(value, Mapping):
             return _finetune_misfit(value)
+        if key == "stochastic" and isinstance(value, Mapping):
+            return _stochastic_misfit(value)
         return None if value is None or isinstance(value, Mapping) else "a mapping"
     if isinstance(example, str):
         return None if isinstance(value, str) else "text"

@@ -28,14 +28,14 @@ LAYERS = tuple(
         "vector_fields.* divergence integrate zmatrix balance "
         "force_terms automorphisms symmetry topology_record system_identity",
         # 2 densities
-        "priors.* flow",
+        "priors.* flow stochastic.*",
         # 3 pure functions of weights, chains and losses; units; what a system is; settings
         "metropolis ensemble hamiltonian latent latent_kernel losses.* audit "
         "diagnostics bootstrap convergence free_energy observables analysis export "
         "thermo model_systems forcefield library recipes ladder chunks sampling_plan",
         # 4 energies, reference data, training, files of flows
         "energies.* target own_system checkpoint training training_state training_log precision "
-        "objectives fitting evaluation "
+        "objectives fitting fitting_layers evaluation "
         "reference calibration implicit_solvent tempering tempering_worker walker_pool sampling "
         "flow_registry",
         # 5 moves of other samplers

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from openmm_eqflow.errors import TrainingError
+from openmm_eqflow.parallel import map_chunks
 from openmm_eqflow.stochastic import kernels
 from openmm_eqflow.stochastic.annealing import Batch
 from openmm_eqflow.stochastic.path import SoftCorePath
@@ -42,7 +44,10 @@ class FittedPath(NamedTuple):
     timesteps
         (n,): leapfrog steps that were accepted about three times out of four.
     spread, residual
-        (n,): standard deviations of du/dt, and of what the field leaves of it, kT per unit t.
+        (n,): standard deviations of du/dt, and of what the field leaves of it in the batch that
+        was held out of the regression, kT per unit t.
+    acceptance
+        (n,): of the Hamiltonian trajectories.
     """
 
     times: Floats
@@ -50,6 +55,7 @@ class FittedPath(NamedTuple):
     timesteps: Floats
     spread: Floats
     residual: Floats
+    acceptance: Floats
 
 
 def spline_tables(weights: Floats) -> Floats:
@@ -80,49 +86,68 @@ def fit_path(
     Parameters
     ----------
     batches
-        Samples of the ideal gas.
+        Samples of the ideal gas, at least two batches; the last is held out of the regression.
     stride
         Standard deviation in kT of what relaxation has to do on each level.
     memory
         Weight of the levels just passed in the regression, per level.
     timestep
         First leapfrog step; adapted to an acceptance of about 0.75.
+
+    Raises
+    ------
+    TrainingError
+        The residual is not finite.
     """
     t, step = 0.0, timestep
-    rows: list[tuple[float, Floats, float, float, float]] = []
+    rows: list[tuple[float, Floats, float, float, float, float]] = []
     gram, moment = np.zeros((n_splines, n_splines)), np.zeros(n_splines)
-    for batch in batches:
-        batch.set_level(path.levels(np.array([0.0]))[0])
+    table: Floats | None = None
     while True:
         level = path.levels(np.array([t]))[0]
-        accepted = np.mean([b.relax(level, step, n_leapfrog) for b in batches])
-        step *= float(np.clip((accepted / _ACCEPTANCE) ** 0.3, 0.8, 1.1))
-        slope = np.concatenate([_slope(path, t, batch) for batch in batches])
-        design = np.concatenate([_design(batch, spacing, n_splines) for batch in batches])
-        slope -= slope.mean()
-        design -= design.mean(0)
-        gram = memory * gram + design.T @ design / len(slope)
-        moment = memory * moment + design.T @ slope / len(slope)
-        scale = np.sqrt(np.maximum(np.diag(gram), 1e-12 * np.diag(gram).max()))
-        weights = np.linalg.solve(
-            gram / np.outer(scale, scale) + _RIDGE * np.eye(n_splines), moment / scale
-        )
-        weights /= scale
-        left = float((slope - design @ weights).std())
-        rows.append((t, weights, step, float(slope.std()), left))
+
+        def advance(
+            batch: Batch, t: float = t, level: Floats = level, step: float = step
+        ) -> tuple[float, Floats, Floats]:
+            if table is not None:
+                batch.transport(table, spacing)
+            batch.set_level(level)
+            accepted = batch.relax(level, step, n_leapfrog)
+            return accepted, _slope(path, t, batch), _design(batch, spacing, n_splines)
+
+        shares, slopes, designs = zip(*map_chunks(advance, batches), strict=True)
+        accepted = float(np.mean(shares))
+        slope, design = np.concatenate(slopes[:-1]), np.concatenate(designs[:-1])
+        middle, centre = slope.mean(), design.mean(0)
+        gram = memory * gram + (design - centre).T @ (design - centre) / len(slope)
+        moment = memory * moment + (design - centre).T @ (slope - middle) / len(slope)
+        weights = _solve(gram, moment)
+        left = float((slopes[-1] - designs[-1] @ weights).std())
+        if not np.isfinite(left):
+            raise TrainingError(
+                f"the residual on level {len(rows)} (t = {t:.3f}) is not finite; choose a smaller "
+                "first timestep"
+            )
+        rows.append((t, weights, step, float(slope.std()), left, accepted))
         if progress is not None:
-            progress(t, f"level {len(rows)}, acceptance {accepted:.2f}")
+            progress(t, f"level {len(rows)}, residual {left:.1f} of {slope.std():.1f} kT")
         if t >= 1.0:
             break
         t_next = min(1.0, t + min(_MAX_STEP, stride / left))
         table = spline_tables(weights * (t_next - t))
-        following = path.levels(np.array([t_next]))[0]
-        for batch in batches:
-            batch.transport(table, spacing)
-            batch.set_level(following)
         t = t_next
+        step *= float(np.clip((accepted / _ACCEPTANCE) ** 0.3, 0.8, 1.1))
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     return FittedPath(*columns)
+
+
+def _solve(gram: Floats, moment: Floats) -> Floats:
+    """Ridge regression in units of each regressor's own spread."""
+    square = np.diag(gram)
+    scale = np.sqrt(np.maximum(square, 1e-12 * square.max()))
+    scaled = gram / np.outer(scale, scale) + _RIDGE * np.eye(len(gram))
+    solution: Floats = np.linalg.solve(scaled, moment / scale) / scale
+    return solution
 
 
 def _slope(path: SoftCorePath, t: float, batch: Batch) -> Floats:

@@ -7,6 +7,7 @@ from openmm_eqflow.vector_fields.egnn import EGNNField
 from openmm_eqflow.vector_fields.kernel import KernelField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
 from openmm_eqflow.vector_fields.mlp import MLPField
+from openmm_eqflow.vector_fields.radial import RadialSplineField
 
 __all__ = [
     "ChartField",
@@ -15,6 +16,7 @@ __all__ = [
     "KernelField",
     "LeaveOneOutField",
     "MLPField",
+    "RadialSplineField",
     "VectorField",
     "build_vector_field",
 ]
