@@ -1,4 +1,4 @@
-"""From a target to a stochastic flow: no data, one pass along the path, one regression per level."""
+"""From a target to a stochastic flow: no data, one pass along the path, a regression per level."""
 
 from __future__ import annotations
 
@@ -119,6 +119,6 @@ def _check(target: BoltzmannTarget, path: SoftCorePath, batch: Batch) -> None:
     if not (gap <= _AGREEMENT + _ROUNDING * np.abs(theirs)).all():
         raise ConfigurationError(
             f"the System is no lennard-jones cluster of {batch.x.shape[0]} particles (energies "
-            f"differ by {gap.max():.2g} kT): take 'stochastic' out of its recipe; other potentials "
-            "have no path yet"
+            f"differ by {gap.max():.2g} kT): take 'stochastic' out of its recipe; other "
+            "potentials have no path yet"
         )

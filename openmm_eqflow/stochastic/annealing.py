@@ -6,10 +6,10 @@ Hamiltonian Monte Carlo, reversible with respect to the new level, relaxes it. W
 
 .. math:: \log w = -\sum_k \bigl[u_{k+1}(M_k x_k) - u_k(x_k) - \log|\det DM_k(x_k)|\bigr]
 
-(annealed importance sampling, Neal 2001, with maps: escorted free energy simulations, Vaikuntanathan
-& Jarzynski 2008; stochastic normalizing flows, Wu, Köhler, Noé 2020, eq. 12). E[w] = Z exactly,
-however few the levels and however poor the field. The reverse of a path from x under p_K runs the
-same kernels in the opposite order, because each is its own reversal.
+(annealed importance sampling, Neal 2001, with maps: escorted free energy simulations,
+Vaikuntanathan & Jarzynski 2008; stochastic normalizing flows, Wu, Köhler, Noé 2020, eq. 12).
+E[w] = Z exactly, however few the levels and however poor the field. The reverse of a path from x
+under p_K runs the same kernels in the opposite order, because each is its own reversal.
 """
 
 from __future__ import annotations
@@ -113,13 +113,7 @@ class Batch:
         )  # fmt: skip
 
     def forward(self, levels: Levels) -> Floats:
-        """From prior samples through all levels; return u_0(x_0) - log p_0(x_0) excluded.
-
-        Returns
-        -------
-        ndarray
-            (batch,), float64: :math:`-\\log w - u_0(x_0)`, the path's work without the prior.
-        """
+        """From prior samples through all levels; return -log w - log p_0(x_0), (batch,)."""
         work = np.zeros(self.x.shape[-1])
         for k in range(len(levels.parameters)):
             if k > 0:
@@ -131,7 +125,7 @@ class Batch:
         return work
 
     def backward(self, levels: Levels) -> Floats:
-        """From configurations of the last level to the prior; return the same as forward."""
+        """From configurations of the last level to the prior; return what forward would."""
         work = np.zeros(self.x.shape[-1])
         self.set_level(levels.parameters[-1])
         for k in reversed(range(len(levels.parameters))):

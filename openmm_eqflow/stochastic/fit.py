@@ -27,7 +27,7 @@ from openmm_eqflow.stochastic.path import SoftCorePath
 __all__ = ["FittedPath", "fit_path", "spline_tables"]
 
 Floats = NDArray[np.floating[Any]]
-_ACCEPTANCE = 0.75
+_ACCEPTANCE = 0.85
 _MAX_STEP = 0.01
 _RIDGE = 1e-3
 
@@ -42,7 +42,7 @@ class FittedPath(NamedTuple):
     weights
         (n, n_splines): c(t) of :class:`~openmm_eqflow.vector_fields.radial.RadialSplineField`.
     timesteps
-        (n,): leapfrog steps that were accepted about three times out of four.
+        (n,): leapfrog steps that were accepted about six times out of seven.
     spread, residual
         (n,): standard deviations of du/dt, and of what the field leaves of it in the batch that
         was held out of the regression, kT per unit t.
@@ -77,7 +77,7 @@ def fit_path(
     n_splines: int,
     stride: float,
     n_leapfrog: int,
-    memory: float = 0.9,
+    memory: float = 0.7,
     timestep: float = 0.1,
     progress: Callable[[float, str], None] | None = None,
 ) -> FittedPath:
@@ -92,7 +92,7 @@ def fit_path(
     memory
         Weight of the levels just passed in the regression, per level.
     timestep
-        First leapfrog step; adapted to an acceptance of about 0.75.
+        First leapfrog step; adapted to an acceptance of about 0.85.
 
     Raises
     ------
@@ -107,7 +107,11 @@ def fit_path(
         level = path.levels(np.array([t]))[0]
 
         def advance(
-            batch: Batch, t: float = t, level: Floats = level, step: float = step
+            batch: Batch,
+            t: float = t,
+            level: Floats = level,
+            step: float = step,
+            table: Floats | None = table,
         ) -> tuple[float, Floats, Floats]:
             if table is not None:
                 batch.transport(table, spacing)

@@ -11,9 +11,9 @@ path forwards, Q, and backwards, p R:
 
 (Wu, Köhler, Noé 2020, arXiv:2002.06707, eq. 12 and 16). log w is therefore an exact importance
 weight, E[w] = Z, on the space of paths. Where another flow has log q, this one has
-:math:`\log\hat q` of one path, and all that follows stays exact: a Metropolis chain that accepts by
-it is a chain over pairs of x and path with the marginal p, whether the path of the present state
-is kept or drawn anew from R (both leave p R invariant).
+:math:`\log\hat q` of one path, and all that follows stays exact: a Metropolis chain that accepts
+by it is a chain over pairs of x and path with the marginal p, whether the path of the present
+state is kept or drawn anew from R (both leave p R invariant).
 
 Equivariance: prior, field, energies and momenta are invariant under O(3) and permutations, and so
 is q. Densities are with respect to Lebesgue measure on the mean-free subspace.

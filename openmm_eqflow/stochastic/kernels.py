@@ -251,7 +251,9 @@ def regressors(x: Array, f: Array, spacing: float, n_splines: int, out: Array) -
     for b in range(batch):
         for i in range(1, n):
             for j in range(i):
-                dx, dy, dz = x[i, 0, b] - x[j, 0, b], x[i, 1, b] - x[j, 1, b], x[i, 2, b] - x[j, 2, b]
+                dx = x[i, 0, b] - x[j, 0, b]
+                dy = x[i, 1, b] - x[j, 1, b]
+                dz = x[i, 2, b] - x[j, 2, b]
                 d = np.sqrt(dx * dx + dy * dy + dz * dz)
                 k = int(d / spacing)
                 if k >= n_splines:

@@ -36,7 +36,7 @@ class SoftCorePath:
     """
 
     softness: float = 3.0
-    power: float = 3.0
+    power: float = 2.0
     onset: float = 0.3
 
     def levels(self, t: Floats) -> Floats:

@@ -13,6 +13,7 @@ linear in c it is fitted there by regression instead of gradient descent.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class RadialSplineField(nn.Module):
                 f"{n_particles}, {n_splines} and {reach}"
             )
         times = [float(t) for t in times]
-        if len(times) < 2 or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+        if len(times) < 2 or any(b <= a for a, b in itertools.pairwise(times)):
             raise ConfigurationError("times of a radial field must increase, at least two of them")
         self.config: dict[str, Any] = {
             "n_particles": n_particles,
@@ -76,7 +77,7 @@ class RadialSplineField(nn.Module):
             "n_splines": n_splines,
             "times": times,
         }
-        self.event_shape = (n_particles, n_dims)
+        self.event_shape: tuple[int, ...] = (n_particles, n_dims)
         row, column = torch.tril_indices(n_particles, n_particles, offset=-1)
         self.register_buffer("row", row, persistent=False)
         self.register_buffer("column", column, persistent=False)
