@@ -161,6 +161,19 @@ _bench_command(
     click.option("--n-samples", type=click.IntRange(10), help="Per case (default 20000)."),
 )
 _bench_command(
+    "layers",
+    "ESS of a stochastic flow with and without its field, by number of levels.",
+    click.argument("system_name", metavar="SYSTEM"),
+    click.option(
+        "--n-levels",
+        type=click.IntRange(2),
+        multiple=True,
+        help="Repeat for several (default 250, 500 and 1000).",
+    ),
+    click.option("--n-samples", type=click.IntRange(100), help="Per case (default 4096)."),
+    click.option("--seed", type=int, help="Random seed (default 0)."),
+)
+_bench_command(
     "matching",
     "Flow-matching loss of the leave-one-out field and of an EGNN after the same steps.",
     click.argument("run_path", metavar="RUN", type=_existing),

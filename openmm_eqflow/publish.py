@@ -15,6 +15,7 @@ from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.machine import machine_name
 from openmm_eqflow.recipes import Recipe
 from openmm_eqflow.rundir import STAGES, RunDirectory
+from openmm_eqflow.stochastic.flow import StochasticFlow
 from openmm_eqflow.thermo import kelvin
 
 __all__ = ["publish"]
@@ -85,13 +86,13 @@ def _card(
         "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
         f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
-        f"({n_weights:,} weights), {flow.n_ode_steps} RK4 steps",
-        "training": f"{_objectives(config.recipe)}, {train['training_seconds']:.0f} s, "
-        f"{train['n_steps']:,} steps, batch {config.recipe.batch_size}",
+        f"({n_weights:,} weights), {_layers(flow)}",
+        "training": _training(config.recipe, train),
         "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "
         f"{seconds / 60:.0f} min",
         "relative ESS (raw)": f"{metrics['relative_ess']:.3f}, n = {metrics['n_samples']:,}, "
-        f"evaluation seed {metrics['seed']}",
+        f"evaluation seed {metrics['seed']}"
+        + (", weights of paths" if isinstance(flow, StochasticFlow) else ""),
         "prior alone": f"{metrics['prior_relative_ess']:.3f}, same n",
         "Pareto k, largest weight": f"{metrics['pareto_k']:.2f}, "
         f"{100 * metrics['max_weight_share']:.2f} %",
@@ -111,6 +112,28 @@ def _card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _layers(flow: EquivariantFlow) -> str:
+    if isinstance(flow, StochasticFlow):
+        return (
+            f"{len(flow.grid):,} levels, on each a Hamiltonian trajectory of {flow.n_leapfrog} "
+            "leapfrog steps (stochastic normalizing flow)"
+        )
+    return f"{flow.n_ode_steps} RK4 steps"
+
+
+def _training(recipe: Recipe, train: dict[str, Any]) -> str:
+    if recipe.stochastic is not None:
+        return (
+            f"Liouville residual by regression on {train['n_steps']:,} levels, "
+            f"{recipe.stochastic_options()['n_fit']:,} configurations of the path, "
+            f"{train['training_seconds']:.0f} s; the reference data are not used"
+        )
+    return (
+        f"{_objectives(recipe)}, {train['training_seconds']:.0f} s, "
+        f"{train['n_steps']:,} steps, batch {recipe.batch_size}"
+    )
 
 
 def _objectives(recipe: Recipe) -> str:

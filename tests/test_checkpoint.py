@@ -63,8 +63,8 @@ def test_flow_that_ships_loads_by_name(tmp_path, monkeypatch):
     shipped = load_flow("alanine-dipeptide")
     assert shipped.metadata["system"] == "alanine-dipeptide"
     assert shipped.source == load_flow(systems_directory() / "alanine-dipeptide" / "flow").source
-    with pytest.raises(CheckpointError, match=r"lj55.flow\.safetensors does not exist"):
-        load_flow("lj55")
+    with pytest.raises(CheckpointError, match=r"harmonic.flow\.safetensors does not exist"):
+        load_flow("harmonic")
     # "./" means a file, and other names are files anyway.
     for name in ("./alanine-dipeptide", "no-such-system"):
         with pytest.raises(CheckpointError, match=r"^\W*[\w-]+\.safetensors does not exist"):

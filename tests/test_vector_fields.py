@@ -20,6 +20,7 @@ from openmm_eqflow.vector_fields.features import fit_pair_statistics, pair_class
 from openmm_eqflow.vector_fields.kernel import KernelField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
 from openmm_eqflow.vector_fields.mlp import MLPField
+from openmm_eqflow.vector_fields.radial import RadialSplineField
 
 # a chain 0-1-2-3-4 whose end groups (0, 4) and (1, 3) differ, and a free pair (2, 5)
 CLASSES = [0, 1, 2, 2, 1, 0]
@@ -31,7 +32,7 @@ CASES: list[Case] = [
     (name, n_dims, bonded)
     for name in ("kernel", "egnn", "leave_one_out", "mlp")
     for n_dims, bonded in ((2, False), (3, True))
-]
+] + [("radial", 2, False), ("radial", 3, False)]
 
 
 def data(n: int, n_dims: int, seed: int = 0) -> Tensor:
@@ -56,6 +57,10 @@ def make(case: Case) -> nn.Module:
     elif name == "leave_one_out":
         field = LeaveOneOutField.fit(
             x, classes=classes, bond_distances=bonds, width=12, readout_width=10, n_vectors=5
+        )
+    elif name == "radial":  # far reach, so that the tails of the tests are not all zero
+        field = RadialSplineField(
+            n_particles=6, n_dims=n_dims, reach=30.0, n_splines=150, times=[0.0, 0.3, 1.0]
         )
     else:
         field = MLPField.fit(x, width=24, n_layers=2)

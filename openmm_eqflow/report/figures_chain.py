@@ -176,6 +176,8 @@ def training_panels(run: RunData) -> list[Panel]:
     if not history:
         return []
     panels = []
+    if panel := _path_panel(history):
+        panels.append(panel)
     minutes = np.array([row.get("seconds", 0.0) for row in history]) / 60.0
     mark = "." if len(history) < 40 else None
     for index, recipe in enumerate(run.run.config.recipe.trainings()):
@@ -214,6 +216,32 @@ def training_panels(run: RunData) -> list[Panel]:
             )
         )
     return panels
+
+
+def _path_panel(history: list[dict[str, Any]]) -> Panel | None:
+    """Draw what the field of a stochastic flow takes over; None for other flows."""
+    t, spread, residual = (
+        np.array([_number(row.get(key)) for row in history])
+        for key in ("time", "spread", "residual")
+    )
+    if not np.isfinite(t).all():
+        return None
+    figure, axes = new_figure()
+    axes.plot(t, spread, color=COLOURS["prior"], label="without the field")
+    axes.plot(t, residual, color=COLOURS["flow"], label="left by the field")
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("t, from ideal gas to cluster")
+    axes.set_ylabel("std of du/dt (kT)")
+    legend(figure, axes)
+    steps = np.diff(t)
+    before, after = (float((y[:-1] * steps).sum()) for y in (spread, residual))
+    return Panel(
+        "path",
+        "What relaxation has to do along the path",
+        to_svg(figure, "path", "Fluctuation of du/dt along the path"),
+        f"Areas: {before:.1f} kT without the field, {after:.1f} kT with it, on configurations "
+        "held out of its fit. Levels lie evenly in the latter.",
+    )
 
 
 def _loss_panel(history: list[dict[str, Any]], objective: str, index: int) -> Panel | None:

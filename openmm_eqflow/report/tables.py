@@ -194,7 +194,9 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
         ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed + 13}"),
         ("device", f"{run.metrics['device']}, {run.metrics['n_threads']} thread(s)"),
         ("report written on", f"{machine_name()}, {platform.system()}"),
-        ("ODE steps", f"{run.metrics['n_ode_steps']} (RK4, fixed grid)"),
+        ("levels", f"{run.metrics['n_ode_steps'] + 1:,} (field steps and Monte Carlo in turn)")
+        if run.flow_record.get("layers")
+        else ("ODE steps", f"{run.metrics['n_ode_steps']} (RK4, fixed grid)"),
         ("time per flow sample", f"{1e3 * run.metrics['seconds_per_sample']:.2f} ms"),
         ("invalid proposals", f"{run.metrics['n_invalid']:,} of {run.metrics['n_samples']:,}"),
     ]

@@ -97,7 +97,7 @@ def fit_path(
     Raises
     ------
     TrainingError
-        The residual is not finite.
+        Energies along the path are not finite.
     """
     t, step = 0.0, timestep
     rows: list[tuple[float, Floats, float, float, float, float]] = []
@@ -125,13 +125,12 @@ def fit_path(
         middle, centre = slope.mean(), design.mean(0)
         gram = memory * gram + (design - centre).T @ (design - centre) / len(slope)
         moment = memory * moment + (design - centre).T @ (slope - middle) / len(slope)
+        if not (np.isfinite(gram).all() and np.isfinite(moment).all()):
+            raise TrainingError(
+                f"du/dt on level {len(rows)} (t = {t:.3f}) is not finite; choose a smaller stride"
+            )
         weights = _solve(gram, moment)
         left = float((slopes[-1] - designs[-1] @ weights).std())
-        if not np.isfinite(left):
-            raise TrainingError(
-                f"the residual on level {len(rows)} (t = {t:.3f}) is not finite; choose a smaller "
-                "first timestep"
-            )
         rows.append((t, weights, step, float(slope.std()), left, accepted))
         if progress is not None:
             progress(t, f"level {len(rows)}, residual {left:.1f} of {slope.std():.1f} kT")

@@ -138,6 +138,31 @@ class StochasticFlow(EquivariantFlow):
             chunk_size=chunk_size,
         )
 
+    def on_levels(self, n_levels: int) -> StochasticFlow:
+        """Return the same flow on another number of levels: more cost more and leave less."""
+        grid = np.array(self.grid)
+        place = np.linspace(0, len(grid) - 1, n_levels)
+        times = np.interp(place, np.arange(len(grid)), grid)
+        steps = np.interp(place, np.arange(len(grid)), self.timesteps)
+        return self._changed(self.vector_field, times.tolist(), steps.tolist())
+
+    def without_field(self) -> StochasticFlow:
+        """Return the same levels with nothing between them: annealed importance sampling."""
+        field = RadialSplineField(**self.vector_field.config)
+        return self._changed(field, list(self.grid), self.timesteps.tolist())
+
+    def _changed(self, field: Any, grid: list[float], timesteps: list[float]) -> StochasticFlow:
+        prior: Any = self.prior
+        return StochasticFlow(
+            prior,
+            field,
+            path=self.path,
+            grid=tuple(grid),
+            timesteps=timesteps,
+            n_leapfrog=self.n_leapfrog,
+            chunk_size=self.chunk_size,
+        )
+
     def _levels(self) -> Levels:
         grid = np.array(self.grid)
         field: Any = self.vector_field

@@ -111,7 +111,7 @@ def _phi(g: Array, d: Array, table: Array, per_length: Any) -> None:
     top = np.float32(table.shape[0])
     for b in range(d.shape[0]):
         q = min(d[b] * per_length, top)
-        k = min(np.int32(q), table.shape[0] - 1)
+        k = max(0, min(np.int32(q), table.shape[0] - 1))  # 0 if q is nan
         s = q - np.float32(k)
         g[b] = table[k, 0] + s * (table[k, 1] + s * (table[k, 2] + s * table[k, 3]))
 
@@ -123,7 +123,7 @@ def _phi_and_divergence(
     top = np.float32(table.shape[0])
     for b in range(d.shape[0]):
         q = min(d[b] * per_length, top)
-        k = min(np.int32(q), table.shape[0] - 1)
+        k = max(0, min(np.int32(q), table.shape[0] - 1))  # 0 if q is nan
         s = q - np.float32(k)
         p0, p1, p2, p3 = table[k, 0], table[k, 1], table[k, 2], table[k, 3]
         phi = p0 + s * (p1 + s * (p2 + s * p3))
@@ -255,9 +255,9 @@ def regressors(x: Array, f: Array, spacing: float, n_splines: int, out: Array) -
                 dy = x[i, 1, b] - x[j, 1, b]
                 dz = x[i, 2, b] - x[j, 2, b]
                 d = np.sqrt(dx * dx + dy * dy + dz * dz)
-                k = int(d / spacing)
-                if k >= n_splines:
+                if not d < n_splines * spacing:  # nor if d is nan
                     continue
+                k = min(int(d / spacing), n_splines - 1)
                 pull = (
                     (f[i, 0, b] - f[j, 0, b]) * dx
                     + (f[i, 1, b] - f[j, 1, b]) * dy

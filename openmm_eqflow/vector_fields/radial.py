@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.vector_fields.base import register_vector_field
+from openmm_eqflow.vector_fields.features import expand_time
 
 __all__ = ["RadialSplineField"]
 
@@ -102,7 +103,7 @@ class RadialSplineField(nn.Module):
         return self._evaluate(t, y, with_divergence=True)
 
     def _evaluate(self, t: Tensor, y: Tensor, *, with_divergence: bool) -> tuple[Tensor, Tensor]:
-        c = self.coefficients(t.reshape(-1)).expand(len(y), -1)
+        c = self.coefficients(expand_time(t, y).reshape(-1)).expand(len(y), -1)
         r = y[:, self.row] - y[:, self.column]  # (batch, n_pairs, D)
         d = r.norm(dim=-1)
         last = c.shape[1] - 4
