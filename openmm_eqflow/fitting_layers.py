@@ -20,7 +20,7 @@ from openmm_eqflow.stochastic.flow import StochasticFlow
 from openmm_eqflow.stochastic.path import SoftCorePath
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.training import TrainingResult
-from openmm_eqflow.training_log import write_history
+from openmm_eqflow.training_log import PATH_COLUMNS, write_history
 
 __all__ = ["train_stochastic_flow"]
 
@@ -76,7 +76,7 @@ def train_stochastic_flow(
     seconds = time.monotonic() - started
     history = _history(fit, seconds)
     if log is not None and is_main():
-        write_history(log, history)
+        write_history(log, history, PATH_COLUMNS)
     flow = StochasticFlow.from_fit(
         path,
         fit,

@@ -1,112 +1,40 @@
-"""Stochastic flows: kernels, maps, levels, and weights that are exact on paths."""
+"""Stochastic flows: kernels, maps, the fit, files and refusals."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.integrate import quad
-from torch import Tensor
+from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow
 
 from openmm_eqflow.audit import audit
 from openmm_eqflow.bench.layers import run_bench
 from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.diagnostics import log_z, relative_ess
-from openmm_eqflow.ensemble import StateMemory, flow_step
+from openmm_eqflow.diagnostics import relative_ess
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.fitting_layers import train_stochastic_flow
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.flow_registry import register_flow
-from openmm_eqflow.hamiltonian import hamiltonian_step
 from openmm_eqflow.latent_kernel import LatentKernel
 from openmm_eqflow.library import load_system
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.recipes import STOCHASTIC_OPTIONS, make_recipe
 from openmm_eqflow.stochastic import kernels
-from openmm_eqflow.stochastic.annealing import Batch
 from openmm_eqflow.stochastic.audit import map_in_float64, path_errors
 from openmm_eqflow.stochastic.fit import fit_path, spline_tables
 from openmm_eqflow.stochastic.flow import StochasticFlow
-from openmm_eqflow.stochastic.path import SoftCorePath
 from openmm_eqflow.vector_fields.radial import RadialSplineField
 from openmm_eqflow.workflow import build_target
 
-PATH = SoftCorePath()
-END = PATH.levels(np.array([1.0]))[0]
 OPTIONS = dict(STOCHASTIC_OPTIONS) | {"n_fit": 1024, "stride": 0.06, "n_splines": 40, "reach": 4.0}
-
-
-def gas(n: int, n_particles: int, seed: int = 0) -> NDArray[np.float64]:
-    x = np.random.default_rng(seed).standard_normal((n, n_particles, 3))
-    return x - x.mean(1, keepdims=True)
-
-
-def batch_of(x: NDArray[np.float64], seed: int = 1) -> Batch:
-    return Batch(x, np.random.default_rng(seed))
-
-
-# -- the pair, whose density is known by quadrature --------------------------------------------
-
-
-class Pair:
-    """Two particles at the end of the path: u = 2 (d^-12 - 2 d^-6) + d^2 / 4, kT = 1."""
-
-    kT = 1.0
-
-    def reduced_potential(self, x: Tensor) -> Tensor:
-        return self.of_distance((x[:, 0] - x[:, 1]).norm(dim=-1))
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            y = x.detach().requires_grad_()
-            u = self.reduced_potential(y)
-            (gradient,) = torch.autograd.grad(u.sum(), y)
-        return u.detach(), gradient
-
-    @staticmethod
-    def of_distance(d: Tensor) -> Tensor:
-        return 2 * (d**-12 - 2 * d**-6) + 0.25 * d**2
-
-    def weight(self, d: float) -> float:
-        """Unnormalised density of the distance; mean-free subspace: d^3y = d^3r / 8^(1/2)."""
-        return 4 * math.pi * d**2 * math.exp(-float(self.of_distance(torch.tensor(d, dtype=torch.float64)))) / 8**0.5
-
-    def log_z(self) -> float:
-        return math.log(quad(self.weight, 0.3, 15, limit=200)[0])
-
-    def mean(self, function: Callable[[float], float]) -> float:
-        top = quad(lambda d: function(d) * self.weight(d), 0.3, 15, limit=200)[0]
-        return float(top / quad(self.weight, 0.3, 15, limit=200)[0])
-
-    def draw(self, n: int, seed: int) -> Tensor:
-        """Exact samples by inversion of the distance's cumulative density."""
-        grid = np.linspace(0.3, 15, 20_001)
-        density = np.array([self.weight(d) for d in grid])
-        cumulative = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
-        rng = np.random.default_rng(seed)
-        d = np.interp(rng.random(n) * cumulative[-1], cumulative, grid)
-        direction = rng.standard_normal((n, 3))
-        half = 0.5 * d[:, None] * direction / np.linalg.norm(direction, axis=1, keepdims=True)
-        return torch.from_numpy(np.stack([half, -half], 1))
-
-
-PAIR = Pair()
 
 
 @pytest.fixture(scope="module")
 def pair_flow() -> StochasticFlow:
-    """Timesteps short enough for a pair at its hard core, levels enough for the determinants."""
-    batches = [batch_of(gas(256, 2, k), k) for k in range(3)]
-    fit = fit_path(PATH, batches, spacing=0.2, n_splines=30, stride=0.1, n_leapfrog=4)
-    fit = fit._replace(timesteps=0.3 * fit.timesteps)
-    return StochasticFlow.from_fit(
-        PATH, fit, n_particles=2, reach=6.0, n_levels=60, n_leapfrog=6, chunk_size=256
-    )
+    return make_pair_flow()
 
 
 @pytest.fixture(scope="module")
@@ -229,134 +157,6 @@ def test_maps_and_energies_are_equivariant(lj13_flow: StochasticFlow) -> None:
     )
     level = PATH.levels(np.array([0.4]))[0]
     np.testing.assert_allclose(one.energy(level), two.energy(level), rtol=1e-4, atol=1e-3)
-
-
-# -- Monte Carlo layers ------------------------------------------------------------------------
-
-
-@pytest.mark.statistical
-def test_trajectories_leave_the_level_invariant() -> None:
-    exact = quad(PAIR.weight, 0.3, 1.1)[0] / quad(PAIR.weight, 0.3, 15, limit=200)[0]
-
-    def share_of_close_pairs(accept_all: bool) -> tuple[float, float]:
-        batch = batch_of(PAIR.draw(8192, 0).numpy())
-        if accept_all:
-
-            class Zeros:
-                standard_normal = staticmethod(batch.rng.standard_normal)
-
-                @staticmethod
-                def random(n: int, dtype: object) -> NDArray[np.float32]:
-                    return np.zeros(n, np.float32)
-
-            batch.rng = Zeros()  # type: ignore[assignment]
-        batch.set_level(END)
-        shares = [batch.relax(END, 0.07, 4) for _ in range(40)]
-        assert accept_all or 0.5 < np.mean(shares) < 0.99  # the rejections matter
-        x = batch.positions()
-        close = np.linalg.norm(x[:, 0] - x[:, 1], axis=1) < 1.1
-        return float(close.mean()), float(close.std() / np.sqrt(len(close)))
-
-    mean, error = share_of_close_pairs(False)
-    assert abs(mean - exact) < 5 * error
-    mean, error = share_of_close_pairs(True)
-    assert abs(mean - exact) > 5 * error
-
-
-def test_overflow_is_rejected() -> None:
-    x = gas(16, 5)
-    batch = batch_of(x)
-    batch.set_level(END)
-    before = batch.x.copy()
-    assert batch.relax(END, 1e6, 3) == 0.0
-    np.testing.assert_array_equal(batch.x, before)
-    again = np.empty_like(batch.u)
-    again[:] = batch.u
-    batch.set_level(END)
-    np.testing.assert_array_equal(batch.u, again)
-
-
-# -- weights -----------------------------------------------------------------------------------
-
-
-@pytest.mark.statistical
-def test_weights_forwards_and_backwards_give_log_z(pair_flow: StochasticFlow) -> None:
-    exact = PAIR.log_z()
-    x, log_q = pair_flow.sample_and_log_prob(5000, generator=torch.Generator().manual_seed(1))
-    u = PAIR.reduced_potential(x)
-    ours = log_z((-u - log_q).numpy())
-    assert abs(ours.value - exact) < 4 * ours.error
-    # Backwards from exact samples: E[1 / w] = 1 / Z.
-    y = PAIR.draw(5000, 2)
-    inverse = (PAIR.reduced_potential(y) + pair_flow.log_prob(y)).numpy()
-    back = log_z(inverse)
-    assert abs(-back.value - exact) < 4 * back.error
-    # Power: log q dropped, its sign turned.
-    for lie in (-u, -u + log_q):
-        wrong = log_z(lie.numpy())
-        assert abs(wrong.value - exact) > 4 * wrong.error
-
-
-@pytest.mark.statistical
-def test_log_z_without_the_determinants_is_wrong(
-    pair_flow: StochasticFlow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    honest = Batch.transport
-    monkeypatch.setattr(Batch, "transport", lambda self, *rest: 0.0 * honest(self, *rest))
-    x, log_q = pair_flow.sample_and_log_prob(5000, generator=torch.Generator().manual_seed(1))
-    wrong = log_z((-PAIR.reduced_potential(x) - log_q).numpy())
-    assert abs(wrong.value - PAIR.log_z()) > 4 * wrong.error
-
-
-@pytest.mark.statistical
-@pytest.mark.parametrize("factor", [1.0, 0.0, -1.0])
-def test_chains_that_accept_by_paths_are_exact(pair_flow: StochasticFlow, factor: float) -> None:
-    """Metropolis over (x, path), local moves in between; power control: log q times 0 or -1."""
-
-    class Altered:
-        def sample_and_log_prob(
-            self, n: int, *, generator: torch.Generator | None = None
-        ) -> tuple[Tensor, Tensor]:
-            x, log_q = pair_flow.sample_and_log_prob(n, generator=generator)
-            return x, factor * log_q
-
-        def log_prob(self, x: Tensor) -> Tensor:
-            return factor * pair_flow.log_prob(x)
-
-    generator = torch.Generator().manual_seed(5)
-    x = PAIR.draw(2000, 6)
-    memory = StateMemory()
-    means, moved = [], []
-    for step in range(24):
-        if step % 3 == 2:  # new states: their paths are drawn backwards
-            x, _ = hamiltonian_step(PAIR, x, step_size=0.1, n_steps=3, generator=generator)
-        x, info = flow_step(Altered(), PAIR, x, 1, generator, memory=memory)
-        moved.append(float(info.accepted.double().mean()))
-        if step >= 8:
-            means.append((x[:, 0] - x[:, 1]).norm(dim=-1).numpy())
-    per_chain = np.mean(means, axis=0)
-    error = per_chain.std(ddof=1) / np.sqrt(len(per_chain))
-    gap = abs(per_chain.mean() - PAIR.mean(lambda d: d))
-    if factor == 1.0:
-        assert np.mean(moved) > 0.3
-        assert gap < 5 * error
-    else:
-        assert gap > 5 * error
-
-
-def test_same_seed_same_paths(pair_flow: StochasticFlow) -> None:
-    one, two, other = (
-        pair_flow.sample_and_log_prob(300, generator=torch.Generator().manual_seed(seed))
-        for seed in (3, 3, 4)
-    )
-    assert torch.equal(one[0], two[0])
-    assert torch.equal(one[1], two[1])
-    assert not torch.equal(one[1], other[1])
-    x = one[0][:20]
-    assert torch.equal(pair_flow.log_prob(x), pair_flow.log_prob(x))
-    assert float(x.mean(1).abs().max()) < 1e-12
-    # log q-hat has the mean of its density's logarithm from below, not log q of the sample's path.
-    assert not torch.equal(pair_flow.log_prob(x), one[1][:20])
 
 
 # -- the fit -----------------------------------------------------------------------------------
