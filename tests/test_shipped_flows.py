@@ -37,7 +37,7 @@ def n_samples(flow: EquivariantFlow, *, cluster: int, molecule: int, large: int)
 
 
 def test_some_flows_ship() -> None:
-    assert {"alanine-dipeptide", "dw4", "lj13"} <= {folder.name for folder in FOLDERS}
+    assert {"alanine-dipeptide", "dw4", "lj13", "lj55"} <= {folder.name for folder in FOLDERS}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

@@ -164,20 +164,34 @@ def transport(
     _axpy(x.reshape(-1), _ONE, v.reshape(-1))
 
 
+@_inline
+def _largest_change(x: Array, y: Array, v: Array) -> Any:
+    change = np.float32(0)
+    for b in range(x.shape[0]):
+        change = max(change, abs(x[b] - (y[b] - v[b])))
+    return change
+
+
 @_jit
 def transport_back(
     y: Array, table: Array, spacing: float, ladj: Array, v: Array, middle: Array, work: Array,
-    n_iterations: int,
+    tolerance: float, most: int,
 ) -> None:  # fmt: skip
-    """Invert :func:`transport` by fixed-point iteration, in place; ladj is that of transport."""
+    """Invert :func:`transport` by fixed-point iteration, in place; ladj is that of transport.
+
+    Ends when no coordinate changes by more than ``tolerance`` nm, or after ``most`` iterations.
+    """
     x = y.copy()
-    for _ in range(n_iterations):
+    for _ in range(most):
         push(x, table, spacing, v, ladj, work, False)
         middle[:] = x
         _axpy(middle.reshape(-1), _HALF, v.reshape(-1))
         push(middle, table, spacing, v, ladj, work, True)
+        change = _largest_change(x.reshape(-1), y.reshape(-1), v.reshape(-1))
         x[:] = y
         _axpy(x.reshape(-1), -_ONE, v.reshape(-1))
+        if change <= tolerance:
+            break
     y[:] = x
 
 
