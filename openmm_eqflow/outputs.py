@@ -72,7 +72,9 @@ def chain_metrics(chains: ChainSamples) -> dict[str, Any]:
         "n_chains": int(u.shape[0]),
         "n_steps": int(u.shape[1]),
         "acceptance": float(chains.accepted.mean()),
-        "local_acceptance": float(chains.local_acceptance.mean()),
+        "local_acceptance": float(chains.local_acceptance.mean())
+        if np.isfinite(chains.local_acceptance).all()
+        else None,
         "longest_stuck": longest_stuck(chains.accepted.T),
         "energy_ess": autocorrelation_ess(u),
         "mean_reduced_potential": float(u.mean()),

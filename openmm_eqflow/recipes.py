@@ -85,7 +85,8 @@ class Recipe:
     n_evaluate
         Independent flow samples behind the reported ESS.
     n_samples, n_chains, n_proposals, n_local_steps
-        MCMC: samples kept, chains, flow proposals per step, Hamiltonian steps in between.
+        MCMC: samples kept, chains, flow proposals per step, Hamiltonian steps in between (0 for
+        none).
     """
 
     reference_seconds: float

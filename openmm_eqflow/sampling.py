@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class ChainSamples:
     accepted
         (n_steps, n_chains): the flow step replaced the state.
     local_acceptance
-        (n_steps,): mean acceptance of the Hamiltonian trajectories.
+        (n_steps,): mean acceptance of the Hamiltonian trajectories, nan without any.
     proposal_log_weight
         (n_steps, n_chains, n_proposals): every flow proposal, none dropped.
     """
@@ -134,7 +135,7 @@ def run_chains(
     n_proposals
         Flow samples offered to each chain and step.
     n_local_steps
-        Leapfrog steps of a trajectory.
+        Leapfrog steps of a trajectory; 0 for flow steps alone.
     seed
         With it the chains are reproducible; a resumed run continues the stored random stream.
     chunk_steps
@@ -181,7 +182,9 @@ def _run_chains(
     done, x, size = _resume(folder, generator, (len(start), n_proposals))
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
-        size, x = tune_step_size(target, x, n_steps=n_local_steps, generator=generator)
+        size = 0.0
+        if n_local_steps:
+            size, x = tune_step_size(target, x, n_steps=n_local_steps, generator=generator)
     buffer = ProposalBuffer(
         flow,
         target,
@@ -199,9 +202,12 @@ def _run_chains(
     if earlier is not None:
         earlier.skip((first + _BURN_IN) * per_step)
     for step in range(first, n_steps):
-        x, local = hamiltonian_step(
-            target, x, step_size=size, n_steps=n_local_steps, generator=generator
-        )
+        local_acceptance = math.nan
+        if n_local_steps:
+            x, local = hamiltonian_step(
+                target, x, step_size=size, n_steps=n_local_steps, generator=generator
+            )
+            local_acceptance = float(local.acceptance.mean())
         # Both moves keep the centroid, and a state that stays keeps every bit: the memory of its
         # log q depends on it.
         enough = earlier is not None and earlier.n_left >= per_step
@@ -219,7 +225,7 @@ def _run_chains(
                 (-u - info.log_weight).numpy(),
                 info.log_weight.numpy(),
                 info.accepted.numpy(),
-                np.float64(local.acceptance.mean()),
+                np.float64(local_acceptance),
                 info.log_weight_proposals.numpy(),
             )
             for key, value in zip(_ARRAYS, row, strict=True):

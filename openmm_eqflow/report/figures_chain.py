@@ -43,13 +43,14 @@ def acceptance_panel(run: RunData) -> Panel:
     )
     axes.plot(steps, _smooth(rate, width), color=COLOURS["flow"], label="flow move")
     local = run.local_acceptance[: len(steps)]
-    axes.plot(
-        steps[: len(local)],
-        _smooth(local, width),
-        color=COLOURS["chain"],
-        linestyle=(0, (4, 1.5)),
-        label="local (Hamiltonian) move",
-    )
+    if np.isfinite(local).any():
+        axes.plot(
+            steps[: len(local)],
+            _smooth(local, width),
+            color=COLOURS["chain"],
+            linestyle=(0, (4, 1.5)),
+            label="local (Hamiltonian) move",
+        )
     axes.set_ylim(0.0, 1.05)
     axes.set_xlabel("chain step")
     axes.set_ylabel("acceptance")

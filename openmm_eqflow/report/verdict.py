@@ -124,6 +124,9 @@ def _advice(run: RunData, sampling: Grade, flow: Grade) -> str:
     more = (
         f"--budget {longer} trains longer and samples more"
         if longer
+        else "raise n_levels in system.yaml (settings: thorough: stochastic) for a better flow, "
+        "n_samples for longer chains"
+        if run.run.config.recipe.stochastic is not None
         else "raise train_seconds in system.yaml (settings: thorough)"
     )
     if sampling == "good" and flow == "good":
