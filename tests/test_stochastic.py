@@ -16,7 +16,6 @@ from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.diagnostics import relative_ess
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.fitting_layers import train_stochastic_flow
-from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.flow_registry import register_flow
 from openmm_eqflow.latent_kernel import LatentKernel
 from openmm_eqflow.library import load_system
@@ -164,18 +163,16 @@ def test_maps_and_energies_are_equivariant(lj13_flow: StochasticFlow) -> None:
 
 @pytest.mark.statistical
 def test_field_earns_its_place(lj13_flow: StochasticFlow) -> None:
-    """Same levels without the field, the field without Monte Carlo, the prior: all are worse."""
+    """The same levels without the field are worse."""
     bare = lj13_flow.without_field()
-    field_alone = EquivariantFlow(lj13_flow.prior, lj13_flow.vector_field)
     found = []
     with build_target(load_system("lj13")) as target:
-        for flow in (lj13_flow, bare, field_alone):
+        for flow in (lj13_flow, bare):
             x, log_q = flow.sample_and_log_prob(2048, generator=torch.Generator().manual_seed(7))
             log_w = (-target.reduced_potential(x) - log_q).numpy()
             found.append(relative_ess(log_w))
     assert found[0] > 0.2
     assert found[0] > 2 * found[1]
-    assert found[0] > 10 * found[2]
 
 
 @pytest.mark.statistical
@@ -196,7 +193,7 @@ def test_bench_takes_the_flow_apart(tmp_path) -> None:
     result = run_bench("lj13", n_levels=(60,), n_samples=512, json_path=tmp_path / "layers.json")
     assert json.loads((tmp_path / "layers.json").read_text()) == json.loads(json.dumps(result))
     names = [case["name"] for case in result["cases"]]
-    assert names == ["field and Monte Carlo", "Monte Carlo alone", "field alone", "prior"]
+    assert names == ["field and Monte Carlo", "Monte Carlo alone", "prior"]
     assert result["cases"][0]["n_levels"] == 60
     assert result["cases"][0]["relative_ess"] > result["cases"][1]["relative_ess"]
     with pytest.raises(ConfigurationError, match="no cluster"):
