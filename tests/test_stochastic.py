@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow
 
-from openmm_eqflow.audit import audit
+from openmm_eqflow.audit import audit, require_passed_audit
 from openmm_eqflow.bench.layers import run_bench
 from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.diagnostics import relative_ess
-from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
+from openmm_eqflow.errors import AuditError, CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.fitting_layers import train_stochastic_flow
 from openmm_eqflow.flow_registry import register_flow
 from openmm_eqflow.latent_kernel import LatentKernel
@@ -127,6 +127,16 @@ def test_map_determinant_and_inverse(lj13_flow: StochasticFlow) -> None:
         for table in lj13_flow.levels.tables
     )
     assert total > 1.0
+
+
+def test_too_few_levels_fail_the_audit(pair_flow: StochasticFlow) -> None:
+    coarse = pair_flow.on_levels(6)
+    report = audit(coarse, n=32, generator=torch.Generator().manual_seed(0))
+    assert report["against_jacobian"]["p99"] > 0.01
+    with pytest.raises(AuditError, match="log q is off by"):
+        require_passed_audit(coarse)
+    fine = audit(pair_flow, n=32, generator=torch.Generator().manual_seed(0))
+    assert fine["passed"]
 
 
 def test_map_in_float64_is_that_of_the_kernels(lj13_flow: StochasticFlow) -> None:

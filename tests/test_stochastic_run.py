@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 import yaml
 from command_line import Shell
+from openmm import unit
+from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
+from openmmtools.states import SamplerState, ThermodynamicState
 
+from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.library import load_system, systems_directory
+from openmm_eqflow.local_moves import LatentMove
+from openmm_eqflow.moves import FlowMove
 from openmm_eqflow.publish import publish
 from openmm_eqflow.rundir import STAGES, RunDirectory
 from openmm_eqflow.workflow import build_target, run_stage
@@ -91,6 +97,21 @@ def test_commands_work_on_it(
     for command in ("evaluate", "audit"):
         result = shell(command, str(finished), "--n-samples", "64")
         assert result.code == 0, result
+
+
+def test_moves_of_openmmtools_take_it(finished: Path) -> None:
+    flow, system = load_flow(finished / "flow"), load_system("lj13")
+    state = ThermodynamicState(system.system, system.temperature)
+    langevin = LangevinDynamicsMove(timestep=1.0 * unit.femtosecond, n_steps=2)
+    move = SequenceMove([FlowMove(flow, n_proposals=2, n_predraw=64, seed=1), langevin])
+    sampler = MCMCSampler(state, SamplerState(system.positions), move)
+    sampler.minimize()
+    sampler.run(12)
+    statistics = move.move_list[0].statistics
+    assert statistics["n_proposed"] == 12
+    assert 2 <= statistics["n_accepted"] <= 12
+    with pytest.raises(ConfigurationError, match="no latent point"):
+        MCMCSampler(state, SamplerState(system.positions), LatentMove(flow, seed=2)).run(1)
 
 
 def test_same_seed_same_flow(finished: Path, tmp_path: Path) -> None:
