@@ -7,7 +7,7 @@ Hamiltonian Monte Carlo, reversible with respect to the new level, relaxes it. W
 .. math:: \log w = -\sum_k \bigl[u_{k+1}(M_k x_k) - u_k(x_k) - \log|\det DM_k(x_k)|\bigr]
 
 (annealed importance sampling, Neal 2001, with maps: escorted free energy simulations,
-Vaikuntanathan & Jarzynski 2008; stochastic normalizing flows, Wu, Köhler, Noé 2020, eq. 12).
+Vaikuntanathan & Jarzynski 2008; stochastic normalizing flows, Wu, Köhler, Noé 2020).
 E[w] = Z exactly, however few the levels and however poor the field. The reverse of a path from x
 under p_K runs the same kernels in the opposite order, because each is its own reversal.
 """

@@ -9,7 +9,7 @@ path forwards, Q, and backwards, p R:
           \hat q = e^{-u(x)}\,\frac{Q(\mathrm{path})}{p(x)\,R(\mathrm{path}\,|\,x)} \Big/ Z,
           \qquad E_R[\hat q(x)] = q(x)
 
-(Wu, Köhler, Noé 2020, arXiv:2002.06707, eq. 12 and 16). log w is therefore an exact importance
+(Wu, Köhler, Noé 2020, arXiv:2002.06707). log w is therefore an exact importance
 weight, E[w] = Z, on the space of paths. Where another flow has log q, this one has
 :math:`\log\hat q` of one path, and all that follows stays exact: a Metropolis chain that accepts
 by it is a chain over pairs of x and path with the marginal p, whether the path of the present
