@@ -22,7 +22,7 @@ from openmm_eqflow.fitting_layers import train_stochastic_flow
 from openmm_eqflow.library import load_system
 from openmm_eqflow.machine import machine_name
 from openmm_eqflow.parallel import available_threads
-from openmm_eqflow.recipes import STOCHASTIC_OPTIONS, make_recipe
+from openmm_eqflow.recipes import make_recipe
 from openmm_eqflow.stochastic.flow import StochasticFlow
 from openmm_eqflow.target import BoltzmannTarget
 from openmm_eqflow.workflow import build_target
@@ -57,8 +57,7 @@ def run_bench(
     system = load_system(system_name)
     if system.kind != "cluster":
         raise ConfigurationError(f"{system_name} is no cluster: stochastic flows are for those")
-    given = make_recipe(system.kind, "standard", system.settings).stochastic or {}
-    options = {**STOCHASTIC_OPTIONS, **given}
+    options = make_recipe(system.kind, "standard", system.settings).stochastic_options()
     with build_target(system) as target:
         flow, training = train_stochastic_flow(options, target, seed=seed)
         cases = []

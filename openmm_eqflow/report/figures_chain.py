@@ -240,8 +240,8 @@ def _path_panel(history: list[dict[str, Any]]) -> Panel | None:
         "path",
         "What relaxation has to do along the path",
         to_svg(figure, "path", "Fluctuation of du/dt along the path"),
-        f"Areas: {before:.1f} kT without the field, {after:.1f} kT with it, on configurations "
-        "held out of its fit. Levels lie evenly in the latter.",
+        f"Areas: {before:.1f} kT without the field, {after:.1f} kT with it, the latter on "
+        "configurations held out of its fit. Levels lie evenly in the latter.",
     )
 
 
