@@ -76,9 +76,10 @@ def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
 
 def _print_outcome(run: RunDirectory) -> None:
     metrics = run.metrics()
-    chain = metrics["chain"]
+    chain, error = metrics["chain"], metrics.get("relative_ess_error")
+    error = "" if error is None else f" +- {error:.3f}"
     console.print(
-        f"relative ESS {metrics['relative_ess']:.3f} (prior alone "
+        f"relative ESS {metrics['relative_ess']:.3f}{error} (prior alone "
         f"{metrics['prior_relative_ess']:.3f}; n = {metrics['n_samples']}), acceptance "
         f"{chain['acceptance']:.2f}, {chain['n_samples']} samples",
         highlight=False,
@@ -158,9 +159,7 @@ def systems() -> None:
         table.add_column(heading, overflow="fold")
     for info in list_systems():
         flow = "yes" if (info.directory / "flow.safetensors").is_file() else "-"
-        table.add_row(
-            info.name, info.kind, f"{info.temperature_kelvin:g}", flow, info.description
-        )
+        table.add_row(info.name, info.kind, f"{info.temperature_kelvin:g}", flow, info.description)
     console.print(table)
 
 

@@ -48,17 +48,18 @@ def register(group: click.Group) -> None:
 )
 @seed_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
+@click.option("--card", "renew", is_flag=True, help="Renew the card beside the flow.")
 @_own_device
-def evaluate(
-    name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
-) -> None:
+def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
+    from openmm_eqflow.card import renew_card
     from openmm_eqflow.distributed import is_main
     from openmm_eqflow.evaluation import evaluate_flow
-    from openmm_eqflow.flow_choice import flow_of
+    from openmm_eqflow.flow_choice import card_of, flow_of
     from openmm_eqflow.workflow import build_target
 
-    system, flow, test = flow_of(name_or_run, device)
+    json_path, card = given["json_path"], card_of(name_or_run) if given["renew"] else None
+    system, flow, test = flow_of(name_or_run, given["device"])
     with build_target(system) as target, stage_progress("evaluate", console) as progress:
         metrics, _, _ = evaluate_flow(
             flow,
@@ -71,6 +72,8 @@ def evaluate(
         )
     if json_path is not None and is_main():
         write_json(json_path, metrics)
+    if card is not None and is_main():
+        renew_card(card, flow, metrics)
     for key, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else value
         console.print(f"{key:<32} {shown}", highlight=False)

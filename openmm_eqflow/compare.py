@@ -24,7 +24,6 @@ from openmm_eqflow.report.verdict import judge
 __all__ = ["compare"]
 
 
-
 def compare(paths: Sequence[Path], out: Path) -> Path:
     """Write one self-contained HTML page that compares runs.
 
@@ -63,9 +62,7 @@ def compare(paths: Sequence[Path], out: Path) -> Path:
             quantities = compare_ensembles(run)
         verdict = judge(run, quantities)
         colour = COLOURS[SERIES[k % len(SERIES)]]
-        entries.append(
-            Entry(name, run, quantities, verdict, colour, DASHES[k // len(SERIES) % 4])
-        )
+        entries.append(Entry(name, run, quantities, verdict, colour, DASHES[k // len(SERIES) % 4]))
     alike = len(set(hashes)) == 1
     with style():
         panels = [
@@ -120,6 +117,7 @@ def _rows(entries: Sequence[Entry]) -> list[tuple[str, list[str]]]:
         ("budget, seed", [f"{e.run.run.config.budget}, {e.run.run.config.seed}" for e in entries]),
         ("independent samples n", metric("n_samples", ",")),
         ("raw relative ESS", metric("relative_ess", ".3f")),
+        ("its standard error", metric("relative_ess_error", ".3f")),
         ("prior alone", metric("prior_relative_ess", ".3f")),
         ("effective samples", [f"{kish_ess(e.run.log_weight):,.0f}" for e in entries]),
         ("Pareto k", metric("pareto_k", ".2f")),

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from openmm_eqflow.log_weights import checked_log_weights, relative_weights
+from openmm_eqflow.pareto import pareto_k
+
 __all__ = [
     "Estimate",
     "autocorrelation_ess",
@@ -23,6 +26,7 @@ __all__ = [
     "mean_with_error",
     "pareto_k",
     "relative_ess",
+    "relative_ess_with_error",
     "weighted_mean_with_error",
 ]
 
@@ -36,27 +40,6 @@ class Estimate(NamedTuple):
     error: float | FloatArray
 
 
-def _checked_log_weights(log_weights: ArrayLike) -> FloatArray:
-    log_w = np.asarray(log_weights, dtype=np.float64)
-    if log_w.ndim != 1 or log_w.size == 0:
-        raise ValueError(
-            f"log_weights has shape {log_w.shape}; expected a non-empty one-dimensional array"
-        )
-    n_bad = int(np.count_nonzero(np.isnan(log_w) | (log_w == np.inf)))
-    if n_bad:
-        raise ValueError(
-            f"{n_bad} of {log_w.size} log weights are NaN or +inf; give invalid configurations "
-            "u = +inf (log weight -inf) before asking for diagnostics"
-        )
-    return log_w
-
-
-def _relative_weights(log_w: FloatArray) -> FloatArray:
-    """Weights divided by the largest one; all zero if every log weight is -inf."""
-    top = log_w.max()
-    return np.zeros_like(log_w) if top == -np.inf else np.exp(log_w - top)
-
-
 def kish_ess(log_weights: ArrayLike) -> float:
     r"""Kish's effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2` (Kish 1965).
 
@@ -67,20 +50,47 @@ def kish_ess(log_weights: ArrayLike) -> float:
     >>> kish_ess([0.0, 0.0, float("-inf"), float("-inf")])
     2.0
     """
-    w = _relative_weights(_checked_log_weights(log_weights))
+    w = relative_weights(checked_log_weights(log_weights))
     total = w.sum()
     return 0.0 if total == 0.0 else float(total**2 / np.square(w).sum())
 
 
 def relative_ess(log_weights: ArrayLike) -> float:
     """Kish's effective sample size divided by n, raw (zero weights count in n)."""
-    log_w = _checked_log_weights(log_weights)
+    log_w = checked_log_weights(log_weights)
     return kish_ess(log_w) / log_w.size
+
+
+def relative_ess_with_error(log_weights: ArrayLike) -> Estimate:
+    r"""Relative effective sample size and its standard error (delta method).
+
+    .. math:: \hat f = \bar w^2 / \overline{w^2}, \qquad
+              \sigma = \hat f \, \mathrm{sd}\!\left(
+              \frac{2 w}{\bar w} - \frac{w^2}{\overline{w^2}} \right) \Big/ \sqrt n
+
+    The error rests on fourth moments of the weights, which do not exist where ``pareto_k``
+    exceeds 1/4: there it is a lower bound, and the value itself more often too high than too low.
+
+    Error ``inf`` if n = 1 or every weight is zero.
+
+    Examples
+    --------
+    >>> value, error = relative_ess_with_error([0.0, 0.0, float("-inf"), float("-inf")])
+    >>> value, round(error, 3)
+    (0.5, 0.289)
+    """
+    log_w = checked_log_weights(log_weights)
+    value = relative_ess(log_w)
+    if value == 0.0 or log_w.size == 1:
+        return Estimate(value, math.inf)
+    w = relative_weights(log_w)
+    influence = 2.0 * w / w.mean() - np.square(w) / np.square(w).mean()
+    return Estimate(value, value * float(influence.std(ddof=1)) / math.sqrt(w.size))
 
 
 def max_weight_share(log_weights: ArrayLike) -> float:
     r"""Share of the largest weight, :math:`\max_i w_i / \sum_i w_i`; 1 if all weights are zero."""
-    total = _relative_weights(_checked_log_weights(log_weights)).sum()
+    total = relative_weights(checked_log_weights(log_weights)).sum()
     return 1.0 if total == 0.0 else float(1.0 / total)
 
 
@@ -95,8 +105,8 @@ def log_z(log_weights: ArrayLike) -> Estimate:
 
     Value ``-inf`` and error ``inf`` if every weight is zero; error ``inf`` if n = 1.
     """
-    log_w = _checked_log_weights(log_weights)
-    w = _relative_weights(log_w)
+    log_w = checked_log_weights(log_weights)
+    w = relative_weights(log_w)
     mean = float(w.mean())
     if mean == 0.0:
         return Estimate(-math.inf, math.inf)
@@ -104,50 +114,6 @@ def log_z(log_weights: ArrayLike) -> Estimate:
     if w.size == 1:
         return Estimate(value, math.inf)
     return Estimate(value, float(w.std(ddof=1)) / math.sqrt(w.size) / mean)
-
-
-def _fit_generalised_pareto(exceedances: FloatArray) -> float:
-    r"""Shape k of a generalised Pareto distribution (Zhang & Stephens 2009, empirical Bayes).
-
-    ``exceedances`` are sorted, positive. The profile likelihood is averaged over a grid of
-    :math:`\theta` placed by the first quartile, so no optimiser can fail; the result is then
-    shrunk towards 0.5 with the weight of ten observations (Vehtari et al. 2024, appendix C).
-    """
-    n = exceedances.size
-    n_grid = 30 + math.isqrt(n)
-    quartile = exceedances[int(n / 4 + 0.5) - 1]
-    j = np.arange(1, n_grid + 1, dtype=np.float64)
-    theta = 1.0 / exceedances[-1] + (1.0 - np.sqrt(n_grid / (j - 0.5))) / (3.0 * quartile)
-    k = np.log1p(-theta[:, None] * exceedances).mean(axis=1)
-    log_likelihood = n * (np.log(-theta / k) - k - 1.0)
-    weights = np.exp(log_likelihood - log_likelihood.max())
-    weights /= weights.sum()
-    theta_mean = float(np.sum(theta * weights))
-    shape = float(np.log1p(-theta_mean * exceedances).mean())
-    return (n * shape + 10 * 0.5) / (n + 10)
-
-
-def pareto_k(log_weights: ArrayLike) -> float:
-    r"""Pareto shape k of the upper tail of the weights (Vehtari et al. 2024, arXiv:1507.02646).
-
-    A generalised Pareto distribution is fitted to the :math:`\min(n/5, 3\sqrt n)` largest
-    weights. Moments of the weights beyond 1/k do not exist: k < 0.5 is good, k > 0.7 means that
-    averages and error bars from these weights cannot be trusted.
-
-    ``inf`` if the tail has fewer than five positive weights; 0 if the tail has no spread.
-    """
-    log_w = np.sort(_checked_log_weights(log_weights))
-    n = log_w.size
-    n_tail = math.ceil(min(0.2 * n, 3.0 * math.sqrt(n)))
-    if n_tail < 5 or n_tail >= n or log_w[-n_tail] == -np.inf:
-        return math.inf
-    w = np.exp(log_w[-n_tail - 1 :] - log_w[-1])
-    exceedances = w[1:] - w[0]
-    if exceedances[-1] <= 1e-10:
-        return 0.0
-    # Ties with the threshold carry no information on the tail and break the likelihood at 0.
-    exceedances = exceedances[exceedances > 0.0]
-    return math.inf if exceedances.size < 5 else _fit_generalised_pareto(exceedances)
 
 
 def _autocovariance(chains: FloatArray) -> FloatArray:
@@ -264,13 +230,13 @@ def weighted_mean_with_error(
     ValueError
         Shapes that differ, fewer than two blocks, or no positive weight.
     """
-    log_w = _checked_log_weights(log_weights)
+    log_w = checked_log_weights(log_weights)
     f = np.asarray(values, dtype=np.float64)
     if f.ndim not in (1, 2) or f.shape[0] != log_w.size:
         raise ValueError(
             f"values have shape {f.shape}; expected ({log_w.size},) or ({log_w.size}, k)"
         )
-    w = _relative_weights(log_w)
+    w = relative_weights(log_w)
     positive = w > 0.0
     if not positive.any():
         raise ValueError("every weight is zero; no average exists")

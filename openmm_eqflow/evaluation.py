@@ -19,6 +19,7 @@ from openmm_eqflow.diagnostics import (
     max_weight_share,
     pareto_k,
     relative_ess,
+    relative_ess_with_error,
     weighted_mean_with_error,
 )
 from openmm_eqflow.distributed import in_rounds, is_main
@@ -168,13 +169,11 @@ def evaluate_flow(
         The samples, and the log weights of the prior.
     """
     generator = torch.Generator().manual_seed(seed)
-    samples = draw_weighted(
-        flow, target, n_samples, seed=seed, folder=folder, progress=progress
-    )
+    samples = draw_weighted(flow, target, n_samples, seed=seed, folder=folder, progress=progress)
     prior_weights = prior_log_weights(flow, target, n_samples, generator=generator)
     log_w = samples.log_weight.numpy()
     u = samples.u.numpy()
-    estimate = log_z(log_w)
+    ess, estimate = relative_ess_with_error(log_w), log_z(log_w)
     mean_u = weighted_mean_with_error(np.where(np.isfinite(u), u, 0.0), log_w)
     report = flow.audit_report
     if report is None:
@@ -188,7 +187,8 @@ def evaluate_flow(
         "system": name,
         "n_samples": n_samples,
         "seed": seed,
-        "relative_ess": relative_ess(log_w),
+        "relative_ess": float(ess.value),
+        "relative_ess_error": _finite(float(ess.error)),
         "prior_relative_ess": relative_ess(prior_weights.numpy()),
         "pareto_k": _finite(pareto_k(log_w)),
         "max_weight_share": max_weight_share(log_w),
@@ -221,9 +221,7 @@ def _mean_log_weight(log_w: NDArray[np.float64]) -> tuple[float | None, float | 
     return float(log_w.mean()), float(log_w.std(ddof=1) / np.sqrt(len(log_w)))
 
 
-def _test_nll(
-    flow: EquivariantFlow, frames: Tensor | None
-) -> tuple[float | None, float | None]:
+def _test_nll(flow: EquivariantFlow, frames: Tensor | None) -> tuple[float | None, float | None]:
     """Mean of -log q over frames and its naive error."""
     if frames is None or not len(frames):
         return None, None

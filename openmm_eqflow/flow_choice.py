@@ -16,7 +16,7 @@ from openmm_eqflow.reference import load_reference
 from openmm_eqflow.rundir import RunDirectory
 from openmm_eqflow.system_identity import system_sha256
 
-__all__ = ["adopt_shipped_flow", "flow_of", "own_flow", "shipped_flow"]
+__all__ = ["adopt_shipped_flow", "card_of", "flow_of", "own_flow", "shipped_flow"]
 
 
 def shipped_flow(system: MolecularSystem) -> Path | None:
@@ -61,6 +61,26 @@ def flow_of(
             f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
         )
     return system, own_flow(source, system_sha256(system.system), where), None
+
+
+def card_of(name: str) -> Path:
+    """Card beside the flow of a system.
+
+    Raises
+    ------
+    ConfigurationError
+        ``name`` is a run directory, whose figures are its own, or there is no card.
+    """
+    if (Path(name) / "config.yaml").is_file():
+        raise ConfigurationError(
+            f"{name} is a run and has no card; write one: openmm-eqflow publish {name} --out DIR"
+        )
+    card = load_system(name).directory / "card.md"
+    if not card.is_file():
+        raise ConfigurationError(
+            f"{card} does not exist; write one: openmm-eqflow publish RUN --out {card.parent}"
+        )
+    return card
 
 
 def own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:

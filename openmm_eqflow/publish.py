@@ -1,6 +1,6 @@
 """A finished run's flow for others to use, with a card of how it was made and how good it is.
 
-What ships in ``systems/NAME`` is written by this and by nothing else.
+What ships in ``systems/NAME`` is written by this; ``evaluate --card`` renews the figures.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openmm_eqflow.atomic import write_text
+from openmm_eqflow.card import card_text, measured_rows
 from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.flow import EquivariantFlow
 from openmm_eqflow.machine import machine_name
@@ -74,7 +75,6 @@ def _card(
     n_weights = sum(p.numel() for p in flow.vector_field.parameters())  # type: ignore[attr-defined]
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
-    audit = flow.audit_report or {}
     ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"
     method = (
         f"parallel tempering at {len(temperatures)} temperatures from {ladder}"
@@ -90,28 +90,9 @@ def _card(
         "training": _training(config.recipe, train),
         "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "
         f"{seconds / 60:.0f} min",
-        "relative ESS (raw)": f"{metrics['relative_ess']:.3f}, n = {metrics['n_samples']:,}, "
-        f"evaluation seed {metrics['seed']}"
-        + (", weights of paths" if isinstance(flow, StochasticFlow) else ""),
-        "prior alone": f"{metrics['prior_relative_ess']:.3f}, same n",
-        "Pareto k, largest weight": f"{metrics['pareto_k']:.2f}, "
-        f"{100 * metrics['max_weight_share']:.2f} %",
-        "log Z (mean-free, nm)": f"{metrics['log_z']:.3f} +- {metrics['log_z_error']:.3f}",
-        "reverse KL": _reverse_kl(metrics),
-        "log q error, 99th percentile": f"{audit['log_q_error_p99']:.1e} kT (n = {audit['n']})",
-        "cost": f"{1e3 * metrics['seconds_per_sample']:.2g} ms per sample with log q, "
-        f"{metrics['n_threads']} threads",
-    }
+    } | measured_rows(flow, metrics)
     title = f"# Flow of {system.name} at {kelvin(system.temperature):g} K"
-    lines = [title, "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in rows.items() if value]
-    lines += [
-        "",
-        f"Measure it again: `openmm-eqflow evaluate {name} --n-samples {metrics['n_samples']} "
-        f"--seed {metrics['seed']}`. Raw weights: nothing is clipped or dropped.",
-        "",
-    ]
-    return "\n".join(lines)
+    return card_text(title, name, rows, metrics)
 
 
 def _layers(flow: EquivariantFlow) -> str:
@@ -140,11 +121,3 @@ def _objectives(recipe: Recipe) -> str:
     first, *later = recipe.trainings()
     then = [f" then {r.objective} ({r.train_seconds:g} s, batch {r.batch_size})" for r in later]
     return ",".join([str(first.objective), *then])
-
-
-def _reverse_kl(metrics: dict[str, Any]) -> str:
-    """KL(q|p) = log Z - E_q[log w], which few samples measure where few of them carry weight."""
-    mean, error = metrics.get("mean_log_weight"), metrics.get("mean_log_weight_error")
-    if mean is None or error is None:
-        return ""
-    return f"{metrics['log_z'] - mean:.3f} kT, mean log weight {mean:.3f} +- {error:.3f}"

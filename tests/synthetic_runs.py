@@ -15,6 +15,7 @@ from openmm_eqflow.diagnostics import (
     max_weight_share,
     pareto_k,
     relative_ess,
+    relative_ess_with_error,
 )
 from openmm_eqflow.library import load_system
 from openmm_eqflow.model_systems import harmonic_log_z, harmonic_stiffness
@@ -153,12 +154,13 @@ def write_run(
     arrays = {f.name: getattr(chains, f.name) for f in dataclasses.fields(chains)}
     write_npz(path / "samples" / "chunk-00000.npz", arrays)
     write_trajectory(path, system, chains)
-    estimate, k = log_z(log_w), pareto_k(log_w)
+    ess, estimate, k = relative_ess_with_error(log_w), log_z(log_w), pareto_k(log_w)
     metrics = {
         "system": name,
         "n_samples": n_flow,
         "seed": seed + 11,
-        "relative_ess": relative_ess(log_w),
+        "relative_ess": ess.value,
+        "relative_ess_error": ess.error if np.isfinite(ess.error) else None,
         "prior_relative_ess": relative_ess(prior),
         "pareto_k": k if np.isfinite(k) else None,
         "max_weight_share": max_weight_share(log_w),

@@ -30,8 +30,8 @@ LAYERS = tuple(
         # 2 densities
         "priors.* flow stochastic.*",
         # 3 pure functions of weights, chains and losses; units; what a system is; settings
-        "metropolis ensemble hamiltonian latent latent_kernel losses.* audit "
-        "diagnostics bootstrap convergence free_energy observables analysis export "
+        "metropolis ensemble hamiltonian latent latent_kernel losses.* audit log_weights "
+        "pareto diagnostics bootstrap convergence free_energy observables analysis export "
         "thermo model_systems forcefield library recipes ladder chunks sampling_plan",
         # 4 energies, reference data, training, files of flows
         "energies.* target own_system checkpoint training training_state training_log precision "
@@ -41,8 +41,8 @@ LAYERS = tuple(
         # 5 moves of other samplers
         "moves flow_move_base local_moves replica_exchange",
         # 6 runs, reports, command line, benchmarks
-        "rundir outputs flow_choice workflow main_job report.* compare publish cli cli_measure "
-        "bench.*",
+        "rundir outputs flow_choice workflow main_job report.* compare card publish cli "
+        "cli_measure bench.*",
     )
 )
 

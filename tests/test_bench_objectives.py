@@ -157,7 +157,8 @@ def test_a_training_that_was_interrupted_goes_on(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(learning_curve, "training_settings", always_saved)
     monkeypatch.setattr(learning_curve, "measure", killed)
-    more = {"objectives": ["flow-matching"], "out": tmp_path / "out", "n_points": 3}
+    # Long enough that no single step, the slow first one included, passes two points in time.
+    more = {"objectives": ["flow-matching"], "out": tmp_path / "out", "n_points": 3, "seconds": 6}
     options = OPTIONS | more
     with pytest.raises(KeyboardInterrupt):
         run_bench(run, **options)

@@ -17,6 +17,7 @@ from openmm_eqflow.diagnostics import (
     mean_with_error,
     pareto_k,
     relative_ess,
+    relative_ess_with_error,
     weighted_mean_with_error,
 )
 
@@ -52,6 +53,21 @@ def test_gaussian_log_weights_reproduce_their_relative_ess() -> None:
     sd = 0.8
     log_w = np.random.default_rng(0).normal(scale=sd, size=100_000)
     assert relative_ess(log_w) == pytest.approx(math.exp(-(sd**2)), rel=0.02)
+
+
+def test_relative_ess_covers_the_truth_at_the_stated_rate() -> None:
+    rng = np.random.default_rng(2)
+    sd = 0.4
+    truth, pulls = math.exp(-(sd**2)), []
+    for _ in range(400):
+        value, error = relative_ess_with_error(rng.normal(loc=-700.0, scale=sd, size=2000))
+        pulls.append((value - truth) / error)
+    assert np.std(pulls) == pytest.approx(1.0, abs=0.12)
+    assert abs(np.mean(pulls)) < 0.2
+    half = relative_ess_with_error(np.where(np.arange(1000) < 500, 0.0, -np.inf))
+    assert half == (0.5, pytest.approx(math.sqrt(0.25 / 999)))  # binomial
+    assert relative_ess_with_error([-np.inf, -np.inf]) == (0.0, math.inf)
+    assert relative_ess_with_error([3.0]) == (1.0, math.inf)
 
 
 def test_log_z_covers_the_truth_at_the_stated_rate() -> None:

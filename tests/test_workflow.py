@@ -28,6 +28,7 @@ CONTRACT = {
     "system",
     "n_samples",
     "relative_ess",
+    "relative_ess_error",
     "prior_relative_ess",
     "pareto_k",
     "max_weight_share",
@@ -281,7 +282,8 @@ def test_bench_prior_names_what_does_not_fit(finished: Path) -> None:
 def test_publish_gives_a_flow_and_its_card(finished: Path, tmp_path: Path) -> None:
     card = publish(finished, tmp_path / "out").read_text(encoding="utf-8")
     metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
-    assert f"{metrics['relative_ess']:.3f}, n = 1,200" in card
+    ess, error = metrics["relative_ess"], metrics["relative_ess_error"]
+    assert f"{ess:.3f} +- {error:.3f}, n = 1,200" in card
     assert f"{metrics['prior_relative_ess']:.3f}, same n" in card
     assert f"mean log weight {metrics['mean_log_weight']:.3f} +- " in card
     assert "--budget quick --seed 0" in card
@@ -290,6 +292,35 @@ def test_publish_gives_a_flow_and_its_card(finished: Path, tmp_path: Path) -> No
     x = theirs.sample(8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.log_prob(x), theirs.log_prob(x), atol=0, rtol=0)
     assert ours.metadata["setup_seconds"] > 0
+
+
+def test_evaluate_renews_the_figures_of_a_card(shell, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hooh"
+    shutil.copytree(finished.parent / "hooh", folder)
+    card = publish(finished, folder)
+    before = card.read_text(encoding="utf-8")
+    given = ("--n-samples", "640", "--seed", "5", "--json", str(tmp_path / "m.json"), "--card")
+    assert shell("evaluate", str(folder), *given).code == 0
+    metrics = json.loads((tmp_path / "m.json").read_text(encoding="utf-8"))
+    after = card.read_text(encoding="utf-8")
+    ess, error = metrics["relative_ess"], metrics["relative_ess_error"]
+    assert f"{ess:.3f} +- {error:.3f}, n = 640, evaluation seed 5" in after
+    assert "evaluate hooh --n-samples 640 --seed 5" in after
+    lines, old = after.splitlines(), before.splitlines()
+    assert [line.split(" | ")[0] for line in lines[:-1]] == [
+        line.split(" | ")[0] for line in old[:-1]
+    ]
+    changed = {line.split(" | ")[0] for line in set(lines[:-1]) - set(old)}
+    assert "| relative ESS (raw)" in changed
+    assert not changed & {"| made by", "| data", "| prior, field", "| training", "| hardware"}
+
+
+def test_a_card_is_asked_for_before_anything_is_measured(
+    shell, finished: Path, tmp_path: Path
+) -> None:
+    assert "is a run and has no card" in shell("evaluate", str(finished), "--card").err
+    shutil.copytree(finished.parent / "hooh", tmp_path / "hooh")
+    assert "card.md does not exist" in shell("evaluate", str(tmp_path / "hooh"), "--card").err
 
 
 def test_publish_refuses_an_unfinished_run(finished: Path, tmp_path: Path) -> None:

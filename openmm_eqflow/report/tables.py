@@ -21,12 +21,13 @@ __all__ = ["audit_rows", "costs", "provenance", "quantity_rows", "sector", "tile
 def tiles(run: RunData, verdict: Verdict) -> list[tuple[str, str, str]]:
     """Headline numbers: value, name, note."""
     m, chain = run.metrics, run.metrics["chain"]
-    k = m.get("pareto_k")
+    k, error = m.get("pareto_k"), m.get("relative_ess_error")
+    ess_error = "" if error is None else f"± {error:.3f}; "
     tiles = [
         (
             f"{m['relative_ess']:.3f}",
             "raw relative ESS",
-            f"prior alone {m['prior_relative_ess']:.3f}; n = {m['n_samples']:,}",
+            f"{ess_error}prior alone {m['prior_relative_ess']:.3f}; n = {m['n_samples']:,}",
         ),
         (
             "∞" if k is None else f"{k:.2f}",
