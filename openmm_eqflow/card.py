@@ -49,9 +49,9 @@ def renew_card(card: Path, flow: EquivariantFlow, metrics: dict[str, Any]) -> No
     """Put a new measurement into a card; what it says of how the flow was made stays."""
     title, *lines = card.read_text(encoding="utf-8").splitlines()
     table = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| ")]
-    rows = {cells[0]: cells[1] for cells in table if len(cells) == 2}
-    rows |= measured_rows(flow, metrics)
-    write_text(card, card_text(title, card.resolve().parent.name, rows, metrics))
+    measured = measured_rows(flow, metrics)
+    made = {c[0]: c[1] for c in table if len(c) == 2 and c[0] not in measured}
+    write_text(card, card_text(title, card.resolve().parent.name, made | measured, metrics))
 
 
 def _with_error(metrics: dict[str, Any], key: str) -> str:
