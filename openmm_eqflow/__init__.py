@@ -15,6 +15,7 @@ v_p + omega x (x_i - x_p) + dx/dq dq       dx/dy              vector_fields.char
 sum_ij D phi + d phi'                      div v              vector_fields.kernel.KernelField           test_vector_fields::test_divergence_is_the_trace
 sum_ij D phi + d phi', phi = sum c_m B_m   div v              vector_fields.radial.RadialSplineField     test_vector_fields::test_divergence_is_the_trace
 -sum u_k+1(M x) - u_k(x) - log|det DM|     log w              stochastic.annealing.Batch.forward         test_stochastic_exact::test_weights_forwards_and_backwards_give_log_z
+log q + sum_k log p_k(b_k) - log p_k(a_k)  log q-hat          relaxed.RelaxedFlow                        test_relaxed::test_weights_forwards_and_backwards_give_log_z
 du/dt - E[du/dt] = div v - v . grad u      c_m(t)             stochastic.fit.fit_path                    test_stochastic::test_regressors_are_divergence_minus_work
 h div v = log|det d(x + h v)/dx|           ladj               stochastic.audit.path_errors               test_stochastic::test_map_determinant_and_inverse
 sum_k e_k . J e_k                          div v              divergence.exact_divergence                test_vector_fields::test_divergence_is_the_trace

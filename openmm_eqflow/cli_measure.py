@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from openmm_eqflow.atomic import write_json
-from openmm_eqflow.errors import EqFlowError
+from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.progress import stage_progress
 
 __all__ = ["device_option", "register", "seed_option"]
@@ -49,6 +49,7 @@ def register(group: click.Group) -> None:
 @seed_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
 @click.option("--card", "renew", is_flag=True, help="Renew the card beside the flow.")
+@click.option("--relax", "relaxed", is_flag=True, help="With Monte Carlo between its steps.")
 @_own_device
 def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
@@ -56,11 +57,15 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
     from openmm_eqflow.distributed import is_main
     from openmm_eqflow.evaluation import evaluate_flow
     from openmm_eqflow.flow_choice import card_of, flow_of
+    from openmm_eqflow.relaxed import relax
     from openmm_eqflow.workflow import build_target
 
     json_path, card = given["json_path"], card_of(name_or_run) if given["renew"] else None
     system, flow, test = flow_of(name_or_run, given["device"])
+    if given["relaxed"] and card is not None:
+        raise ConfigurationError("a card is about the flow itself: take --card or --relax")
     with build_target(system) as target, stage_progress("evaluate", console) as progress:
+        flow = relax(flow, target) if given["relaxed"] else flow
         metrics, _, _ = evaluate_flow(
             flow,
             target,
@@ -70,6 +75,8 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
             test_frames=test,
             progress=progress,
         )
+    if given["relaxed"]:
+        metrics["weights_of"] = "paths"
     if json_path is not None and is_main():
         write_json(json_path, metrics)
     if card is not None and is_main():
@@ -232,16 +239,7 @@ _bench_command(
 @seed_option
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Copy the result here.")
 def objectives(
-    run: Path,
-    out: Path,
-    seconds: float,
-    objectives: str | None,
-    schedules: tuple[str, ...],
-    n_samples: int,
-    points: int,
-    warmup_steps: int,
-    seed: int | None,
-    json_path: Path | None,
+    run: Path, out: Path, seed: int | None, objectives: str | None, **given: Any
 ) -> None:
     """ESS against training time: every objective alone, and schedules."""
     from openmm_eqflow.bench.objectives import run_bench
@@ -253,14 +251,14 @@ def objectives(
         result = run_bench(
             run,
             out=out,
-            seconds=seconds,
+            seconds=given["seconds"],
             objectives=names or None,
-            schedules=parse_schedules(schedules),
-            n_samples=n_samples,
-            n_points=points,
-            warmup_steps=warmup_steps,
+            schedules=parse_schedules(given["schedules"]),
+            n_samples=given["n_samples"],
+            n_points=given["points"],
+            warmup_steps=given["warmup_steps"],
             seed=0 if seed is None else seed,
-            json_path=json_path,
+            json_path=given["json_path"],
             progress=progress,
         )
     console.print(table(result), highlight=False, soft_wrap=True, markup=False)

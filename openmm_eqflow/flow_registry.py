@@ -29,6 +29,7 @@ from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.ensemble import ProposalBuffer, StateMemory
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.relaxed import RelaxedFlow
 from openmm_eqflow.stochastic.flow import StochasticFlow
 from openmm_eqflow.target import BoltzmannTarget
 
@@ -74,6 +75,11 @@ def _identity(flow: EquivariantFlow, weights_sha256: str) -> str:
 
 def register_flow(flow: EquivariantFlow) -> tuple[EquivariantFlow, str, str]:
     """Return the process's copy of a saved flow, its path and its identity."""
+    if isinstance(flow, RelaxedFlow):
+        raise ConfigurationError(
+            "a relaxed flow is bound to a target and can't be stored by a move; take the flow it "
+            "was made from, or run_chains"
+        )
     if flow.source is None:
         raise ConfigurationError(
             "the flow is not on disk; a move stores only its path and hash, so call "

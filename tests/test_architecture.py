@@ -35,7 +35,7 @@ LAYERS = tuple(
         "thermo model_systems forcefield library recipes ladder chunks sampling_plan",
         # 4 energies, reference data, training, files of flows
         "energies.* target own_system checkpoint training training_state training_log precision "
-        "objectives fitting fitting_layers evaluation "
+        "objectives fitting fitting_layers relaxed evaluation "
         "reference calibration implicit_solvent tempering tempering_worker walker_pool sampling "
         "flow_registry",
         # 5 moves of other samplers

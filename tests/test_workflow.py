@@ -315,6 +315,21 @@ def test_evaluate_renews_the_figures_of_a_card(shell, finished: Path, tmp_path: 
     assert not changed & {"| made by", "| data", "| prior, field", "| training", "| hardware"}
 
 
+def test_evaluate_relaxed_has_the_same_log_z(shell, finished: Path, tmp_path: Path) -> None:
+    found = []
+    for extra in ((), ("--relax",)):
+        path = tmp_path / f"m{len(extra)}.json"
+        given = ("--n-samples", "1000", "--json", path, *extra)
+        assert shell("evaluate", finished, *given).code == 0
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+    plain, relaxed = found
+    error = np.hypot(plain["log_z_error"], relaxed["log_z_error"])
+    assert abs(plain["log_z"] - relaxed["log_z"]) < 4 * error
+    assert relaxed["relative_ess"] > plain["relative_ess"]
+    assert relaxed["weights_of"] == "paths"
+    assert "take --card or --relax" in shell("evaluate", "toluene", "--card", "--relax").err
+
+
 def test_a_card_is_asked_for_before_anything_is_measured(
     shell, finished: Path, tmp_path: Path
 ) -> None:
