@@ -11,9 +11,10 @@ from pathlib import Path
 import mdtraj
 import numpy as np
 
-from openmm_eqflow.analysis import free_energy_profile, population, split_r_hat, write_colvar
-from openmm_eqflow.diagnostics import autocorrelation_ess
-from openmm_eqflow.observables import find_torsions, torsion_angles
+from openmm_eqflow.analysis.chains import autocorrelation_ess, population, split_r_hat
+from openmm_eqflow.analysis.export import write_colvar
+from openmm_eqflow.analysis.observables import find_torsions, torsion_angles
+from openmm_eqflow.analysis.profiles import free_energy_profile
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from openmm_eqflow import load_flow, load_system
-from openmm_eqflow.analysis import population
-from openmm_eqflow.diagnostics import Estimate, log_z, pareto_k, relative_ess
-from openmm_eqflow.evaluation import draw_weighted
-from openmm_eqflow.free_energy import delta_f_reweighting, log_z_bar
-from openmm_eqflow.sampling import run_chains
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.analysis.chains import population
+from openmm_eqflow.analysis.free_energy import delta_f_reweighting, log_z_bar
+from openmm_eqflow.analysis.weights import Estimate, log_z, pareto_k, relative_ess
+from openmm_eqflow.moves.chains import run_chains
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.stages import build_target
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import yaml
 from openmm import unit
 
 from openmm_eqflow import init_system, load_system, run
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.runs.stages import build_target
 
 # Seconds instead of minutes: enough to see every stage work, not enough for a good flow. The same
 # mapping can be written by hand into system.yaml, for any budget.

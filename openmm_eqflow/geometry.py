@@ -1,20 +1,32 @@
-r"""Rigid motions and the mean-free subspace.
+r"""Rigid motions, the mean-free subspace and random elements of the symmetry group.
+
+Rigid motions and the mean-free subspace.
 
 Positions are ``(..., n_particles, n_dims)`` in nm. A potential without external field is invariant
 under translations, so its Boltzmann factor is normalisable only on the mean-free subspace
 :math:`\{x : \sum_i x_i = 0\}` of dimension :math:`(N-1)D`; every density of this package is a
 density with respect to Lebesgue measure there (Köhler, Klein, Noé 2020, section 4).
+
+Random elements of the symmetry group of a target: what data augmentation applies.
+
+Rotations, reflections and relabellings leave the energy of a cluster as it is, so a configuration
+moved by any of them is as good a sample. An equivariant field gains nothing from it; a
+non-equivariant one can only learn the symmetry this way (Köhler, Klein, Noé 2020).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "align_rotations",
+    "augment_together",
     "mean_free_basis",
     "pair_vectors",
+    "random_permutations",
     "random_rotations",
     "remove_mean",
     "rotate",
@@ -83,3 +95,49 @@ def align_rotations(mobile: Tensor, reference: Tensor, *, proper: bool = True) -
         sign = torch.sign(torch.linalg.det(u) * torch.linalg.det(vt))
         u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
     return (u @ vt).transpose(-1, -2)
+
+
+def random_permutations(classes: Sequence[int], n: int, generator: torch.Generator) -> Tensor:
+    """Draw ``n`` relabellings (n, n_particles), uniform among those that keep every class."""
+    labels = torch.tensor(list(classes), dtype=torch.float64)
+    keys = labels + 0.5 * torch.rand(n, len(labels), generator=generator, dtype=torch.float64)
+    # the k-th smallest key of a class replaces its k-th member
+    order = keys.argsort(dim=-1)
+    place = labels.argsort(stable=True)
+    out = torch.empty_like(order)
+    out[:, place] = order
+    return out
+
+
+def augment_together(
+    *batches: Tensor,
+    classes: Sequence[int],
+    proper: bool,
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:
+    """Move row k of every batch by the same random element of the group, a new one for each k.
+
+    Parameters
+    ----------
+    batches
+        Mean-free positions (n, n_particles, n_dims), float64 on the CPU.
+    classes
+        Class of each atom; any permutation inside a class must be a symmetry.
+    proper
+        Rotations only; False also reflects (targets without chirality).
+
+    Examples
+    --------
+    >>> x = torch.randn(5, 3, 2, dtype=torch.float64)
+    >>> stream = torch.Generator().manual_seed(0)
+    >>> (y,) = augment_together(x, classes=[0, 0, 0], proper=False, generator=stream)
+    >>> torch.allclose(torch.pdist(y[0]).sort().values, torch.pdist(x[0]).sort().values)
+    True
+    """
+    n, _, n_dims = batches[0].shape
+    rotations = random_rotations(n, n_dims, generator=generator)
+    if not proper:
+        sign = torch.randint(2, (n, 1, 1), generator=generator) * 2.0 - 1.0
+        rotations = torch.cat([rotations[..., :1] * sign, rotations[..., 1:]], dim=-1)
+    order = random_permutations(classes, n, generator).unsqueeze(-1).expand(-1, -1, n_dims)
+    return tuple(rotate(x, rotations).gather(1, order) for x in batches)

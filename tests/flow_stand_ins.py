@@ -7,13 +7,13 @@ import math
 import torch
 from torch import nn
 
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
-from openmm_eqflow.zmatrix import ZMatrix
 
 CHAIN = ([(0, 1), (1, 2), (2, 3), (3, 4)], [12.0, 12.0, 14.0, 12.0, 16.0])
 METHANOL = ([(0, 1), (0, 2), (0, 3), (0, 4), (4, 5)], [12.0, 1.0, 1.0, 1.0, 16.0, 1.0])
@@ -52,6 +52,16 @@ def chain_prior(*, tail_share: float = 0.0, coupling: float = 1.0) -> InternalCo
         torsions=torsions,
         tail_share=tail_share,
     )
+
+
+class EstimatedField(nn.Module):
+    """A field that says its divergence is an estimate."""
+
+    exact_divergence = False
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field, self.event_shape, self.config = field, field.event_shape, field.config
 
 
 def water_prior(spread: float = 0.003) -> InternalCoordinatePrior:

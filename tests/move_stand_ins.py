@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.audit import audit
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.vector_fields.base import register_vector_field

@@ -6,11 +6,11 @@ import torch
 from openmm import unit
 from torch import Tensor, nn
 
-from openmm_eqflow.losses.chart_target import ChartTarget
-from openmm_eqflow.model_systems import build_model, model_topology
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.thermo import kt_in_kj_mol
+from openmm_eqflow.targets.model_systems import build_model, model_topology
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.divergences import ChartTarget
+from openmm_eqflow.units import kt_in_kj_mol
 
 SIGMA = torch.tensor([0.7, 1.6], dtype=torch.float64)
 N = 3

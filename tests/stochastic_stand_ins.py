@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from torch import Tensor
 
-from openmm_eqflow.stochastic.annealing import Batch
-from openmm_eqflow.stochastic.fit import fit_path
-from openmm_eqflow.stochastic.flow import StochasticFlow
-from openmm_eqflow.stochastic.path import SoftCorePath
+from openmm_eqflow.flows.softcore import Batch, SoftCorePath
+from openmm_eqflow.flows.softcore_fit import fit_path
+from openmm_eqflow.flows.stochastic import StochasticFlow
 
 PATH = SoftCorePath()
 END = PATH.levels(np.array([1.0]))[0]

@@ -8,24 +8,24 @@ import types
 import mdtraj
 import numpy as np
 
-from openmm_eqflow.atomic import write_json, write_npz
-from openmm_eqflow.chunks import Chunk, WalkerState, write_chunk
-from openmm_eqflow.diagnostics import (
+from openmm_eqflow.analysis.weights import (
     log_z,
     max_weight_share,
     pareto_k,
     relative_ess,
     relative_ess_with_error,
 )
-from openmm_eqflow.library import load_system
-from openmm_eqflow.model_systems import harmonic_log_z, harmonic_stiffness
-from openmm_eqflow.outputs import chain_metrics, write_trajectory
-from openmm_eqflow.reference import load_reference
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.sampling import ChainSamples
-from openmm_eqflow.sampling_plan import SamplingPlan
-from openmm_eqflow.system_identity import system_sha256
-from openmm_eqflow.thermo import kelvin, kt_in_kj_mol
+from openmm_eqflow.files import write_json, write_npz
+from openmm_eqflow.moves.chains import ChainSamples
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.reference.plan import SamplingPlan
+from openmm_eqflow.runs.reference.tempering import Chunk, WalkerState, write_chunk
+from openmm_eqflow.runs.stages import chain_metrics, write_trajectory
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.model_systems import harmonic_log_z, harmonic_stiffness
+from openmm_eqflow.targets.target import system_sha256
+from openmm_eqflow.units import kelvin, kt_in_kj_mol
 
 PHI_POSITIVE = 0.2
 

@@ -7,11 +7,11 @@ import types
 
 import mdtraj
 import numpy as np
+import pandas as pd
 import pytest
 
-from openmm_eqflow import analysis
-from openmm_eqflow.library import load_system
-from openmm_eqflow.observables import (
+from openmm_eqflow.analysis import profiles as analysis
+from openmm_eqflow.analysis.observables import (
     TwoStates,
     find_torsions,
     pair_distances,
@@ -19,6 +19,7 @@ from openmm_eqflow.observables import (
     torsion_angles,
     two_states,
 )
+from openmm_eqflow.targets.library import load_system
 
 
 def ar1(n_chains, n_steps, rho, seed, mean=0.0):
@@ -249,3 +250,44 @@ def test_without_arviz_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match="pip install arviz"):
         analysis.to_inference_data({"a": [1.0]}, [0])
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("state", "weights"), [(0.9, 0.0), (0.0, 0.9), (0.9, 0.9)])
+def test_population_errors_of_weighted_chains_cover_the_truth(state, weights):
+    """Correlation of the state, of the weights or of both: z has about unit spread."""
+    z, naive = [], []
+    for seed in range(60):
+        x, log_w = ar1(4, 1000, state, seed), 0.4 * ar1(4, 1000, weights, 1000 + seed)
+        chain = np.repeat(np.arange(4), 1000)
+        log_w = 0.4 * log_w.ravel() / log_w.std()
+        estimate, ess = analysis.population(x.ravel() > 0, log_weights=log_w, chain=chain)
+        assert ess < 4000
+        z.append((estimate.value - 0.5) / estimate.error)
+        # Power control: as if the samples were independent.
+        error = analysis.population(x.ravel() > 0, log_weights=log_w)[0].error
+        naive.append((estimate.value - 0.5) / error)
+    assert np.std(z) < 1.3
+    if state:
+        assert np.std(naive) > 1.6
+
+
+def test_omega_of_proline_runs_over_the_alpha_carbon():
+    """Proline's nitrogen has a delta carbon of lower index: over it, trans shows at 0 degrees."""
+    table = pd.DataFrame(
+        [
+            (i, name, element, residue, "ACE" if residue == 1 else "PRO", 0)
+            for i, (name, element, residue) in enumerate(
+                [
+                    ("O", "O", 1), ("C", "C", 1), ("CH3", "C", 1), ("N", "N", 2), ("CD", "C", 2),
+                    ("CA", "C", 2), ("CB", "C", 2), ("CG", "C", 2), ("C", "C", 2), ("OXT", "O", 2),
+                ]
+            )
+        ],
+        columns=["serial", "name", "element", "resSeq", "resName", "chainID"],
+    )  # fmt: skip
+    bonds = [(0, 1), (1, 2), (1, 3), (3, 4), (3, 5), (5, 6), (6, 7), (7, 4), (5, 8), (8, 9)]
+    topology = mdtraj.Topology.from_dataframe(table, np.array(bonds))
+    omega = next(t for t in find_torsions(topology) if set(t.atoms[1:3]) == {1, 3})
+    assert omega.name == "ω"
+    assert omega.atoms in ((2, 1, 3, 5), (5, 3, 1, 2))

@@ -21,22 +21,22 @@ from test_liouville import (
 from tiny_molecule import write_system
 from torch import Tensor
 
-from openmm_eqflow import fitting
-from openmm_eqflow.balance import (
+from openmm_eqflow.analysis.balance import (
     balance_log_weights,
     bennett_log_z,
     path_free_energies,
     path_weights,
 )
-from openmm_eqflow.checkpoint import load_tensors
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.library import load_system
-from openmm_eqflow.losses.annealed import PathSampler, PathState, path_trajectory
-from openmm_eqflow.losses.liouville import LiouvilleLoss
-from openmm_eqflow.losses.pool import Pool, PoolFeeder
-from openmm_eqflow.reference import load_reference
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.workflow import build_target, run_stage
+from openmm_eqflow.flows.kernels import PathState, path_trajectory
+from openmm_eqflow.flows.storage import load_tensors
+from openmm_eqflow.runs import fit as fitting
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.stages import build_target, run_stage
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.liouville import LiouvilleLoss
+from openmm_eqflow.training.pool import PathSampler, Pool, PoolFeeder
 
 SHIFT, WIDTH, HEIGHT = 1.2, 0.5, 0.7  # p_1 = exp(HEIGHT - (y - SHIFT)^2 / (2 WIDTH^2)), one y
 

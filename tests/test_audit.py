@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from flow_stand_ins import molecule_flow, planar_flow, stream, uniform_grid
+from flow_stand_ins import EstimatedField, molecule_flow, planar_flow, stream, uniform_grid
 
-from openmm_eqflow.audit import audit, require_passed_audit
-from openmm_eqflow.divergence import HutchinsonField
 from openmm_eqflow.errors import AuditError
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.audit import audit, require_passed_audit
+from openmm_eqflow.flows.flow import EquivariantFlow
 
 
 @pytest.mark.parametrize("make", [molecule_flow, planar_flow])
@@ -74,16 +73,16 @@ def test_log_q_that_is_no_number_is_not_left_out(monkeypatch):
 
 def test_estimated_divergence_is_refused():
     exact = planar_flow(n_steps=2)
-    flow = EquivariantFlow(exact.prior, HutchinsonField(exact.module), grid=exact.grid)
-    with pytest.raises(AuditError, match="HutchinsonField estimates"):
+    flow = EquivariantFlow(exact.prior, EstimatedField(exact.module), grid=exact.grid)
+    with pytest.raises(AuditError, match="EstimatedField estimates"):
         audit(flow, n=8)
     flow.audit_report = {"passed": True}  # a forged report does not help
-    with pytest.raises(AuditError, match="HutchinsonField estimates"):
+    with pytest.raises(AuditError, match="EstimatedField estimates"):
         require_passed_audit(flow)
 
 
 def test_missing_audit_says_what_to_do():
-    with pytest.raises(AuditError, match=r"never audited; call openmm_eqflow\.audit"):
+    with pytest.raises(AuditError, match=r"never audited; call openmm_eqflow\.flows\.audit"):
         require_passed_audit(molecule_flow())
 
 

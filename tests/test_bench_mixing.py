@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from openmm_eqflow.bench import mixing
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.library import load_system
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.targets.library import load_system
 
 DATA = Path(__file__).parent / "data"
 

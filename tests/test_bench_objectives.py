@@ -16,17 +16,15 @@ from command_line import Shell
 from synthetic_runs import write_run
 from torch import Tensor, nn
 
+from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench import objectives
 from openmm_eqflow.bench.learning_curve import tensors_sha256, times
-from openmm_eqflow.bench.objectives import run_bench
-from openmm_eqflow.bench.objectives_choice import choose, parse_schedules, suited
-from openmm_eqflow.bench.objectives_report import table
-from openmm_eqflow.diagnostics import relative_ess
+from openmm_eqflow.bench.objectives import choose, parse_schedules, run_bench, suited, table
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
-from openmm_eqflow.evaluation import draw_weighted
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.recipes import Recipe, make_recipe
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.training.loop import TrainingSettings, train
+from openmm_eqflow.training.recipes import Recipe, make_recipe
 
 FIELD = {
     "width": 8,

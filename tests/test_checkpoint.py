@@ -9,18 +9,18 @@ import pytest
 import torch
 from flow_stand_ins import chart_field, molecule_flow, planar_flow, stream, water_prior
 
-from openmm_eqflow.atomic import write_npz
-from openmm_eqflow.audit import audit
-from openmm_eqflow.checkpoint import (
+from openmm_eqflow.errors import CheckpointError
+from openmm_eqflow.files import write_npz
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import (
     file_sha256,
     load_flow,
     load_tensors,
     save_flow,
     save_tensors,
 )
-from openmm_eqflow.errors import CheckpointError
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import systems_directory
+from openmm_eqflow.targets.library import systems_directory
 from openmm_eqflow.vector_fields import ChartField
 
 

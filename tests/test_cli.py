@@ -19,7 +19,7 @@ from openmm import unit
 from tiny_molecule import QUICK, write_inputs, write_system
 from tiny_molecule import system as peroxide
 
-from openmm_eqflow.library import load_system, systems_directory
+from openmm_eqflow.targets.library import load_system, systems_directory
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -343,7 +343,7 @@ def test_disk_that_fills_up_inside_a_stage(tmp_path, stage, limit):
 
 def test_traceback_only_with_debug(tmp_path):
     code = (
-        "import sys\nimport openmm_eqflow.library as library\n"
+        "import sys\nimport openmm_eqflow.targets.library as library\n"
         "library.list_systems = lambda: 1 / 0\n"
         "sys.argv = ['openmm-eqflow', 'systems', *sys.argv[1:]]\n"
         "from openmm_eqflow.cli import main\nmain()"

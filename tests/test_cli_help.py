@@ -9,7 +9,7 @@ import click
 import pytest
 from command_line import Shell
 
-from openmm_eqflow.cli import _version, cli, cli_measure
+from openmm_eqflow.cli import _version, cli, measure
 
 
 def commands(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
@@ -20,7 +20,7 @@ def commands(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Co
             yield name + key, command
 
 
-cli_measure.register(cli)
+measure.register(cli)
 
 
 @pytest.mark.parametrize("name", [name for name, _ in commands(cli)])

@@ -11,8 +11,7 @@ import torch
 from flow_stand_ins import stream, table
 from scipy import stats
 
-from openmm_eqflow.priors.conformers import Conformers, find_basins
-from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup, find_basins
 
 _GROUPS = [TorsionGroup((0,), (1,), 0.15, 0.01), TorsionGroup((1,), (1,), 0.15, 0.01)]
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from flow_stand_ins import METHANOL, chain_prior, randomised, stream, water_prior
 
-from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.fitting import build_field
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
-from openmm_eqflow.recipes import make_recipe
+from openmm_eqflow.priors.zmatrix import ZMatrix
+from openmm_eqflow.runs.fit import build_field
+from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.vector_fields import ContactField, VectorField, build_vector_field
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry
-from openmm_eqflow.zmatrix import ZMatrix
 
 SIZES = {"width": 24, "conditioner_width": 16, "torsion_width": 12, "contacts": 6, "n_rbf": 4}
 

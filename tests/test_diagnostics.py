@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_eqflow.diagnostics import (
+from openmm_eqflow.analysis.chains import (
     autocorrelation_ess,
+    longest_stuck,
+    mean_with_error,
+    weighted_mean_with_error,
+)
+from openmm_eqflow.analysis.weights import (
     kish_ess,
     log_z,
-    longest_stuck,
     max_weight_share,
-    mean_with_error,
     pareto_k,
     relative_ess,
     relative_ess_with_error,
-    weighted_mean_with_error,
 )
 
 

@@ -17,7 +17,7 @@ import train_together
 from command_line import Shell
 from tiny_molecule import write_system
 
-from openmm_eqflow import distributed
+from openmm_eqflow import parallel as distributed
 from openmm_eqflow.parallel import available_threads
 
 TESTS = Path(__file__).parent

@@ -13,7 +13,7 @@ import click
 import pytest
 
 import openmm_eqflow
-from openmm_eqflow.cli import cli, cli_measure
+from openmm_eqflow.cli import cli, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,7 @@ def test_docstrings_read_as_markdown(site: Path) -> None:
 
 def test_command_line_page_has_every_option(site: Path) -> None:
     text = unescape(re.sub(r"<[^>]*>", "", (site / "command-line.html").read_text("utf-8")))
-    cli_measure.register(cli)
+    measure.register(cli)
 
     def check(name: str, command: click.Command) -> None:
         assert name in text

@@ -33,12 +33,12 @@ import yaml
 from command_line import Shell
 from filelock import FileLock
 
-from openmm_eqflow import recipes
-from openmm_eqflow.cli import cli, cli_measure
-from openmm_eqflow.library import load_system
-from openmm_eqflow.own_system import init_system
-from openmm_eqflow.recipes import BUDGETS, Recipe, make_recipe
-from openmm_eqflow.sampling_plan import ReferenceSettings
+from openmm_eqflow.cli import cli, measure
+from openmm_eqflow.runs.reference.plan import ReferenceSettings
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.own_system import init_system
+from openmm_eqflow.training import recipes
+from openmm_eqflow.training.recipes import BUDGETS, Recipe, make_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -297,7 +297,7 @@ def test_commands_in_the_text_exist(page: str, code: str) -> None:
 
 def parse(words: list[str]) -> None:
     """Fail if there is no such command or option; paths and arguments may be the reader's."""
-    cli_measure.register(cli)
+    measure.register(cli)
     command: click.Command = cli
     while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"no command {words[0]!r}"

@@ -15,12 +15,11 @@ from energy_systems import empty_system, reference
 from interruptible import hear_interrupts
 from openmm import unit
 
-from openmm_eqflow.energies.base import EnergyEvaluator
-from openmm_eqflow.energies.context_pool import ContextPool
-from openmm_eqflow.energies.platforms import available_platforms
-from openmm_eqflow.energies.torch_port import TorchEnergy
 from openmm_eqflow.errors import EnergyError
-from openmm_eqflow.library import load_system
+from openmm_eqflow.targets.energies.base import EnergyEvaluator
+from openmm_eqflow.targets.energies.contexts import ContextPool, available_platforms
+from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
+from openmm_eqflow.targets.library import load_system
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +120,8 @@ def test_stuck_worker_times_out(molecule, batch):
 
 
 def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monkeypatch):
-    from openmm_eqflow.energies import context_pool
-    from openmm_eqflow.energies.worker import LocalContext
+    from openmm_eqflow.targets.energies import contexts as context_pool
+    from openmm_eqflow.targets.energies.worker import LocalContext
 
     class Fragile:
         def __init__(self, xml, platform, *, timeout):
@@ -154,8 +153,8 @@ def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monke
 
 SCRIPT = """
 import sys, numpy as np
-from openmm_eqflow.library import load_system
-from openmm_eqflow.energies.context_pool import ContextPool
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.energies.contexts import ContextPool
 molecule = load_system("alanine-dipeptide")
 pool = ContextPool(molecule.system, mode="processes", platform="Reference", n_workers=2)
 x = np.repeat(np.array(molecule.positions.value_in_unit(molecule.positions.unit))[None], 64, 0)

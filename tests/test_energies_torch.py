@@ -7,12 +7,12 @@ import torch
 from energy_systems import assert_agree, empty_system, phe_system, reference
 from openmm import unit
 
-from openmm_eqflow.energies.choose import fastest_evaluator
-from openmm_eqflow.energies.context_pool import ContextPool
-from openmm_eqflow.energies.expressions import parse
-from openmm_eqflow.energies.torch_port import TorchEnergy
 from openmm_eqflow.errors import UnsupportedSystemError
-from openmm_eqflow.library import list_systems, load_system
+from openmm_eqflow.targets.energies.choose import choose_evaluator
+from openmm_eqflow.targets.energies.contexts import ContextPool
+from openmm_eqflow.targets.energies.expressions import parse
+from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
+from openmm_eqflow.targets.library import list_systems, load_system
 
 NAMES = [info.name for info in list_systems()]
 AMBER_OBC1 = ("amber14-all.xml", "implicit/obc1.xml")
@@ -213,14 +213,14 @@ def test_unknown_force_falls_back_with_its_name():
     system.addForce(force)
     x = np.random.default_rng(0).normal(size=(5, 3, 3))
     with pytest.warns(UserWarning, match="CustomCentroidBondForce"):
-        evaluator = fastest_evaluator(system, n_workers=1, positions=x[0])
+        evaluator = choose_evaluator(system, n_workers=1, positions=x[0])
     assert isinstance(evaluator, ContextPool)
     np.testing.assert_allclose(evaluator.energies(x), reference(system, x)[0], rtol=1e-5)
     evaluator.close()
 
 
 def test_disagreement_with_openmm_is_noticed(monkeypatch):
-    monkeypatch.setattr("openmm_eqflow.energies.terms.COULOMB", 138.9)
+    monkeypatch.setattr("openmm_eqflow.targets.energies.terms.COULOMB", 138.9)
     system = load_system("alanine-dipeptide").system
     with pytest.raises(UnsupportedSystemError, match=r"NonbondedForce .* disagrees"):
         TorchEnergy(system)
@@ -252,7 +252,7 @@ def test_tables_of_positions_are_not_covered():
 def test_kernels_are_cached_under_the_hash_of_their_sources():
     import numba
 
-    from openmm_eqflow.energies.compiled import load_kernels
+    from openmm_eqflow.targets.energies.compiled import load_kernels
 
     before = numba.config.CACHE_DIR
     bonded = load_kernels()[0]

@@ -13,14 +13,14 @@ import torch
 from objective_stand_ins import four_particles
 from test_objectives_schedule import SMALL, dw4_frames
 
-from openmm_eqflow import fitting
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.losses.path_gradient import ForwardPathLoss
-from openmm_eqflow.publish import _objectives
-from openmm_eqflow.recipes import Recipe, make_recipe
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.report.figures_chain import training_panels
-from openmm_eqflow.training import TrainingResult, join_trainings
+from openmm_eqflow.runs import fit as fitting
+from openmm_eqflow.runs.publish import _objectives
+from openmm_eqflow.training.divergences import ForwardPathLoss
+from openmm_eqflow.training.loop import TrainingResult, join_trainings
+from openmm_eqflow.training.recipes import Recipe, make_recipe
 
 SECOND = {"objective": "path-forward", "train_seconds": 1e6, "max_steps": 5, "batch_size": 8}
 TWO = replace(SMALL, objective="flow-matching", finetune=SECOND)

@@ -16,12 +16,12 @@ from flow_stand_ins import (
     water_prior,
 )
 
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import mean_free_basis, random_rotations, rotate
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.priors.zmatrix import InternalCoordinates
 from openmm_eqflow.vector_fields import ChartField
 from openmm_eqflow.vector_fields.kernel import KernelField
-from openmm_eqflow.zmatrix import InternalCoordinates
 
 FLOWS = {"molecule": molecule_flow, "planar": planar_flow}
 

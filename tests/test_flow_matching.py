@@ -9,13 +9,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.geometry import align_rotations, random_rotations, remove_mean, rotate
-from openmm_eqflow.losses.alignment import align_batch, assign
-from openmm_eqflow.losses.augmentation import augment_together
-from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
+from openmm_eqflow.geometry import (
+    align_rotations,
+    augment_together,
+    random_rotations,
+    remove_mean,
+    rotate,
+)
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.training.flow_matching import FlowMatchingLoss, align_batch, assign
+from openmm_eqflow.vector_fields.baselines import MLPField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
-from openmm_eqflow.vector_fields.mlp import MLPField
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 13, 40])

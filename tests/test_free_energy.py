@@ -9,7 +9,8 @@ import pytest
 import torch
 from move_stand_ins import GaussianFlow
 
-from openmm_eqflow.free_energy import delta_f_reweighting, log_z, log_z_bar, log_z_mbar
+from openmm_eqflow.analysis.free_energy import delta_f_reweighting, log_z_bar, log_z_mbar
+from openmm_eqflow.analysis.weights import log_z
 
 N, D = 4, 3
 DIM = (N - 1) * D
@@ -96,7 +97,42 @@ def test_nan_is_refused() -> None:
         delta_f_reweighting([math.nan], [0.0], [0.0])
     with pytest.raises(ValueError, match="counts that add up"):
         log_z_mbar(np.zeros((2, 5)), np.zeros(5), [1, 1], n_flow=1)
-    with pytest.raises(ValueError, match="cannot reach"):
+    with pytest.raises(ValueError, match="outside its chart"):
         log_z_mbar(np.zeros((1, 2)), [0.0, -math.inf], [0], n_flow=2)
     with pytest.raises(ValueError, match="effective flow samples"):
         log_z_bar([-math.inf, 0.0], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 60.0, -60.0])
+def test_bennett_has_an_error_whatever_the_constant_in_u(offset: float) -> None:
+    """Log weights of 60 kT (lj13, lj55) with an invalid draw once gave an error of NaN."""
+    square, log_q = draw(0.95, 4000, 8)
+    md, log_q_md = draw(1.0, 4000, 9)
+    log_w, log_w_md = -reduced(square)[0] - log_q, -reduced(md)[0] - log_q_md
+    log_w[:3] = -math.inf
+    plain = log_z_bar(log_w, log_w_md)
+    moved = log_z_bar(log_w + offset, log_w_md + offset)
+    assert 0.0 < plain.error < 0.05
+    assert moved.value - offset == pytest.approx(plain.value, abs=1e-6)
+    assert moved.error == pytest.approx(plain.error, rel=1e-6)
+
+
+@pytest.mark.statistical
+def test_mbar_counts_draws_outside_the_chart() -> None:
+    """A flow that leaves its chart in half of its draws has half the density inside."""
+    square, log_q = draw(0.95, 8000, 10)
+    md, log_q_md = draw(1.0, 3000, 11)
+    outside = np.random.default_rng(12).random(8000) < 0.5
+    half = math.log(2.0)
+    u = np.concatenate([reduced(md), np.where(outside, np.inf, reduced(square))], 1)
+    # The density of what stays inside is q / 2 where it is q of the whole flow.
+    density = np.concatenate([log_q_md - half, np.where(outside, np.inf, log_q - half)])
+    result = log_z_mbar(u, density, [3000, 0], n_flow=8000)
+    for k in range(2):
+        assert close((result.log_z[k], result.error[k]), EXACT[k], 0.05)
+    # Power control: left out, log Z is off by -log(share inside).
+    kept = np.concatenate([np.ones(3000, dtype=bool), ~outside])
+    dropped = log_z_mbar(u[:, kept], density[kept], [3000, 0], n_flow=int((~outside).sum()))
+    assert not close((dropped.log_z[1], dropped.error[1]), EXACT[1], 1.0)
+    with pytest.raises(ValueError, match="outside its chart"):
+        log_z_mbar(np.zeros_like(u), density, [3000, 0], n_flow=8000)

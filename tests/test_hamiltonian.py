@@ -7,8 +7,8 @@ import torch
 from flow_stand_ins import stream
 from torch import Tensor
 
+from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
 from openmm_eqflow.geometry import remove_mean
-from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
 
 STIFFNESS = 4.0
 

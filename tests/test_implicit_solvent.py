@@ -9,13 +9,13 @@ import openmm
 import pytest
 from openmm import app, unit
 
-from openmm_eqflow.calibration import make_plan
-from openmm_eqflow.implicit_solvent import with_compiled_solvent
-from openmm_eqflow.library import load_system
-from openmm_eqflow.own_system import init_system
-from openmm_eqflow.sampling_plan import ReferenceSettings
-from openmm_eqflow.system_identity import system_sha256
-from openmm_eqflow.thermo import energy_in_kj_mol, positions_in_nm
+from openmm_eqflow.runs.reference.calibration import make_plan
+from openmm_eqflow.runs.reference.implicit_solvent import with_compiled_solvent
+from openmm_eqflow.runs.reference.plan import ReferenceSettings
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.own_system import init_system
+from openmm_eqflow.targets.target import system_sha256
+from openmm_eqflow.units import energy_in_kj_mol, positions_in_nm
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "examples" / "n-methylacetamide.pdb"

@@ -5,8 +5,8 @@ import pytest
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.library import load_system, systems_directory
-from openmm_eqflow.own_system import init_system
+from openmm_eqflow.targets.library import load_system, systems_directory
+from openmm_eqflow.targets.own_system import init_system
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
 AMBER = ["amber14-all.xml", "implicit/obc2.xml"]

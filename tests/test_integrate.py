@@ -10,7 +10,7 @@ import torch
 from flow_stand_ins import uniform_grid
 from torch import Tensor
 
-from openmm_eqflow.integrate import calibrate_grid, odeint_adaptive, rk4, rk4_inverse
+from openmm_eqflow.flows.flow import calibrate_grid, odeint_adaptive, rk4, rk4_inverse
 
 
 class Pendulum:

@@ -11,14 +11,14 @@ import torch
 from flow_stand_ins import CHAIN, METHANOL, WATER, chain_prior, stream, table, water_prior
 from scipy import stats
 
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 from openmm_eqflow.vector_fields.chart import ChartField
-from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 
 # -- torsion densities ----------------------------------------------------------------------------
 

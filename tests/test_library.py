@@ -10,9 +10,9 @@ import pytest
 from openmm import unit
 
 from openmm_eqflow.errors import ConfigurationError, UnknownSystemError
-from openmm_eqflow.library import SYSTEM_FILE, list_systems, load_system, systems_directory
-from openmm_eqflow.model_systems import build_model, harmonic_log_z, harmonic_stiffness
-from openmm_eqflow.thermo import positions_in_nm, positions_quantity, reduced_energy
+from openmm_eqflow.targets.library import SYSTEM_FILE, list_systems, load_system, systems_directory
+from openmm_eqflow.targets.model_systems import build_model, harmonic_log_z, harmonic_stiffness
+from openmm_eqflow.units import positions_in_nm, positions_quantity, reduced_energy
 
 SHIPPED = {
     "ala3": (42, 3, "molecule", 300.0),

@@ -10,11 +10,12 @@ from flow_stand_ins import stream, uniform_grid
 from scipy import special
 from torch import Tensor, nn
 
-from openmm_eqflow.diagnostics import relative_ess
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.losses.liouville import LiouvilleLoss
-from openmm_eqflow.losses.pool import Pool, PoolFeeder, build_pool, join_pools, latent_target
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.kernels import latent_target
+from openmm_eqflow.training.liouville import LiouvilleLoss
+from openmm_eqflow.training.loop import TrainingSettings, train
+from openmm_eqflow.training.pool import Pool, PoolFeeder, build_pool, join_pools
 from openmm_eqflow.vector_fields import ChartField
 
 MEAN = torch.tensor([0.7, -0.4, 0.2], dtype=torch.float64)

@@ -11,15 +11,16 @@ import torch
 from move_stand_ins import GaussianFlow, TwoBasins, WrongFlow
 from torch import Tensor
 
-from openmm_eqflow.diagnostics import Estimate, autocorrelation_ess, log_z, mean_with_error
-from openmm_eqflow.ensemble import FlowDensity, ProposalBuffer, StateMemory, flow_step
-from openmm_eqflow.metropolis import (
+from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
+from openmm_eqflow.analysis.weights import Estimate, log_z
+from openmm_eqflow.moves.metropolis import (
     i_sir,
     i_sir_probabilities,
     log_acceptance_ratio,
     metropolis_accept,
     multiple_try_probabilities,
 )
+from openmm_eqflow.moves.steps import FlowDensity, ProposalBuffer, StateMemory, flow_step
 
 INF, NAN = torch.inf, torch.nan
 Rule = Callable[[Tensor, Tensor], Tensor]

@@ -16,17 +16,23 @@ from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
 from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.convergence import torsion_angles
-from openmm_eqflow.diagnostics import Estimate, autocorrelation_ess, mean_with_error
-from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
-from openmm_eqflow.latent import annealed_step, latent_step
-from openmm_eqflow.latent_kernel import LatentKernel
-from openmm_eqflow.library import load_system
-from openmm_eqflow.moves import FlowMove
-from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
+from openmm_eqflow.analysis.convergence import torsion_angles
+from openmm_eqflow.analysis.weights import Estimate
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.flow_moves import FlowMove
+from openmm_eqflow.moves.steps import (
+    LatentKernel,
+    ProposalBuffer,
+    StateMemory,
+    annealed_step,
+    flow_step,
+    latent_step,
+)
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.target import BoltzmannTarget
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "alanine-dipeptide-reference.json").read_text())

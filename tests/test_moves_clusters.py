@@ -15,14 +15,14 @@ import torch
 from move_stand_ins import WrongDensity
 from torch import Tensor
 
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.ensemble import ProposalBuffer, StateMemory, flow_step
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.hamiltonian import hamiltonian_step, tune_step_size
-from openmm_eqflow.library import load_system
-from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.thermo import positions_in_nm
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.units import positions_in_nm
 
 pytestmark = [pytest.mark.slow, pytest.mark.statistical]
 

@@ -10,10 +10,10 @@ import torch
 from move_stand_ins import BendField, TwoBasins, WrongLatentFlow
 from torch import Tensor
 
-from openmm_eqflow.diagnostics import autocorrelation_ess, log_z, mean_with_error
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.latent import annealed_step, latent_step
-from openmm_eqflow.latent_kernel import KernelKind, LatentKernel
+from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
+from openmm_eqflow.analysis.weights import log_z
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.moves.steps import KernelKind, LatentKernel, annealed_step, latent_step
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 
 N_CHAINS = 200

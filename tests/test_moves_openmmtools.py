@@ -21,22 +21,22 @@ from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, We
 from openmmtools.states import SamplerState, ThermodynamicState
 from openmmtools.utils import deserialize, serialize
 
-from openmm_eqflow import flow_registry
-from openmm_eqflow.audit import audit
-from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.diagnostics import mean_with_error
+from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.errors import (
     AuditError,
     CheckpointError,
     ConfigurationError,
     UnsupportedSystemError,
 )
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import MolecularSystem, load_system
-from openmm_eqflow.model_systems import harmonic_log_z, harmonic_stiffness
-from openmm_eqflow.moves import AnnealedMove, FlowMove, LatentMove
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.moves import registry as flow_registry
+from openmm_eqflow.moves.flow_moves import AnnealedMove, FlowMove, LatentMove
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.thermo import kt_in_kj_mol, positions_in_nm
+from openmm_eqflow.targets.library import MolecularSystem, load_system
+from openmm_eqflow.targets.model_systems import harmonic_log_z, harmonic_stiffness
+from openmm_eqflow.units import kt_in_kj_mol, positions_in_nm
 from openmm_eqflow.vector_fields.chart import ChartField
 
 DOF = 15  # (6 - 1) * 3: u is half a chi-squared variable, mean and variance 7.5
@@ -363,10 +363,10 @@ from openmmtools import cache, multistate
 from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove, WeightedMove
 from openmmtools.states import SamplerState, ThermodynamicState
 from move_stand_ins import RadialField
-from openmm_eqflow.audit import audit
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.library import load_system
-from openmm_eqflow.moves import AnnealedMove, FlowMove, LatentMove
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.moves.flow_moves import AnnealedMove, FlowMove, LatentMove
 
 kind, flow_path, storage, n_iterations = sys.argv[1:]
 system = load_system("harmonic")
@@ -465,3 +465,47 @@ def test_statistics_are_plain_numbers(system: MolecularSystem, flow_path: Path) 
     move.reset_statistics()
     assert move.statistics["n_proposed"] == 0
     assert "n_proposals" in str(move)
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_resumed_move_repeats_no_draw(
+    system: MolecularSystem, flow_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilt: bool
+) -> None:
+    """In a new process, with and without a move of that flow and seed built before the resume."""
+
+    def run(move: FlowMove, n: int) -> set[bytes]:
+        state, sampler_state = states(system)
+        seen = set()
+        for _ in range(n):
+            move.apply(state, sampler_state)
+            seen.add(positions_in_nm(sampler_state.positions).tobytes())
+        return seen
+
+    def new_process() -> None:
+        monkeypatch.setattr(flow_registry, "_STREAMS", {})
+
+    new_process()
+    move = FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61)
+    first, stored = run(move, 40), move.__getstate__()
+    assert stored["n_consumed"] == 40
+    new_process()
+    if rebuilt:
+        FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61)
+    resumed = FlowMove.__new__(FlowMove)
+    resumed.__setstate__(stored)
+    second = run(resumed, 40)
+    assert len(first) > 10
+    assert len(second) > 10
+    start = {positions_in_nm(states(system)[1].positions).tobytes()}
+    assert not (first & second) - start
+    assert resumed.__getstate__()["n_consumed"] == 80
+    # Power control: a stream from its beginning repeats the first part.
+    new_process()
+    assert first == run(FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61), 40)
+
+
+def test_steps_of_other_processes_count(flow_path: Path) -> None:
+    """Under MPI a rank without steps of its own must not start where an earlier part started."""
+    move = FlowMove(load_flow(flow_path), seed=62)
+    move.statistics = {"n_proposed": 30}
+    assert move.__getstate__()["n_consumed"] == 30

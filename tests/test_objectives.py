@@ -6,7 +6,14 @@ import math
 
 import pytest
 import torch
-from flow_stand_ins import chain_prior, chart_field, randomised, stream, uniform_grid
+from flow_stand_ins import (
+    EstimatedField,
+    chain_prior,
+    chart_field,
+    randomised,
+    stream,
+    uniform_grid,
+)
 from objective_stand_ins import (
     SIGMA,
     Anisotropic,
@@ -18,20 +25,20 @@ from objective_stand_ins import (
 )
 from torch import Tensor, nn
 
-from openmm_eqflow.divergence import HutchinsonField
 from openmm_eqflow.errors import ConfigurationError, TrainingError
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.integrate import rk4
-from openmm_eqflow.losses.chart_target import ChartTarget, bound_energy
-from openmm_eqflow.losses.likelihood import LikelihoodLoss
-from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
-from openmm_eqflow.losses.solve import follow, solve, transport_score
+from openmm_eqflow.flows.flow import EquivariantFlow, rk4
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.training.divergences import (
+    ChartTarget,
+    LikelihoodLoss,
+    ReverseKLLoss,
+    bound_energy,
+)
+from openmm_eqflow.training.loop import TrainingSettings, train
+from openmm_eqflow.training.solve import follow, solve, transport_score
 from openmm_eqflow.vector_fields import LeaveOneOutField
-from openmm_eqflow.vector_fields.egnn import EGNNField
+from openmm_eqflow.vector_fields.baselines import EGNNField, MLPField
 from openmm_eqflow.vector_fields.kernel import KernelField
-from openmm_eqflow.vector_fields.mlp import MLPField
 
 PLANE = MeanFreeGaussian(4, 2, 1.5)
 
@@ -275,12 +282,12 @@ def test_a_known_trajectory_has_the_gradient_of_its_solve(kind: str, reverse: bo
 
 def test_refusals() -> None:
     field, own_prior, y = case("mlp")
-    noisy = HutchinsonField(field)
+    noisy = EstimatedField(field)
     for build in (
         lambda: LikelihoodLoss(noisy, own_prior, y),  # type: ignore[arg-type]
         lambda: ReverseKLLoss(noisy, scaling_target()),
     ):
-        with pytest.raises(ConfigurationError, match="HutchinsonField estimates its divergence"):
+        with pytest.raises(ConfigurationError, match="EstimatedField estimates its divergence"):
             build()
     with pytest.raises(ConfigurationError, match="1 of 5 configurations are outside the chart"):
         LikelihoodLoss(field, own_prior, y.clone().index_fill(0, torch.tensor(2), torch.nan))  # type: ignore[arg-type]

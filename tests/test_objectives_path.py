@@ -18,12 +18,17 @@ from objective_stand_ins import (
 from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.losses.chart_target import ChartTarget, prior_score
-from openmm_eqflow.losses.likelihood import LikelihoodLoss
-from openmm_eqflow.losses.path_gradient import ForwardPathLoss, ReversePathLoss, _attach
-from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
-from openmm_eqflow.losses.solve import solve
+from openmm_eqflow.flows.kernels import prior_score
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.training.divergences import (
+    ChartTarget,
+    ForwardPathLoss,
+    LikelihoodLoss,
+    ReverseKLLoss,
+    ReversePathLoss,
+    _attach,
+)
+from openmm_eqflow.training.solve import solve
 from openmm_eqflow.vector_fields.kernel import KernelField
 
 RATE = torch.tensor([0.1, 0.15], dtype=torch.float64)

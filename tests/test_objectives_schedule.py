@@ -15,22 +15,25 @@ from flow_stand_ins import stream
 from objective_stand_ins import SIGMA, Anisotropic, Scaling, four_particles, prior, scaling_target
 from tiny_molecule import write_system
 
-from openmm_eqflow import fitting
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.library import load_system
-from openmm_eqflow.losses.combined import ScheduledLoss
-from openmm_eqflow.losses.likelihood import LikelihoodLoss
-from openmm_eqflow.losses.path_gradient import ForwardPathLoss, ReversePathLoss
-from openmm_eqflow.losses.reverse_kl import ReverseKLLoss
-from openmm_eqflow.losses.schedule import Schedule
-from openmm_eqflow.precision import AutocastField, training_precision
-from openmm_eqflow.recipes import Recipe, make_recipe
-from openmm_eqflow.reference import ReferenceData
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.runs import fit as fitting
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.reference.data import ReferenceData
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.divergences import (
+    ForwardPathLoss,
+    LikelihoodLoss,
+    ReverseKLLoss,
+    ReversePathLoss,
+)
+from openmm_eqflow.training.loop import TrainingSettings, train
+from openmm_eqflow.training.objectives import ScheduledLoss
+from openmm_eqflow.training.precision import AutocastField, training_precision
+from openmm_eqflow.training.recipes import Recipe, make_recipe
+from openmm_eqflow.training.schedule import Schedule
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
-from openmm_eqflow.vector_fields.egnn import EGNNField
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.vector_fields.baselines import EGNNField
 
 TWO = {"nll": [[0.0, 1.0], [0.5, 1.0], [1.0, 0.5]], "reverse-kl": [[0.5, 0.0], [1.0, 0.5]]}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPT = """
-import openmm_eqflow.library as library
+import openmm_eqflow.targets.library as library
 assert str(library.systems_directory()).endswith("openmm_eqflow/systems")
 print(len(library.list_systems()), library.load_system("toluene").n_particles, library.__file__)
 """

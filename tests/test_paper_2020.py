@@ -16,13 +16,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from synthetic_runs import write_run
 
-from openmm_eqflow.diagnostics import Estimate
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import load_system
-from openmm_eqflow.losses.augmentation import augment_together
+from openmm_eqflow.analysis.weights import Estimate
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.geometry import augment_together
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.vector_fields import KernelField
-from openmm_eqflow.workflow import build_target
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "paper_2020"))

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from openmm_eqflow import progress
-from openmm_eqflow.progress import stage_progress
+from openmm_eqflow.cli import progress
+from openmm_eqflow.cli.progress import stage_progress
 
 
 @pytest.fixture

@@ -17,18 +17,21 @@ import openmm
 import pytest
 from interruptible import hear_interrupts
 
-from openmm_eqflow.calibration import make_plan
-from openmm_eqflow.chunks import chunk_paths, read_chunk, write_chunk
-from openmm_eqflow.convergence import round_trips, torsion_angles
-from openmm_eqflow.diagnostics import mean_with_error
+from openmm_eqflow.analysis.chains import mean_with_error
+from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, EnergyError
-from openmm_eqflow.ladder import choose_ladder, exchange_rate
-from openmm_eqflow.library import load_system, systems_directory
-from openmm_eqflow.reference import load_reference, run_reference
-from openmm_eqflow.sampling_plan import ReferenceSettings, SamplingPlan
-from openmm_eqflow.tempering import TemperingWalker
-from openmm_eqflow.tempering_worker import run_walker
-from openmm_eqflow.thermo import energy_in_kj_mol, kt_in_kj_mol, positions_quantity
+from openmm_eqflow.runs.reference.calibration import choose_ladder, exchange_rate, make_plan
+from openmm_eqflow.runs.reference.data import load_reference, run_reference
+from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
+from openmm_eqflow.runs.reference.tempering import (
+    TemperingWalker,
+    chunk_paths,
+    read_chunk,
+    write_chunk,
+)
+from openmm_eqflow.runs.reference.worker import run_walker
+from openmm_eqflow.targets.library import load_system, systems_directory
+from openmm_eqflow.units import energy_in_kj_mol, kt_in_kj_mol, positions_quantity
 
 UNLIMITED = 1e6
 
@@ -230,9 +233,9 @@ def test_planar_energies_are_those_at_z_zero():
 def start_run(directory: Path, max_frames: int) -> subprocess.Popen[str]:
     code = (
         "import dataclasses, sys; from pathlib import Path\n"
-        "from openmm_eqflow import calibration\n"
-        "from openmm_eqflow.library import load_system\n"
-        "from openmm_eqflow.reference import run_reference\n"
+        "from openmm_eqflow.runs.reference import calibration\n"
+        "from openmm_eqflow.targets.library import load_system\n"
+        "from openmm_eqflow.runs.reference.data import run_reference\n"
         "calibration._CHUNK_SECONDS = 0.5\n"
         "system = dataclasses.replace(load_system('harmonic'), settings={'reference': "
         "dict(max_temperature_ratio=2.0, steps_per_swap=1000)})\n"

@@ -10,9 +10,8 @@ import pytest
 from command_line import Shell
 from tiny_molecule import write_system
 
-from openmm_eqflow import workflow
-from openmm_eqflow.main_job import open_run
-from openmm_eqflow.workflow import run_stage
+from openmm_eqflow.runs import stages as workflow
+from openmm_eqflow.runs.stages import open_run, run_stage
 
 
 def stand_in(n_frames: list[int]):

@@ -9,9 +9,8 @@ import torch
 from flow_stand_ins import CHAIN, chain_prior, stream
 from torch import Tensor
 
-from openmm_eqflow.priors.fit import fit_internal_prior
+from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.priors.refine import refine_internal_prior
 
 TRUTH = chain_prior()
 

@@ -10,11 +10,12 @@ import torch
 from flow_stand_ins import molecule_flow, planar_flow, stream, uniform_grid, water_prior
 from torch import Tensor, nn
 
-from openmm_eqflow.diagnostics import log_z, relative_ess
-from openmm_eqflow.ensemble import StateMemory, flow_step
+from openmm_eqflow.analysis.weights import log_z, relative_ess
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.relaxed import RelaxedFlow, relax
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.relaxed import RelaxedFlow, relax
+from openmm_eqflow.moves.metropolis import i_sir
+from openmm_eqflow.moves.steps import StateMemory, flow_step
 
 WIDER = 1.5  # the target's bonds against the prior's
 VARIANCE = WIDER**2 * (0.8 + 0.2 * 1.5**2)  # a fifth of the density has tails 1.5 times as wide
@@ -192,3 +193,49 @@ def test_what_cannot_be_relaxed_is_refused(relaxed: RelaxedFlow) -> None:
     for method in (relaxed.transform, relaxed.inverse, relaxed.rsample, relaxed.calibrate):
         with pytest.raises(ConfigurationError, match="no latent point"):
             method(torch.zeros(1))
+
+
+def test_a_state_whose_path_fails_is_never_left(
+    relaxed: RelaxedFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a draw it means no weight, of a state an infinite one: +inf for both left such states."""
+    x = TARGET.draw(4, 5)
+    honest = relaxed.log_prob(x)
+    assert torch.isfinite(honest).all()
+    trajectory = relaxed._trajectory
+
+    def failing(k: int, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        y, heat = trajectory(k, y, generator)
+        return y, torch.where(torch.arange(len(y)) % 2 == 0, torch.nan, heat)
+
+    monkeypatch.setattr(relaxed, "_trajectory", failing)
+    log_q = relaxed.log_prob(x)
+    assert (log_q[::2] == -torch.inf).all()
+    assert torch.isfinite(log_q[1::2]).all()
+    _, drawn = relaxed.sample_and_log_prob(4, generator=stream(6))
+    assert (drawn[::2] == torch.inf).all()
+    # Offered the best of draws, a chain leaves its state only where the path did not fail.
+    offered = torch.full((4, 1), 50.0, dtype=torch.float64)
+    _, info = i_sir(-log_q, offered, stream(7), metropolized=True)
+    assert info.accepted.tolist() == [False, True, False, True]
+
+
+def test_tuning_and_evaluation_with_one_seed_share_no_latent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Tensor] = []
+    flow = water_flow()
+    draw = flow.prior.sample_latent
+
+    def watched(n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        seen.append(draw(n, generator=generator))
+        return seen[-1]
+
+    monkeypatch.setattr(flow.prior, "sample_latent", watched)
+    relax(flow, TARGET, n_leapfrog=1, seed=0)
+    n = sum(map(len, seen))
+    for same in (stream(0), stream(0)):
+        watched(64, generator=same)
+    rows = torch.cat(seen)
+    assert len(torch.unique(rows[: n + 64], dim=0)) == n + 64
+    assert len(torch.unique(rows, dim=0)) == n + 64  # power control: one seed twice is seen

@@ -12,15 +12,15 @@ from move_stand_ins import WrongDensity, harmonic_flow
 from openmm import app, unit
 from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove
 
-from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.diagnostics import mean_with_error
+from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.errors import AuditError, ConfigurationError
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import load_system
-from openmm_eqflow.model_systems import harmonic_log_z
-from openmm_eqflow.moves import FlowMove
-from openmm_eqflow.replica_exchange import FlowReplicaExchangeSampler, reservoir_moves
-from openmm_eqflow.thermo import kt_in_kj_mol, positions_in_nm
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.moves.flow_moves import FlowMove
+from openmm_eqflow.moves.replica_exchange import FlowReplicaExchangeSampler, reservoir_moves
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.model_systems import harmonic_log_z
+from openmm_eqflow.units import kt_in_kj_mol, positions_in_nm
 
 TEMPERATURES = (300.0, 350.0, 400.0)
 MEAN_U = 7.5
@@ -70,7 +70,7 @@ def energies_by_state(run: FlowReplicaExchangeSampler, n: int) -> np.ndarray:
 def test_openmm_sampler_with_a_flow_has_the_right_energies(flow: EquivariantFlow) -> None:
     random.seed(6)  # OpenMM's sampler uses Python's global generator
     run = sampler(flow, flow_states=(0, 2), n_proposals=32)
-    u = energies_by_state(run, 500)[:, 20:]
+    u = energies_by_state(run, 800)[:, 20:]
     for row in u:
         mean = mean_with_error(row)
         assert mean.error < 0.3
@@ -158,3 +158,20 @@ def test_arguments_are_checked(flow: EquivariantFlow) -> None:
     flow.prior.n_particles = 5
     with pytest.raises(ConfigurationError, match="6 particles"):
         sampler(flow)
+
+
+def test_a_resumed_run_draws_anew(flow: EquivariantFlow) -> None:
+    """One seed, another iteration to start from: no draw of the first part comes again."""
+
+    def draws(iteration: int) -> set[bytes]:
+        run = sampler(flow, n_proposals=2, n_predraw=64)
+        run.currentIteration = iteration  # as a reporter restores it, after construction
+        run.simulate(2)
+        pending = run._buffers[0]._pending
+        assert pending is not None
+        return {row.numpy().tobytes() for row in pending.positions}
+
+    first, second, again = draws(0), draws(25), draws(0)
+    assert first
+    assert not first & second
+    assert first == again  # power control: the same stream is recognised

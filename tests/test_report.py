@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from synthetic_runs import PHI_POSITIVE, write_run
 
-from openmm_eqflow.compare import compare
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.report import write_report
-from openmm_eqflow.report.checks import chain_checks
+from openmm_eqflow.report.compare import compare
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import compare_ensembles
 from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, new_figure, style, to_svg
-from openmm_eqflow.report.verdict import judge
+from openmm_eqflow.report.verdict import chain_checks, judge
 
 
 def report_of(path):

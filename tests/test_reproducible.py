@@ -7,11 +7,10 @@ import pytest
 import torch
 from flow_stand_ins import CHAIN, chain_prior, stream
 
-from openmm_eqflow.energies.torch_port import TorchEnergy
-from openmm_eqflow.library import load_system
-from openmm_eqflow.priors.fit import fit_internal_prior
-from openmm_eqflow.priors.refine import refine_internal_prior
-from openmm_eqflow.thermo import positions_in_nm
+from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior
+from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.units import positions_in_nm
 
 
 @pytest.fixture(scope="module")

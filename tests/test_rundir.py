@@ -9,11 +9,10 @@ import yaml
 from tiny_molecule import write_system
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.library import load_system
-from openmm_eqflow.main_job import open_run
-from openmm_eqflow.recipes import BUDGETS, Recipe, make_recipe
-from openmm_eqflow.rundir import STAGES, RunDirectory
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.runs.stages import build_target, open_run
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.recipes import BUDGETS, Recipe, make_recipe
 
 
 def create(path, system, **options):
@@ -29,7 +28,7 @@ def system(tmp_path):
 
 
 def fake_stage(run: RunDirectory, stage: str) -> None:
-    from openmm_eqflow.rundir import _OUTPUTS
+    from openmm_eqflow.runs.directory import _OUTPUTS
 
     for name in _OUTPUTS[stage]:
         (run.path / name).write_text("x")

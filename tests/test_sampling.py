@@ -10,13 +10,13 @@ import torch
 from flow_stand_ins import stream, uniform_grid
 from torch import Tensor
 
-from openmm_eqflow.audit import audit
-from openmm_eqflow.ensemble import Proposals
 from openmm_eqflow.errors import AuditError, CheckpointError, EnergyError
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.moves.chains import ChainSamples, load_chains, run_chains
+from openmm_eqflow.moves.steps import Proposals
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.sampling import ChainSamples, load_chains, run_chains
 from openmm_eqflow.vector_fields.kernel import KernelField
 
 FIELDS = (

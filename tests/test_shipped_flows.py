@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_eqflow.audit import audit
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.diagnostics import log_z, relative_ess
-from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import load_system, systems_directory
-from openmm_eqflow.system_identity import system_sha256
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.analysis.weights import log_z, relative_ess
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system, systems_directory
+from openmm_eqflow.targets.target import system_sha256
 
 FOLDERS = sorted(path.parent for path in systems_directory().glob("*/flow.safetensors"))
 LARGEST = 5_000_000

@@ -10,23 +10,22 @@ import torch
 from numpy.typing import NDArray
 from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow
 
-from openmm_eqflow.audit import audit, require_passed_audit
+from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.layers import run_bench
-from openmm_eqflow.checkpoint import load_flow, save_flow
-from openmm_eqflow.diagnostics import relative_ess
 from openmm_eqflow.errors import AuditError, CheckpointError, ConfigurationError, TrainingError
-from openmm_eqflow.fitting_layers import train_stochastic_flow
-from openmm_eqflow.flow_registry import register_flow
-from openmm_eqflow.latent_kernel import LatentKernel
-from openmm_eqflow.library import load_system
+from openmm_eqflow.flows import softcore_kernels as kernels
+from openmm_eqflow.flows.audit import audit, map_in_float64, path_errors, require_passed_audit
+from openmm_eqflow.flows.softcore_fit import fit_path, spline_tables
+from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.moves.registry import register_flow
+from openmm_eqflow.moves.steps import LatentKernel
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.recipes import STOCHASTIC_OPTIONS, make_recipe
-from openmm_eqflow.stochastic import kernels
-from openmm_eqflow.stochastic.audit import map_in_float64, path_errors
-from openmm_eqflow.stochastic.fit import fit_path, spline_tables
-from openmm_eqflow.stochastic.flow import StochasticFlow
+from openmm_eqflow.runs.fit import train_stochastic_flow
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.recipes import STOCHASTIC_OPTIONS, make_recipe
 from openmm_eqflow.vector_fields.radial import RadialSplineField
-from openmm_eqflow.workflow import build_target
 
 OPTIONS = dict(STOCHASTIC_OPTIONS) | {"n_fit": 1024, "stride": 0.06, "n_splines": 40, "reach": 4.0}
 

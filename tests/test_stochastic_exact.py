@@ -10,11 +10,11 @@ from scipy.integrate import quad
 from stochastic_stand_ins import END, PAIR, batch_of, gas, make_pair_flow
 from torch import Tensor
 
-from openmm_eqflow.diagnostics import log_z
-from openmm_eqflow.ensemble import StateMemory, flow_step
-from openmm_eqflow.hamiltonian import hamiltonian_step
-from openmm_eqflow.stochastic.annealing import Batch
-from openmm_eqflow.stochastic.flow import StochasticFlow
+from openmm_eqflow.analysis.weights import log_z
+from openmm_eqflow.flows.kernels import hamiltonian_step
+from openmm_eqflow.flows.softcore import Batch
+from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.moves.steps import StateMemory, flow_step
 
 
 @pytest.fixture(scope="module")

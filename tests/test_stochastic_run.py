@@ -15,14 +15,13 @@ from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
 from openmmtools.states import SamplerState, ThermodynamicState
 
-from openmm_eqflow.checkpoint import load_flow
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.library import load_system, systems_directory
-from openmm_eqflow.local_moves import LatentMove
-from openmm_eqflow.moves import FlowMove
-from openmm_eqflow.publish import publish
-from openmm_eqflow.rundir import STAGES, RunDirectory
-from openmm_eqflow.workflow import build_target, run_stage
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.flow_moves import FlowMove, LatentMove
+from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.runs.publish import publish
+from openmm_eqflow.runs.stages import build_target, run_stage
+from openmm_eqflow.targets.library import load_system, systems_directory
 
 
 @pytest.fixture(scope="module")

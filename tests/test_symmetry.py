@@ -11,8 +11,8 @@ import torch
 from energy_systems import empty_system, phe_system, reference
 from openmm import unit
 
-from openmm_eqflow.library import load_system
-from openmm_eqflow.symmetry import bond_graph, chirality_signs, find_symmetry
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.symmetry import bond_graph, chirality_signs, find_symmetry
 
 EXPECTED = {
     "alanine-dipeptide": (6**3, 1),

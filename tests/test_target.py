@@ -8,11 +8,12 @@ from energy_systems import empty_system
 from openmm import app, unit
 
 from openmm_eqflow import geometry
-from openmm_eqflow.energies.context_pool import ContextPool
 from openmm_eqflow.errors import UnsupportedSystemError
-from openmm_eqflow.library import load_system
-from openmm_eqflow.model_systems import model_topology
-from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.targets.energies.contexts import ContextPool
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.model_systems import build_model, model_topology
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.units import kt_in_kj_mol
 
 
 def make(name, **options):
@@ -222,3 +223,15 @@ def test_arguments():
         make("lj13", evaluator="fast")
     with make("lj13") as target, pytest.raises(ValueError, match=r"expected \(n, 13, 3\)"):
         target.reduced_potential(torch.zeros(2, 12, 3))
+
+
+def test_a_plane_that_z_does_not_leave_alone_is_refused():
+    """Lennard-Jones pairs feel z: the density at z = 0 is not that of x and y."""
+    system = build_model("lennard-jones", 4, kt_in_kj_mol(300 * unit.kelvin))
+    square = np.array([[0.0, 0.0], [1.0, 0.1], [0.0, 1.2], [1.1, 1.0]])
+    with pytest.raises(UnsupportedSystemError, match="z does not separate"):
+        BoltzmannTarget(system, None, 300 * unit.kelvin, square, n_dims=2)
+    planar = load_system("dw4")
+    BoltzmannTarget(
+        planar.system, planar.topology, planar.temperature, planar.positions, n_dims=2
+    ).close()

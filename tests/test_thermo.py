@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from openmm import unit
 
-from openmm_eqflow import thermo
+from openmm_eqflow import units as thermo
 
 
 def test_reduced_energy_is_energy_over_rt():

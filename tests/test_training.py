@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow import fitting
-from openmm_eqflow.checkpoint import load_tensors
 from openmm_eqflow.errors import CheckpointError, TrainingError
+from openmm_eqflow.files import COLUMNS, write_history
+from openmm_eqflow.flows.storage import load_tensors
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.training import TrainingResult, TrainingSettings, train
-from openmm_eqflow.training_log import COLUMNS, write_history
+from openmm_eqflow.runs import fit as fitting
+from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, train
 
 
 class Regression:

@@ -15,14 +15,13 @@ from command_line import Shell
 from tiny_molecule import write_system
 
 from openmm_eqflow.bench.prior import run_bench
-from openmm_eqflow.checkpoint import load_flow, save_flow
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
-from openmm_eqflow.flow_choice import flow_of
-from openmm_eqflow.library import load_system
-from openmm_eqflow.precision import resolve_device
-from openmm_eqflow.publish import publish
-from openmm_eqflow.rundir import STAGES, RunDirectory
-from openmm_eqflow.workflow import _starting_points, build_target, run_stage
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.runs.publish import publish
+from openmm_eqflow.runs.stages import _starting_points, build_target, flow_of, run_stage
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.precision import resolve_device
 
 CONTRACT = {
     "system",

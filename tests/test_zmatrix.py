@@ -12,9 +12,9 @@ import torch
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.geometry import mean_free_basis, random_rotations, remove_mean, rotate
-from openmm_eqflow.library import load_system
-from openmm_eqflow.thermo import masses_in_dalton, positions_in_nm
-from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
+from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.units import masses_in_dalton, positions_in_nm
 
 MOLECULES = {
     "water": (3, [(0, 1), (0, 2)], [16, 1, 1]),

@@ -12,10 +12,10 @@ from flow_stand_ins import planar_flow, stream
 from objective_stand_ins import four_particles
 from torch import Tensor, nn
 
-from openmm_eqflow.distributed import process_group, rank, world_size
-from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
-from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.parallel import process_group, rank, world_size
+from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.training.flow_matching import FlowMatchingLoss
+from openmm_eqflow.training.loop import TrainingSettings, train
 
 
 class Slow(FlowMatchingLoss):

@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import openmm_eqflow  # noqa: E402
-from openmm_eqflow.cli import cli, cli_measure  # noqa: E402
-from openmm_eqflow.recipes import BUDGETS, make_recipe  # noqa: E402
+from openmm_eqflow.cli import cli, measure  # noqa: E402
+from openmm_eqflow.training.recipes import BUDGETS, make_recipe  # noqa: E402
 
 
 def commands() -> list[tuple[str, click.Command]]:
     """Every command with its full name, groups before their members."""
-    cli_measure.register(cli)
+    measure.register(cli)
     found: list[tuple[str, click.Command]] = []
 
     def walk(name: str, command: click.Command) -> None:

@@ -21,12 +21,11 @@ from one_training import Budget, Report, Task, train_one
 from reference_frames import Frames, load_frames, reference_run
 from rich.console import Console
 
-from openmm_eqflow.atomic import write_json
+from openmm_eqflow.cli.progress import stage_progress
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.parallel import one_torch_thread
-from openmm_eqflow.precision import resolve_device
-from openmm_eqflow.progress import stage_progress
+from openmm_eqflow.files import write_json
+from openmm_eqflow.parallel import machine_name, one_torch_thread
+from openmm_eqflow.training.precision import resolve_device
 
 CONSOLE = Console()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.geometry import pair_vectors, remove_mean
-from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.targets.target import BoltzmannTarget
 
 GRADIENT_TOLERANCE = 1e-5  # kT/nm, largest component
 ENERGY_TOLERANCE = 1e-4  # kT

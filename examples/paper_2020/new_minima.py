@@ -20,10 +20,10 @@ from reference_frames import Frames
 from tables import draw_minima, minima_table, write_result
 from torch import Tensor
 
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.evaluation import draw_weighted
-from openmm_eqflow.precision import resolve_device
-from openmm_eqflow.target import BoltzmannTarget
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.precision import resolve_device
 
 SOURCES = ("training", "flow", "prior", "reference")
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.losses.augmentation import augment_together
-from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
-from openmm_eqflow.losses.likelihood import LikelihoodLoss
+from openmm_eqflow.geometry import augment_together
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.recipes import make_recipe
-from openmm_eqflow.training import Objective
+from openmm_eqflow.training.divergences import LikelihoodLoss
+from openmm_eqflow.training.flow_matching import FlowMatchingLoss
+from openmm_eqflow.training.loop import Objective
+from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.vector_fields import EGNNField, KernelField, LeaveOneOutField, MLPField
 
 RECIPE = make_recipe("cluster", "standard")

@@ -16,10 +16,10 @@ from objectives import FIELDS, RECIPE, FieldSpec, build_objective
 from reference_frames import Frames
 from torch import Tensor, nn
 
-from openmm_eqflow.checkpoint import save_flow
-from openmm_eqflow.flow import EquivariantFlow
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.storage import save_flow
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.training.loop import TrainingSettings, train
 
 Report = Callable[[float, str], None]
 N_EVALUATIONS = 20

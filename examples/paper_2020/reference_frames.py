@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_eqflow.diagnostics import Estimate, mean_with_error
+from openmm_eqflow.analysis.chains import mean_with_error
+from openmm_eqflow.analysis.weights import Estimate
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.fitting import split_frames
-from openmm_eqflow.library import load_system
-from openmm_eqflow.losses.augmentation import augment_together
-from openmm_eqflow.reference import ReferenceData, load_reference
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.workflow import build_target, run_stage
+from openmm_eqflow.geometry import augment_together
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.fit import split_frames
+from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
+from openmm_eqflow.runs.stages import build_target, run_stage
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.target import BoltzmannTarget
 
 #: Log Z in nm on the mean-free subspace, with its error (docs/benchmarks.md).
 LOG_Z = {"dw4": Estimate(29.662, 0.005), "lj13": Estimate(59.86, 0.02)}

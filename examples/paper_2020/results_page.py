@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from openmm_eqflow.atomic import atomic_path, write_text
+from openmm_eqflow.files import atomic_path, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TITLES = {

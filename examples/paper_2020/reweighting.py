@@ -18,10 +18,10 @@ from one_training import Report, Task
 from reference_frames import Frames
 from tables import draw_ess, ess_table, write_result
 
-from openmm_eqflow.checkpoint import load_flow
-from openmm_eqflow.diagnostics import log_z, pareto_k, relative_ess
-from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
-from openmm_eqflow.precision import resolve_device
+from openmm_eqflow.analysis.weights import log_z, pareto_k, relative_ess
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.training.precision import resolve_device
 
 
 def measure(

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from openmm_eqflow.atomic import atomic_path, write_text
+from openmm_eqflow.files import atomic_path, write_text
 
 Record = dict[str, Any]
 #: Okabe and Ito 2008.

@@ -23,11 +23,16 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import remove_mean
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.vector_fields.egnn import EGNNField
+from openmm_eqflow.parallel import machine_name
+from openmm_eqflow.vector_fields.baselines import EGNNField
 from openmm_eqflow.vector_fields.leave_one_out import LeaveOneOutField
 
-__all__ = ["CASES", "Timing", "run_bench", "time_case"]
+__all__ = [
+    "CASES",
+    "Timing",
+    "run_bench",
+    "time_case",
+]
 
 CASES = (
     "leave_one_out field",

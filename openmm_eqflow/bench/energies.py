@@ -21,16 +21,18 @@ import openmm
 import torch
 from openmm import unit
 
-from openmm_eqflow.energies.base import FloatArray
-from openmm_eqflow.energies.compiled import HAVE_NUMBA
-from openmm_eqflow.energies.context_pool import ContextPool
-from openmm_eqflow.energies.platforms import available_platforms
-from openmm_eqflow.energies.torch_port import TorchEnergy
-from openmm_eqflow.energies.worker import LocalContext
-from openmm_eqflow.library import list_systems, load_system
-from openmm_eqflow.machine import machine_name
+from openmm_eqflow.parallel import machine_name
+from openmm_eqflow.targets.energies.base import FloatArray
+from openmm_eqflow.targets.energies.compiled import HAVE_NUMBA
+from openmm_eqflow.targets.energies.contexts import ContextPool, available_platforms
+from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
+from openmm_eqflow.targets.energies.worker import LocalContext
+from openmm_eqflow.targets.library import list_systems, load_system
 
-__all__ = ["BATCHES", "run_bench"]
+__all__ = [
+    "BATCHES",
+    "run_bench",
+]
 
 BATCHES = (1, 64, 512, 4096)
 _COMPARED = 512

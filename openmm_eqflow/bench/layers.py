@@ -14,20 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from openmm_eqflow.atomic import write_json
-from openmm_eqflow.diagnostics import log_z, pareto_k, relative_ess
+from openmm_eqflow.analysis.weights import log_z, pareto_k, relative_ess
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.evaluation import draw_weighted, prior_log_weights
-from openmm_eqflow.fitting_layers import train_stochastic_flow
-from openmm_eqflow.library import load_system
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.parallel import available_threads
-from openmm_eqflow.recipes import make_recipe
-from openmm_eqflow.stochastic.flow import StochasticFlow
-from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.workflow import build_target
+from openmm_eqflow.files import write_json
+from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.parallel import available_threads, machine_name
+from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
+from openmm_eqflow.runs.fit import train_stochastic_flow
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.recipes import make_recipe
 
-__all__ = ["run_bench"]
+__all__ = [
+    "run_bench",
+]
 
 
 def run_bench(

@@ -1,6 +1,6 @@
 """ESS of one training against its seconds: same start, same clock, whatever the objective.
 
-The clock of :func:`~openmm_eqflow.training.train` stands still while the average is measured.
+The clock of :func:`~openmm_eqflow.training.loop.train` stands still while the average is measured.
 Every measurement draws the same independent latents, so that two objectives differ by what they
 learnt only.
 """
@@ -19,21 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.diagnostics import max_weight_share, pareto_k, relative_ess
+from openmm_eqflow.analysis.weights import max_weight_share, pareto_k, relative_ess
 from openmm_eqflow.errors import TrainingError
-from openmm_eqflow.evaluation import draw_weighted
-from openmm_eqflow.fitting import training_settings
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.objectives import build_objective
-from openmm_eqflow.parallel import available_threads
-from openmm_eqflow.precision import training_precision
-from openmm_eqflow.recipes import Recipe
-from openmm_eqflow.rundir import package_versions
-from openmm_eqflow.target import BoltzmannTarget
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.parallel import available_threads, machine_name
+from openmm_eqflow.runs.directory import package_versions
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.fit import training_settings
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.loop import TrainingSettings, train
+from openmm_eqflow.training.objectives import build_objective
+from openmm_eqflow.training.precision import training_precision
+from openmm_eqflow.training.recipes import Recipe
 
-__all__ = ["Start", "learning_curve", "measure", "prior_alone", "tensors_sha256", "times"]
+__all__ = [
+    "Start",
+    "learning_curve",
+    "measure",
+    "prior_alone",
+    "tensors_sha256",
+    "times",
+]
 
 Progress = Callable[[float, str], None]
 _GRIDS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -129,7 +135,8 @@ def _set_grid(flow: EquivariantFlow, seed: int) -> float:
     """Set the coarsest grid that the next finer one agrees with; return their difference in kT.
 
     That is the 99th percentile of the change of log q over a few latents.
-    :meth:`~openmm_eqflow.flow.EquivariantFlow.calibrate` compares with an adaptive solve, which
+    :meth:`~openmm_eqflow.flows.flow.EquivariantFlow.calibrate` compares with an adaptive solve,
+    which
     may never end on a field that went wrong.
     """
     stream = torch.Generator().manual_seed(seed)

@@ -16,20 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from openmm_eqflow.atomic import write_json
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.fitting import split_frames
-from openmm_eqflow.losses.flow_matching import FlowMatchingLoss
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.parallel import available_threads, one_torch_thread
+from openmm_eqflow.files import write_json
+from openmm_eqflow.parallel import available_threads, machine_name, one_torch_thread
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.reference import load_reference
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.training import TrainingSettings, train
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.fit import split_frames
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.training.flow_matching import FlowMatchingLoss
+from openmm_eqflow.training.loop import TrainingSettings, train
 from openmm_eqflow.vector_fields import EGNNField, LeaveOneOutField
-from openmm_eqflow.workflow import build_target
 
-__all__ = ["run_bench"]
+__all__ = [
+    "run_bench",
+]
 
 _FIELDS: dict[str, Callable[..., nn.Module]] = {
     "LeaveOneOutField": LeaveOneOutField.fit,
@@ -61,7 +62,8 @@ def run_bench(
     n_validation
         Pairs of latent and held-out frame, the same ones for both fields.
     egnn
-        Keyword arguments of :class:`~openmm_eqflow.vector_fields.egnn.EGNNField`; by default 4
+        Keyword arguments of :class:`~openmm_eqflow.vector_fields.baselines.EGNNField`; by default
+        4
         layers 64 wide as in the published flows.
 
     Returns

@@ -16,20 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_eqflow.atomic import write_json
-from openmm_eqflow.diagnostics import max_weight_share, pareto_k, relative_ess
+from openmm_eqflow.analysis.weights import max_weight_share, pareto_k, relative_ess
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.evaluation import prior_log_weights
-from openmm_eqflow.fitting import fit_prior
-from openmm_eqflow.flow import EquivariantFlow
-from openmm_eqflow.library import load_system
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.parallel import one_torch_thread
-from openmm_eqflow.recipes import make_recipe
+from openmm_eqflow.files import write_json
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.parallel import machine_name, one_torch_thread
+from openmm_eqflow.runs.evaluation import prior_log_weights
+from openmm_eqflow.runs.fit import fit_prior
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.vector_fields import ChartField
-from openmm_eqflow.workflow import build_target
 
-__all__ = ["read_frames", "run_bench"]
+__all__ = [
+    "read_frames",
+    "run_bench",
+]
 
 
 def read_frames(trajectory: str | Path, topology: Any) -> Tensor:

@@ -18,7 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Prior"]
+__all__ = [
+    "Prior",
+]
 
 
 @runtime_checkable

@@ -19,7 +19,9 @@ from torch import Tensor
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import remove_mean
 
-__all__ = ["MeanFreeGaussian"]
+__all__ = [
+    "MeanFreeGaussian",
+]
 
 
 class MeanFreeGaussian:

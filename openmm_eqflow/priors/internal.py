@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.geometry import random_rotations, rotate
-from openmm_eqflow.priors.conformers import Conformers
-from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
-from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
+from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup
+from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 
-__all__ = ["InternalCoordinatePrior"]
+__all__ = [
+    "InternalCoordinatePrior",
+]
 
 
 class InternalCoordinatePrior:

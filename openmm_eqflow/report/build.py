@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from openmm_eqflow.atomic import write_json, write_text
-from openmm_eqflow.observables import ramachandran_pairs
+from openmm_eqflow.analysis.observables import ramachandran_pairs
+from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.report import figures, figures_chain, tables
 from openmm_eqflow.report.data import RunData, load_run
 from openmm_eqflow.report.figures_cluster import cluster_panels
@@ -18,7 +18,10 @@ from openmm_eqflow.report.populations import Quantity, compare_ensembles
 from openmm_eqflow.report.theme import Panel, style
 from openmm_eqflow.report.verdict import Verdict, judge
 
-__all__ = ["render", "write_report"]
+__all__ = [
+    "render",
+    "write_report",
+]
 
 TEMPLATES = Path(__file__).parent / "templates"
 

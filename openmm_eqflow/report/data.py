@@ -13,23 +13,27 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from openmm_eqflow.chunks import chunk_paths
-from openmm_eqflow.errors import CheckpointError
-from openmm_eqflow.library import MolecularSystem
-from openmm_eqflow.observables import (
+from openmm_eqflow.analysis.observables import (
     Torsion,
     find_torsions,
     slow_coordinates,
     squared_radius_of_gyration,
     torsion_angles,
 )
-from openmm_eqflow.reference import load_reference
-from openmm_eqflow.rundir import RunDirectory
-from openmm_eqflow.sampling import load_chains
-from openmm_eqflow.sampling_plan import SamplingPlan
-from openmm_eqflow.symmetry import Symmetry, find_symmetry
+from openmm_eqflow.errors import CheckpointError
+from openmm_eqflow.moves.chains import load_chains
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.reference.plan import SamplingPlan
+from openmm_eqflow.runs.reference.tempering import chunk_paths
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.targets.symmetry import Symmetry, find_symmetry
 
-__all__ = ["Ensemble", "RunData", "load_run"]
+__all__ = [
+    "Ensemble",
+    "RunData",
+    "load_run",
+]
 
 FloatArray = NDArray[np.float64]
 _MAX_FRAMES = 20_000

@@ -8,7 +8,11 @@ from numpy.typing import NDArray
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.theme import COLOURS, INK, Panel, legend, new_figure, to_svg
 
-__all__ = ["energy_panel", "log_weight_panel", "weight_share_panel"]
+__all__ = [
+    "energy_panel",
+    "log_weight_panel",
+    "weight_share_panel",
+]
 
 FloatArray = NDArray[np.float64]
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_eqflow.observables import pair_distances
+from openmm_eqflow.analysis.observables import pair_distances
 from openmm_eqflow.report.data import Ensemble, RunData
 from openmm_eqflow.report.theme import COLOURS, Panel, legend, new_figure, to_svg
 
-__all__ = ["cluster_panels", "mean_histogram"]
+__all__ = [
+    "cluster_panels",
+    "mean_histogram",
+]
 
 FloatArray = NDArray[np.float64]
 _MAX_FRAMES = 4000

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_eqflow.observables import pair_distances
+from openmm_eqflow.analysis.observables import pair_distances
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity
 from openmm_eqflow.report.theme import Panel, legend, new_figure, to_svg

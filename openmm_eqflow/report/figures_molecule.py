@@ -8,12 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from openmm_eqflow.analysis import FreeEnergyMap, free_energy_map, weighted_histogram
-from openmm_eqflow.observables import Ramachandran
+from openmm_eqflow.analysis.observables import Ramachandran
+from openmm_eqflow.analysis.profiles import FreeEnergyMap, free_energy_map, weighted_histogram
 from openmm_eqflow.report.data import Ensemble, RunData
 from openmm_eqflow.report.theme import COLOURS, EMPTY, Panel, legend, new_figure, to_svg
 
-__all__ = ["ramachandran_panels", "torsion_panels"]
+__all__ = [
+    "ramachandran_panels",
+    "torsion_panels",
+]
 
 FloatArray = NDArray[np.float64]
 _TICKS = (-180, -90, 0, 90, 180)

@@ -10,24 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import find_peaks
 
-from openmm_eqflow.analysis import population
-from openmm_eqflow.diagnostics import (
-    Estimate,
+from openmm_eqflow.analysis.chains import (
     autocorrelation_ess,
-    kish_ess,
     mean_with_error,
+    population,
     weighted_mean_with_error,
 )
-from openmm_eqflow.model_systems import harmonic_log_z
-from openmm_eqflow.observables import (
+from openmm_eqflow.analysis.observables import (
     TwoStates,
     pair_distances,
     squared_radius_of_gyration,
     two_states,
 )
+from openmm_eqflow.analysis.weights import Estimate, kish_ess
 from openmm_eqflow.report.data import Ensemble, RunData
+from openmm_eqflow.targets.model_systems import harmonic_log_z
 
-__all__ = ["Quantity", "States", "compare_ensembles", "coordinate_sizes", "define_states"]
+__all__ = [
+    "Quantity",
+    "States",
+    "compare_ensembles",
+    "coordinate_sizes",
+    "define_states",
+]
 
 FloatArray = NDArray[np.float64]
 _FEW_PAIRS = 10

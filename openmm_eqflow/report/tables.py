@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from openmm_eqflow.diagnostics import kish_ess
-from openmm_eqflow.machine import machine_name
-from openmm_eqflow.report.checks import pm
+from openmm_eqflow.analysis.weights import kish_ess
+from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
-from openmm_eqflow.report.verdict import Verdict
+from openmm_eqflow.report.verdict import Verdict, pm
 
-__all__ = ["audit_rows", "costs", "provenance", "quantity_rows", "sector", "tiles"]
+__all__ = [
+    "audit_rows",
+    "costs",
+    "provenance",
+    "quantity_rows",
+    "sector",
+    "tiles",
+]
 
 
 def tiles(run: RunData, verdict: Verdict) -> list[tuple[str, str, str]]:

@@ -16,7 +16,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "EMPTY", "INK", "Panel", "legend", "new_figure", "style", "to_svg"]
+__all__ = [
+    "COLOURS",
+    "EMPTY",
+    "INK",
+    "Panel",
+    "legend",
+    "new_figure",
+    "style",
+    "to_svg",
+]
 
 # Placeholder -> CSS variable. No other code may use exactly these colours.
 INK, GRID, EMPTY = "#010203", "#040506", "#0a0b0c"

@@ -1,25 +1,308 @@
-"""Is the sampling converged, and why: one sentence from the checks."""
+"""The criteria behind the verdict, and the verdict in one sentence.
+
+The criteria behind the verdict: what is measured, its thresholds, what it means.
+
+Is the sampling converged, and why: one sentence from the checks.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from openmm_eqflow.report.checks import (
-    ORDER,
-    Check,
-    Grade,
-    agreement_checks,
-    audit_check,
-    chain_checks,
-    flow_checks,
-    pm,
-    worst,
-)
+import numpy as np
+from numpy.typing import NDArray
+
+from openmm_eqflow.analysis.chains import split_r_hat
+from openmm_eqflow.analysis.weights import kish_ess
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
 
-__all__ = ["Verdict", "judge"]
+__all__ = [
+    "ORDER",
+    "Check",
+    "Grade",
+    "Verdict",
+    "agreement_checks",
+    "audit_check",
+    "chain_checks",
+    "flow_checks",
+    "judge",
+    "pm",
+    "worst",
+]
+
+Grade = Literal["good", "fair", "poor"]
+ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One criterion: what was measured, what it means, which part of the verdict it touches."""
+
+    name: str
+    value: str
+    grade: Grade
+    meaning: str
+    about: Literal["sampling", "flow"]
+    reason: str
+
+
+def _graded(value: float, good: float, fair: float, *, high: bool) -> Grade:
+    """Grade by two thresholds; ``high``: larger is better. NaN is poor."""
+    if math.isnan(value):
+        return "poor"
+    if high:
+        return "good" if value >= good else "fair" if value >= fair else "poor"
+    return "good" if value <= good else "fair" if value <= fair else "poor"
+
+
+def worst(grades: list[Grade]) -> Grade:
+    """Return the worst of some grades; good if there are none."""
+    return max(grades, key=lambda grade: ORDER[grade], default="good")
+
+
+def audit_check(run: RunData) -> Check:
+    """Judge the accuracy of log q."""
+    report = run.audit
+    if report is None:
+        return Check(
+            "audit of log q",
+            "none",
+            "poor",
+            "without it acceptance ratios can't be trusted",
+            "sampling",
+            "log q was never audited",
+        )
+    error, tolerance = float(report["log_q_error_p99"]), float(report["tolerance"])
+    passed = bool(report["passed"])
+    return Check(
+        "audit of log q",
+        f"{error:.1e} kT",
+        "good" if passed else "poor",
+        f"99th percentile of the error of log q; at most {tolerance:g} kT",
+        "sampling",
+        f"log q was audited (error {error:.0e} kT)"
+        if passed
+        else f"log q is off by {error:.1e} kT",
+    )
+
+
+def flow_checks(run: RunData) -> list[Check]:
+    """Judge the flow by its independent samples."""
+    metrics = run.metrics
+    ess, n = float(metrics["relative_ess"]), int(metrics["n_samples"])
+    kish = kish_ess(run.log_weight)
+    grade = worst(
+        [_graded(ess, 0.2, 0.03, high=True), _graded(kish, 200.0, 50.0, high=True)]
+    )
+    k = metrics.get("pareto_k")
+    k_value = math.inf if k is None else float(k)
+    prior = float(metrics["prior_relative_ess"])
+    invalid = int(metrics.get("n_invalid", 0))
+    checks = [
+        Check(
+            "raw relative ESS of the flow",
+            f"{ess:.3f} (n = {n:,})",
+            grade,
+            f"{kish:,.0f} effective of {n:,} independent samples, no weight clipped; good from "
+            "0.2, poor below 0.03",
+            "flow",
+            f"raw relative ESS {ess:.2g}, n = {n:,}",
+        ),
+        Check(
+            "Pareto k of the weights",
+            "∞" if math.isinf(k_value) else f"{k_value:.2f}",
+            _graded(k_value, 0.5, 0.7, high=False),
+            "tail of the weights; above 0.7 weighted averages and their errors can't be trusted",
+            "flow",
+            "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
+        ),
+        Check(
+            "flow against its prior",
+            f"{ess:.3f} against {prior:.3f}",
+            "good" if ess >= prior else "fair",
+            "relative ESS of the prior alone on as many samples; training should beat it",
+            "flow",
+            f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})",
+        ),
+    ]
+    if n:
+        checks.append(
+            Check(
+                "invalid proposals",
+                f"{invalid:,} of {n:,}",
+                _graded(invalid / n, 0.01, 0.2, high=False),
+                "energy not finite or wrong chirality; they have weight zero and count in n",
+                "flow",
+                f"{invalid / n:.0%} of the proposals are invalid",
+            )
+        )
+    return checks
+
+
+def chain_checks(
+    run: RunData, sizes: dict[str, float], slowest: str | None
+) -> list[Check]:
+    """Judge the mixing of the chains."""
+    chain = run.metrics["chain"]
+    n_chains, n_steps = run.accepted.shape
+    checks = []
+    if slowest is not None:
+        size = sizes[slowest]
+        checks.append(
+            Check(
+                "effective samples of the slowest coordinate",
+                f"{size:,.0f} ({slowest})",
+                _graded(size, 400.0, 100.0, high=True),
+                f"of {run.accepted.size:,} in {n_chains} chains; chains that disagree lower it; "
+                "good from 400, poor below 100",
+                "sampling",
+                f"{slowest} has {size:,.0f} effective samples",
+            )
+        )
+        hats = {
+            name: split_r_hat(run.chain.by_chain(run.chain.coordinates[name])) for name in sizes
+        }
+        widest = max(hats, key=lambda name: hats[name])
+        checks.append(
+            Check(
+                "agreement between chains",
+                f"split R̂ {hats[widest]:.3f} ({widest})",
+                # Many short chains: R-hat is 1 + tau / (2 n) even when they agree.
+                _graded(hats[widest], 1.05, 1.2, high=False),
+                "spread between half-chains over spread within; 1 is agreement, poor above 1.2",
+                "sampling",
+                f"chains disagree in {widest} (R̂ {hats[widest]:.2f})",
+            )
+        )
+    else:
+        checks.append(
+            Check(
+                "effective samples of the slowest coordinate",
+                f"unknown: {n_steps} steps",
+                "poor",
+                "chains of fewer than four steps, or nothing moved",
+                "sampling",
+                f"chains of {n_steps} step(s) are too short to judge",
+            )
+        )
+    checks.append(_stuck_check(run.streaks))
+    gap = chain.get("max_log_weight_gap")
+    if gap is not None:
+        grade = _graded(float(gap), 2.0, 6.0, high=False)
+        checks.append(
+            Check(
+                "largest weight in the chain against proposals",
+                f"{gap:+.1f} in log w",
+                grade,
+                "above 2 the chain found configurations that the flow hardly ever proposes; poor "
+                "above 6",
+                # A moderate gap is the flow's fault; the checks above tell whether chains suffer.
+                "sampling" if grade == "poor" else "flow",
+                f"the chain met weights e^{gap:.1f} times the largest ever proposed",
+            )
+        )
+    return checks
+
+
+def _stuck_check(streaks: NDArray[np.int64]) -> Check:
+    """Judge how much of all chains was spent in long runs of rejections, not the worst chain.
+
+    Among hundreds of chains one is always unlucky, and weighs no more than any other.
+    """
+    n_chains, n_steps = streaks.shape
+    longest = streaks.max(axis=1)
+    # A handful of rejections in a row is chance, unless it is the whole of a short run.
+    long = longest > max(0.25 * n_steps, min(4, n_steps - 1))
+    share = float(np.where(long, longest, 0).sum()) / (n_chains * n_steps)
+    worst = f"worst chain: {int(longest.max())} of {n_steps}"
+    return Check(
+        "flow moves in long stuck stretches",
+        f"{share:.1%}; {worst}",
+        _graded(share, 0.02, 0.3, high=False) if n_steps >= 4 else "fair",
+        "share of all flow moves that lie in a stretch of rejections longer than a quarter of the "
+        "run; poor above 30 %",
+        "sampling",
+        f"{share:.0%} of all flow moves lie in long stretches of rejections ({worst} in a row)",
+    )
+
+
+def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
+    """Compare populations and means with the reference, or with what is known exactly."""
+    checks = []
+    for row in quantities:
+        if row.versus is None:
+            continue
+        z = row.z(run.chain.label, row.versus)
+        if z is None:
+            continue
+        ours, theirs = row.estimates[run.chain.label][0], row.estimates[row.versus][0]
+        text = f"{pm(ours.value, ours.error)} against {pm(theirs.value, theirs.error)}"
+        unit = f" {row.unit}" if row.unit else ""
+        checks.append(
+            Check(
+                f"{row.name}: chain against {row.versus}",
+                f"z = {z:+.1f}",
+                _graded(abs(z), 3.0, 4.0, high=False),
+                f"{text}{unit}; combined standard errors, poor above 4",
+                "sampling",
+                f"{row.name} is {text}{unit} in the {row.versus} (z = {z:+.1f})",
+            )
+        )
+    for row in quantities:
+        if row.exact is None:
+            continue
+        label = run.chain.label if run.chain.label in row.estimates else run.flow.label
+        estimate = row.estimates[label][0]
+        if not (math.isfinite(float(estimate.error)) and estimate.error > 0.0):
+            continue
+        z = float((estimate.value - row.exact) / estimate.error)
+        checks.append(
+            Check(
+                f"{row.name}: {label} against the exact value",
+                f"z = {z:+.1f}",
+                _graded(abs(z), 3.0, 4.0, high=False),
+                f"{pm(estimate.value, estimate.error)} against {row.exact:.4f}",
+                "sampling",
+                f"{row.name} misses its exact value (z = {z:+.1f})",
+            )
+        )
+    reference = run.stages.get("reference", {}).get("convergence")
+    if run.reference is not None and reference and not reference.get("converged", True):
+        checks.append(
+            Check(
+                "reference data",
+                f"{reference.get('effective_samples', 0.0):.0f} effective samples",
+                "fair",
+                "the reference run itself is short, so agreement with it proves little",
+                "sampling",
+                "the reference itself is not converged",
+            )
+        )
+    if run.reference is None:
+        checks.append(
+            Check(
+                "reference data",
+                "none",
+                "good",
+                "the flow was adopted: chains are compared with the reweighted flow, which is "
+                "not independent of them",
+                "sampling",
+                "no reference",
+            )
+        )
+    return checks
+
+
+def pm(value: Any, error: Any) -> str:
+    """Value ± error, digits by the error."""
+    value, error = float(value), float(error)
+    if not math.isfinite(error) or error <= 0.0:
+        return f"{value:.3g}"
+    digits = max(0, min(6, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 

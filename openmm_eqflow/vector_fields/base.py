@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
 
-__all__ = ["VectorField", "build_vector_field", "register_vector_field"]
+__all__ = [
+    "VectorField",
+    "build_vector_field",
+    "register_vector_field",
+]
 
 
 @runtime_checkable

@@ -31,7 +31,10 @@ from torch import Tensor, nn
 
 from openmm_eqflow.vector_fields.base import register_vector_field
 
-__all__ = ["ChartField", "silu_with_derivative"]
+__all__ = [
+    "ChartField",
+    "silu_with_derivative",
+]
 
 
 def silu_with_derivative(a: Tensor) -> tuple[Tensor, Tensor]:

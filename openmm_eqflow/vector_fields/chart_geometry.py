@@ -24,9 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.zmatrix import InternalCoordinates, ZMatrix
+from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix
 
-__all__ = ["ChartGeometry"]
+__all__ = [
+    "ChartGeometry",
+]
 
 
 def _cross_matrix(a: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class ChartGeometry(nn.Module):
     Example
     -------
     >>> import torch
-    >>> from openmm_eqflow.zmatrix import ZMatrix
+    >>> from openmm_eqflow.priors.zmatrix import ZMatrix
     >>> zm = ZMatrix.from_bonds(4, [(0, 1), (1, 2), (2, 3)], masses=[12, 12, 12, 12])
     >>> geometry = ChartGeometry(zm.config(), soft=[0], n_modes=0)
     >>> geometry.mean[0] = torch.tensor([0.15, 0.15, 0.15, 1.9, 1.9])

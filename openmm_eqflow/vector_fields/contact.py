@@ -31,7 +31,9 @@ from openmm_eqflow.vector_fields.base import register_vector_field
 from openmm_eqflow.vector_fields.chart import ChartField, silu_with_derivative
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry, ChartMotion
 
-__all__ = ["ContactField"]
+__all__ = [
+    "ContactField",
+]
 
 _STIFF = 0.012  # nm; pairs whose distance varies less say nothing that bonds and angles do not
 _MANY = 250  # pairs from which on sums are arranged by atom (42 atoms, 718 pairs: twice as quick)
@@ -58,7 +60,7 @@ class ContactField(ChartField):
     Example
     -------
     >>> import torch
-    >>> from openmm_eqflow.zmatrix import ZMatrix
+    >>> from openmm_eqflow.priors.zmatrix import ZMatrix
     >>> zm = ZMatrix.from_bonds(4, [(0, 1), (1, 2), (2, 3)], masses=[12, 12, 12, 12])
     >>> field = ContactField(zm.config(), [0], 0, [[0, 3]], width=8)
     >>> field.geometry.mean[0] = torch.tensor([0.15, 0.15, 0.15, 1.9, 1.9])

@@ -21,11 +21,6 @@ from torch import Tensor, nn
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import pair_vectors
 
-N_WIDE = 3
-# In nearest-neighbour distances: wells and shells of simple liquids are about this wide.
-_CONTACT_SPREAD = 0.23
-_CONTACT_LENGTH = 0.4
-
 __all__ = [
     "PairBasis",
     "PairField",
@@ -34,6 +29,11 @@ __all__ = [
     "fit_pair_statistics",
     "pair_classes",
 ]
+
+N_WIDE = 3
+# In nearest-neighbour distances: wells and shells of simple liquids are about this wide.
+_CONTACT_SPREAD = 0.23
+_CONTACT_LENGTH = 0.4
 
 
 def pair_classes(

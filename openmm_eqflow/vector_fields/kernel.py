@@ -25,7 +25,9 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.vector_fields.base import register_vector_field
 from openmm_eqflow.vector_fields.features import expand_time, pair_classes
 
-__all__ = ["KernelField"]
+__all__ = [
+    "KernelField",
+]
 
 
 @register_vector_field

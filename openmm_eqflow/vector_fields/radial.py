@@ -7,7 +7,7 @@ r"""The kernel field of Köhler, Klein, Noé 2020 on splines: cheap, linear in i
 
 B uniform cubic B-splines up to ``reach``, where phi goes to zero smoothly; c piecewise linear in
 t. As a flow of its own the field is weak; between levels of
-:class:`~openmm_eqflow.stochastic.flow.StochasticFlow` it does most of the transport, and being
+:class:`~openmm_eqflow.flows.stochastic.StochasticFlow` it does most of the transport, and being
 linear in c it is fitted there by regression instead of gradient descent.
 """
 
@@ -24,7 +24,9 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.vector_fields.base import register_vector_field
 from openmm_eqflow.vector_fields.features import expand_time
 
-__all__ = ["RadialSplineField"]
+__all__ = [
+    "RadialSplineField",
+]
 
 
 @register_vector_field

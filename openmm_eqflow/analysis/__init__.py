@@ -1,0 +1,1 @@
+"""Numbers from weights, chains and frames."""

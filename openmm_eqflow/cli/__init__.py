@@ -1,0 +1,279 @@
+"""Command line: openmm-eqflow run alanine-dipeptide."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from openmm_eqflow.cli import measure
+from openmm_eqflow.cli.measure import device_option, seed_option
+from openmm_eqflow.cli.memory import keep_freed_memory
+from openmm_eqflow.cli.progress import stage_progress
+from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.training.recipes import BUDGETS
+
+if TYPE_CHECKING:
+    from openmm_eqflow.runs.directory import RunDirectory
+
+__all__ = [
+    "main",
+]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("openmm_eqflow")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+_out = click.option("--out", type=click.Path(path_type=Path), help="Run directory.")
+_budget = click.option(
+    "--budget",
+    type=click.Choice(BUDGETS),
+    help="About 4, 15 or 60 minutes for alanine dipeptide on 2 cores (default standard).",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="openmm-eqflow")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def cli(debug: bool) -> None:
+    """Boltzmann samples of an OpenMM System from an equivariant normalizing flow.
+
+    Start with: openmm-eqflow run alanine-dipeptide --budget quick
+    """
+
+
+def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
+    from openmm_eqflow.runs.stages import run_stage
+
+    started = time.monotonic()
+    for stage in stages:
+        if run.is_complete(stage):
+            console.print(f"{stage:<10} complete", highlight=False)
+            continue
+        with stage_progress(stage, console) as progress:
+            run_stage(run, stage, progress=progress)
+    console.print(f"{', '.join(stages)}: {time.monotonic() - started:.0f} s", highlight=False)
+
+
+def _print_outcome(run: RunDirectory) -> None:
+    metrics = run.metrics()
+    chain, error = metrics["chain"], metrics.get("relative_ess_error")
+    error = "" if error is None else f" +- {error:.3f}"
+    console.print(
+        f"relative ESS {metrics['relative_ess']:.3f}{error} (prior alone "
+        f"{metrics['prior_relative_ess']:.3f}; n = {metrics['n_samples']}), acceptance "
+        f"{chain['acceptance']:.2f}, {chain['n_samples']} samples",
+        highlight=False,
+    )
+    console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+@click.argument("system")
+@_out
+@_budget
+@seed_option
+@device_option
+def run(
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+) -> None:
+    """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
+    from openmm_eqflow.runs.directory import STAGES
+    from openmm_eqflow.runs.stages import open_run
+
+    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
+    _run_stages(directory, STAGES)
+    _print_outcome(directory)
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    @cli.command(stage, help=summary)
+    @click.argument("system")
+    @_out
+    @_budget
+    @seed_option
+    @device_option
+    def command(
+        system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+    ) -> None:
+        from openmm_eqflow.runs.stages import open_run
+
+        directory = open_run(system, out, budget=budget, seed=seed, device=device)
+        _run_stages(directory, (stage,))
+
+
+_stage_command("reference", "Make reference data by parallel tempering.")
+_stage_command("train", "Train the flow on the reference data of a run.")
+_stage_command("report", "Write report.html of a run.")
+
+
+@cli.command()
+@click.argument("system")
+@_out
+@_budget
+@seed_option
+@device_option
+def sample(
+    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+) -> None:
+    """Sample: a run with its own flow, or a shipped system with the flow that ships."""
+    from openmm_eqflow.parallel import main_first
+    from openmm_eqflow.runs.stages import adopt_shipped_flow, open_run
+
+    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    with main_first():
+        if not directory.is_complete("train"):
+            adopt_shipped_flow(directory)
+    _run_stages(directory, ("sample", "report"))
+    _print_outcome(directory)
+
+
+@cli.command()
+def systems() -> None:
+    """List the systems that ship."""
+    from openmm_eqflow.targets.library import list_systems
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "kind", "kelvin", "flow", "description"):
+        table.add_column(heading, overflow="fold")
+    for info in list_systems():
+        flow = "yes" if (info.directory / "flow.safetensors").is_file() else "-"
+        table.add_row(info.name, info.kind, f"{info.temperature_kelvin:g}", flow, info.description)
+    console.print(table)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--pdb",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="All atoms of the molecule; CONECT records where OpenMM does not know the residue.",
+)
+@click.option("--forcefield", multiple=True, help="OpenMM force-field file; repeat or list.")
+@click.option(
+    "--system",
+    "system_xml",
+    type=click.Path(path_type=Path),
+    help="Serialised OpenMM System, instead of --forcefield.",
+)
+@click.option("--temperature", type=float, default=300.0, show_default=True, help="Kelvin.")
+@click.option("--add-hydrogens", is_flag=True, help="Add missing hydrogens first.")
+@click.argument("more_forcefields", nargs=-1)
+def init(
+    folder: Path,
+    pdb: Path,
+    forcefield: tuple[str, ...],
+    system_xml: Path | None,
+    temperature: float,
+    add_hydrogens: bool,
+    more_forcefields: tuple[str, ...],
+) -> None:
+    """Describe your own molecule: writes FOLDER/system.yaml."""
+    from openmm_eqflow.targets.own_system import init_system
+    from openmm_eqflow.units import temperature_quantity
+
+    if not 0.0 < temperature < float("inf"):
+        raise ConfigurationError(f"temperature is {temperature} K, expected a positive one")
+    init_system(
+        folder,
+        pdb=pdb,
+        forcefield=[*forcefield, *more_forcefields] or None,
+        system_xml=system_xml,
+        temperature=temperature_quantity(temperature),
+        add_hydrogens=add_hydrogens,
+    )
+    text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    errors.print(f"error: {line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _unexpected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print one line instead of a traceback (``sys.excepthook``); Python then exits with 1."""
+    _complain(f"unexpected {kind.__name__}: {error}; --debug shows where, please report it")
+
+
+class _Heard(logging.Handler):
+    """Warnings of the package as lines on stderr; run.log has them too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        if not console.quiet:
+            text = " ".join(record.getMessage().split())
+            errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _warnings_heard() -> Iterator[None]:
+    logger, handler = logging.getLogger("openmm_eqflow"), _Heard(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _processes() -> AbstractContextManager[None]:
+    """Join the processes of torchrun, if it started this one; only rank 0 is heard."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext()
+    from openmm_eqflow.parallel import process_group
+
+    console.quiet = measure.console.quiet = os.environ["RANK"] != "0"
+    return process_group()
+
+
+def main() -> None:
+    """Entry point: one line per error, exit code 2, traceback only with --debug."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if not debug:
+        sys.excepthook = _unexpected
+        logging.raiseExceptions = False  # run.log on a full disk: the stage itself will tell
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    measure.register(cli)
+    keep_freed_memory()
+    try:
+        with _processes(), _warnings_heard():
+            sys.exit(cli(arguments, standalone_mode=False) or 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "openmm-eqflow"
+        _complain(f"{error.format_message()} (see {where} --help)")
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        errors.print("stopped; run the same command again to continue")
+        sys.exit(130)
+    except (EqFlowError, OSError) as error:
+        if debug:
+            raise
+        _complain(str(error))
+        sys.exit(2)

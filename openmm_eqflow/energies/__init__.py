@@ -1,1 +1,0 @@
-"""Batched potential energies of OpenMM Systems."""

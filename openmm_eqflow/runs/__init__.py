@@ -1,0 +1,1 @@
+"""The main job: a run directory and its stages."""

@@ -1,0 +1,391 @@
+"""From reference frames or from a path without data to an audited flow.
+
+From a target to a stochastic flow: no data, one pass along the path, a regression per level.
+
+From reference frames to a flow: which prior, field and objective a recipe means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+import numpy as np
+import torch
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.parallel import is_main
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.flows.softcore import Batch
+from openmm_eqflow.flows.softcore_fit import FittedPath, fit_path
+from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.flows.softcore import SoftCorePath
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.loop import TrainingResult
+from openmm_eqflow.files import PATH_COLUMNS, write_history
+from collections.abc import Callable
+from dataclasses import replace
+from torch import Tensor, nn
+from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.training.schedule import SIMULATING, Schedule
+from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
+from openmm_eqflow.parallel import available_threads, one_torch_thread
+from openmm_eqflow.training.precision import check_precision, training_precision
+from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.fit import fit_internal_prior
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.fit import refine_internal_prior
+from openmm_eqflow.training.recipes import Recipe
+from openmm_eqflow.runs.reference.data import ReferenceData
+from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
+from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
+
+__all__ = [
+    "build_field",
+    "fit_prior",
+    "hot_frames",
+    "split_frames",
+    "train_flow",
+    "train_stochastic_flow",
+    "training_settings",
+]
+
+_AGREEMENT, _ROUNDING = 1e-2, 1e-5  # kT, and a share of u; the layers compute in float32
+
+
+def train_stochastic_flow(
+    options: Mapping[str, Any],
+    target: BoltzmannTarget,
+    *,
+    seed: int,
+    log: Path | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> tuple[StochasticFlow, TrainingResult]:
+    """Fit a stochastic flow of a Lennard-Jones cluster.
+
+    Parameters
+    ----------
+    options
+        Entries of ``stochastic`` in a recipe
+        (:data:`~openmm_eqflow.training.recipes.STOCHASTIC_OPTIONS` has their defaults).
+    target
+        Its System is compared with the last level of the path.
+
+    Raises
+    ------
+    ConfigurationError
+        The System is no ``lennard-jones`` cluster.
+    """
+    report = progress or (lambda fraction, text: None)
+    path = SoftCorePath()
+    n_particles = target.system.getNumParticles()
+    prior = MeanFreeGaussian(n_particles, 3, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    chunk = 256
+    n_batches = max(2, -(-int(options["n_fit"]) // chunk))
+    batches = []
+    for index in range(n_batches):
+        z = prior.sample_latent(chunk, generator=generator).numpy()
+        batches.append(Batch(z, np.random.default_rng([seed, index])))
+    _check(target, path, batches[0])
+    started = time.monotonic()
+    reach, n_splines = float(options["reach"]), int(options["n_splines"])
+    fit = fit_path(
+        path,
+        batches,
+        spacing=reach / n_splines,
+        n_splines=n_splines,
+        stride=float(options["stride"]),
+        n_leapfrog=int(options["n_leapfrog"]),
+        progress=lambda t, text: report(0.95 * t, text),
+    )
+    seconds = time.monotonic() - started
+    history = _history(fit, seconds)
+    if log is not None and is_main():
+        write_history(log, history, PATH_COLUMNS)
+    flow = StochasticFlow.from_fit(
+        path,
+        fit,
+        n_particles=n_particles,
+        reach=reach,
+        n_levels=int(options["n_levels"]),
+        n_leapfrog=int(options["n_leapfrog"]),
+        chunk_size=chunk,
+    )
+    result = TrainingResult(flow.module, history, len(fit.times), seconds)
+    if is_main():
+        report(0.95, "auditing the log determinants")
+        audit(flow, n=16, generator=generator)
+    return flow, result
+
+
+def _history(fit: FittedPath, seconds: float) -> list[dict[str, float]]:
+    """One row per level; the seconds are shared out evenly."""
+    n = len(fit.times)
+    return [
+        {
+            "step": float(k + 1),
+            "seconds": seconds * (k + 1) / n,
+            "time": float(fit.times[k]),
+            "spread": float(fit.spread[k]),
+            "residual": float(fit.residual[k]),
+            "acceptance": float(fit.acceptance[k]),
+        }
+        for k in range(n)
+    ]
+
+
+def _check(target: BoltzmannTarget, path: SoftCorePath, batch: Batch) -> None:
+    """Refuse a target that is not what the path ends in."""
+    # Spread out, so that no pair is so close that float32 shows.
+    spread = Batch(3.0 * batch.positions()[:16], batch.rng)
+    ours = spread.energy(path.levels(np.array([1.0]))[0]).astype(float)
+    theirs = target.reduced_potential(torch.from_numpy(spread.positions())).numpy()
+    gap = np.abs(ours - theirs)
+    if not (gap <= _AGREEMENT + _ROUNDING * np.abs(theirs)).all():
+        raise ConfigurationError(
+            f"the System is no lennard-jones cluster of {batch.x.shape[0]} particles (energies "
+            f"differ by {gap.max():.2g} kT): take 'stochastic' out of its recipe; other "
+            "potentials have no path yet"
+        )
+
+Progress = Callable[[float, str], None]
+_MONITOR = 1000
+_CHECKPOINTS = ("checkpoint", "finetune")
+
+
+def split_frames(data: ReferenceData) -> tuple[Tensor, Tensor]:
+    """Training frames and test frames (the last tenth of every walker, in time)."""
+    x = torch.from_numpy(data.positions.astype(np.float64))
+    test = np.zeros(len(x), dtype=bool)
+    for walker in np.unique(data.walker):
+        rows = np.flatnonzero(data.walker == walker)
+        test[rows[int(0.9 * len(rows)) :]] = True
+    return x[torch.from_numpy(~test)], x[torch.from_numpy(test)]
+
+
+def fit_prior(
+    recipe: Recipe,
+    target: BoltzmannTarget,
+    frames: Tensor,
+    hot: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Prior:
+    """Fit the prior the recipe names; ``hot`` are frames of higher temperatures.
+
+    Raises
+    ------
+    ConfigurationError
+        Unknown prior name.
+    """
+    if recipe.prior == "gaussian":
+        return MeanFreeGaussian.fit(frames)
+    if recipe.prior != "internal":
+        raise ConfigurationError(f"prior is {recipe.prior!r}, expected 'internal' or 'gaussian'")
+    frames = thin(frames, MAX_FRAMES)
+    _, gradient = target.reduced_potential_and_gradient(frames)
+    bonds = [(b[0].index, b[1].index) for b in target.topology.bonds()]
+    masses = [
+        target.system.getParticleMass(i)._value for i in range(target.system.getNumParticles())
+    ]
+    hot_gradient = None if hot is None else target.reduced_potential_and_gradient(hot)[1]
+    prior = fit_internal_prior(
+        frames, bonds, masses, gradient=gradient, hot=hot, hot_gradient=hot_gradient
+    )
+    return refine_internal_prior(
+        prior,
+        frames,
+        target.reduced_potential_and_gradient,
+        rounds=recipe.prior_rounds,
+        n_samples=recipe.prior_samples,
+        generator=generator,
+    )
+
+
+def _shared_prior(prior: Prior | None, generator: torch.Generator) -> Prior:
+    """Prior of rank 0, and its random stream after the fit, in every process."""
+    if prior is not None and world_size() == 1:
+        return prior
+    config, tensors = (None, None) if prior is None else prior.state()
+    gaussian = share(isinstance(prior, MeanFreeGaussian))
+    config, tensors = share(config), share_tensors(tensors)
+    generator.set_state(share_tensors({"state": generator.get_state()})["state"])
+    if prior is not None:
+        return prior
+    kind: Any = MeanFreeGaussian if gaussian else InternalCoordinatePrior
+    made: Prior = kind.from_state(config, tensors)
+    return made
+
+
+def hot_frames(recipe: Recipe, data: ReferenceData) -> Tensor | None:
+    """Frames of the higher temperatures that help the recipe's prior, (n, N, D) nm, if any."""
+    if recipe.prior != "internal" or len(data.temperatures) < 2:
+        return None
+    warm = data.all_positions[1:]
+    return thin(torch.from_numpy(warm.reshape(-1, *warm.shape[2:])).double(), MAX_FRAMES)
+
+
+def build_field(
+    recipe: Recipe, prior: Prior, target: BoltzmannTarget, frames: Tensor
+) -> nn.Module:
+    """Untrained field of the recipe; its weights come from torch's global random stream."""
+    options: dict[str, Any] = dict(recipe.field or {})
+    if recipe.prior == "internal" and "contacts" in options:
+        return ContactField.fit(prior, **options)
+    if recipe.prior == "internal":
+        return ChartField(prior.n_stiff, prior.n_soft, prior.fold, **options)  # type: ignore[attr-defined]
+    return LeaveOneOutField.fit(frames, classes=target.symmetry.classes, **options)
+
+
+def training_settings(recipe: Recipe, *, seed: int, device: str) -> TrainingSettings:
+    """How a recipe is trained on ``device`` of this machine."""
+    return TrainingSettings(
+        seconds=recipe.train_seconds,
+        max_steps=recipe.max_steps or TrainingSettings.max_steps,
+        batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        average=recipe.average,
+        gradient_clip=recipe.gradient_clip,
+        seed=seed,
+        evaluate_seconds=max(20.0, recipe.train_seconds / 12),
+        n_threads=available_threads(),
+        patience=recipe.patience,
+        n_shards=recipe.n_shards or (available_threads(together=True) if device == "cpu" else 0),
+    )
+
+
+def train_flow(
+    recipe: Recipe,
+    target: BoltzmannTarget,
+    data: ReferenceData,
+    *,
+    seed: int,
+    folder: Path,
+    device: str = "cpu",
+    log: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[EquivariantFlow, TrainingResult]:
+    """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``.
+
+    ``log`` is the CSV file of the history; that of a fine-tuning is beside it. Under torchrun
+    all processes train together; the flow that rank 0 returns is calibrated and audited, the
+    others' is not.
+    """
+    if recipe.stochastic is not None:
+        return train_stochastic_flow(
+            recipe.stochastic_options(), target, seed=seed, log=log, progress=progress
+        )
+    with one_torch_thread():
+        return _train_flow(recipe, target, data, seed, folder, device, log, progress)
+
+
+def _train_flow(
+    recipe: Recipe,
+    target: BoltzmannTarget,
+    data: ReferenceData,
+    seed: int,
+    folder: Path,
+    device: str,
+    log: Path | None,
+    progress: Progress | None,
+) -> tuple[EquivariantFlow, TrainingResult]:
+    report = progress or (lambda fraction, text: None)
+    check_precision(recipe.precision, device)
+    torch.manual_seed(seed)  # initial weights only; everything else has its own generator
+    frames, test = split_frames(data)
+    report(0.0, "fitting the prior")
+    hot = hot_frames(recipe, data)
+    generator = torch.Generator().manual_seed(seed + 2)
+    prior = _shared_prior(
+        fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
+    )
+    field = build_field(recipe, prior, target, frames).to(device)
+    trainings = recipe.trainings()
+    done: list[TrainingResult] = []
+    monitor = None
+    with training_precision(field, recipe.precision, device) as trained:
+        for part, name in zip(trainings, _CHECKPOINTS, strict=False):
+            if done:
+                field.load_state_dict(done[-1].average.state_dict())
+            objective, close = build_objective(
+                part,
+                trained,
+                prior,
+                target,
+                frames,
+                test,
+                generator=generator,
+                seed=seed,
+                report=report,
+            )
+            monitor = monitor or _monitor(prior, target, generator)
+            try:
+                result = train(
+                    field,
+                    objective,
+                    _settings(part, prior, seed=seed, device=device),
+                    checkpoint=folder / f"{name}.safetensors",
+                    log=log if log is None or not done else log.with_stem(f"{log.stem}-{name}"),
+                    evaluate=monitor,
+                    progress=_part_of(report, trainings, len(done)),
+                )
+            finally:
+                close()
+            done.append(result)
+    result = join_trainings(done)
+    # A Cartesian field costs a hundred times more per evaluation than a chart field.
+    n, chunk = 256, 512
+    if len(prior.event_shape) == 2:
+        n, chunk = _affordable(64, prior, 16), _affordable(128, prior, 32)
+    flow = EquivariantFlow(prior, result.average.eval(), chunk_size=chunk)  # type: ignore[arg-type]
+    if not is_main():
+        return flow, result  # rank 0 calibrates, audits and saves
+    report(1.0, "calibrating the time grid and auditing log q")
+    flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
+    audit(flow, n=n // 2, x=test[: n // 2], generator=generator)
+    return flow, result
+
+
+def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:
+    """Make the settings of one training, with as many validation points as it can afford."""
+    settings = training_settings(recipe, seed=seed, device=device)
+    size = _affordable(settings.validation_size, prior, 512)
+    if len(prior.event_shape) == 2 and not SIMULATING.isdisjoint(
+        Schedule(recipe.objective).knots
+    ):
+        size = _affordable(128, prior, 32)
+    return replace(settings, validation_size=size)
+
+
+def _part_of(report: Progress, trainings: tuple[Recipe, ...], index: int) -> Progress:
+    """Report one training as its share of the seconds of all."""
+    seconds = [part.train_seconds for part in trainings]
+    before, own = sum(seconds[:index]) / sum(seconds), seconds[index] / sum(seconds)
+    title = "fine-tuning, " if index else ""
+    return lambda fraction, text: report(before + own * min(fraction, 1.0), title + text)
+
+
+def _affordable(n: int, prior: Prior, least: int) -> int:
+    """Fewer points, at least ``least``, where a Cartesian field has more than 16 x 16 pairs."""
+    shape = prior.event_shape
+    return n if len(shape) == 1 else max(least, round(n * min(1.0, (16 / shape[0]) ** 2)))
+
+
+def _monitor(
+    prior: Prior, target: BoltzmannTarget, generator: torch.Generator
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Raw relative ESS on the same few latents every time: a trend, not a claim."""
+    n = _MONITOR if len(prior.event_shape) == 1 else _affordable(256, prior, 64)
+    latents = prior.sample_latent(n, generator=generator)
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        flow = EquivariantFlow(prior, module, grid=tuple(k / 6 for k in range(7)))  # type: ignore[arg-type]
+        with torch.no_grad():
+            parts = [flow.transform(z) for z in latents.to(flow.device).split(128)]
+        x, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
+        return {"relative_ess": relative_ess((-target.reduced_potential(x) - log_q).numpy())}
+
+    return evaluate

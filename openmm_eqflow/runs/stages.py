@@ -1,0 +1,500 @@
+"""The main job: its four stages, the flow it means, what it leaves, and one call for all.
+
+What a run leaves for other programs: trajectory, topology, weights, chain statistics.
+
+Which flow is meant: the one of a run directory, or the one that ships with a system.
+
+The main job in four stages, each resumable: reference, train, sample, report.
+
+The main job in one call: what ``openmm-eqflow run`` does, for scripts and notebooks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+import mdtraj
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from openmm import app
+from openmm_eqflow import units as thermo
+from openmm_eqflow.files import atomic_path, write_npz
+from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
+from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.moves.chains import ChainSamples
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.runs.fit import split_frames
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.targets.library import MolecularSystem, load_system
+from openmm_eqflow.training.precision import resolve_device
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.directory import RunDirectory
+from openmm_eqflow.targets.target import system_sha256
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from openmm_eqflow.files import write_json, write_npz
+from openmm_eqflow.flows.storage import save_flow
+from openmm_eqflow.parallel import is_main, share
+from openmm_eqflow.moves.steps import Proposals
+from openmm_eqflow.errors import ConfigurationError, TrainingError
+from openmm_eqflow.runs.evaluation import evaluate_flow
+from openmm_eqflow.runs.fit import split_frames, train_flow
+from openmm_eqflow.runs.reference.data import load_reference, run_reference
+from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.moves.chains import run_chains
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.parallel import main_first
+from openmm_eqflow.targets.library import load_system
+
+__all__ = [
+    "adopt_shipped_flow",
+    "build_target",
+    "card_of",
+    "chain_metrics",
+    "flow_of",
+    "open_run",
+    "own_flow",
+    "run",
+    "run_stage",
+    "shipped_flow",
+    "write_trajectory",
+]
+
+
+def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) -> None:
+    """Write samples.dcd + topology.pdb (chain after chain, superposed) and samples.npz."""
+    x = chains.positions.swapaxes(0, 1)
+    n_chains, n_steps = x.shape[:2]
+    frames = x.reshape(-1, *x.shape[2:])
+    if frames.shape[2] == 2:
+        frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
+    if system.kind == "molecule":
+        frames = _superposed(frames)
+    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
+    with atomic_path(path / "samples.dcd") as temporary:
+        trajectory.save_dcd(str(temporary))
+    with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
+        app.PDBFile.writeFile(
+            system.topology, thermo.positions_quantity(frames[0]), handle, keepIds=True
+        )
+
+    def flat(values: np.ndarray) -> np.ndarray:
+        return values.swapaxes(0, 1).reshape(-1)
+
+    write_npz(
+        path / "samples.npz",
+        {
+            "u": flat(chains.reduced_potential),
+            "log_q": flat(chains.log_q),
+            "log_weight": flat(chains.log_weight),
+            "accepted": flat(chains.accepted),
+            "chain": np.repeat(np.arange(n_chains), n_steps),
+            "local_acceptance": chains.local_acceptance,
+        },
+    )
+
+
+def _superposed(frames: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn every centred frame onto the first.
+
+    Not by mdtraj: its quaternion iteration does not converge for some small molecules, and says so
+    on stderr once per frame.
+    """
+    x = torch.from_numpy(frames).double()
+    return rotate(x, align_rotations(x, x[:1])).float().numpy()
+
+
+def chain_metrics(chains: ChainSamples) -> dict[str, Any]:
+    """Summarise acceptance, stuck stretches and effective samples of the Markov chains."""
+    u = chains.reduced_potential.T
+    return {
+        "n_samples": chains.n_samples,
+        "n_chains": int(u.shape[0]),
+        "n_steps": int(u.shape[1]),
+        "acceptance": float(chains.accepted.mean()),
+        "local_acceptance": float(chains.local_acceptance.mean())
+        if np.isfinite(chains.local_acceptance).all()
+        else None,
+        "longest_stuck": longest_stuck(chains.accepted.T),
+        "energy_ess": autocorrelation_ess(u),
+        "mean_reduced_potential": float(u.mean()),
+        "max_log_weight_gap": float(
+            chains.log_weight.max()
+            - chains.proposal_log_weight[np.isfinite(chains.proposal_log_weight)].max()
+        ),
+    }
+
+
+def shipped_flow(system: MolecularSystem) -> Path | None:
+    """Flow that ships with a system, if there is one."""
+    path = system.directory / "flow.safetensors"
+    return path if path.is_file() else None
+
+
+def adopt_shipped_flow(run: RunDirectory) -> None:
+    """Copy the flow that ships with the run's system into the run directory.
+
+    Raises
+    ------
+    ConfigurationError
+        No flow ships with it.
+    """
+    system = run.load_system()
+    if (source := shipped_flow(system)) is None:
+        raise ConfigurationError(
+            f"no flow ships with {system.name!r}; train one: openmm-eqflow run {run.config.system}"
+        )
+    flow = load_flow(source)
+    save_flow(flow, run.path / "flow", flow.metadata)
+    run.finish("train", {"adopted": system.name})
+
+
+def flow_of(
+    name_or_run: str, device: str = "auto"
+) -> tuple[MolecularSystem, EquivariantFlow, torch.Tensor | None]:
+    """System, flow and test frames (if any) of a run directory or a shipped system."""
+    path = Path(name_or_run)
+    where = resolve_device(device)
+    if (path / "config.yaml").is_file():
+        run = RunDirectory.open(path)
+        run.require("train")
+        test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
+        system = run.load_system()
+        return system, own_flow(path / "flow", system_sha256(system.system), where), test
+    system = load_system(name_or_run)
+    if (source := shipped_flow(system)) is None:
+        raise ConfigurationError(
+            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
+        )
+    return system, own_flow(source, system_sha256(system.system), where), None
+
+
+def card_of(name: str) -> Path:
+    """Card beside the flow of a system.
+
+    Raises
+    ------
+    ConfigurationError
+        ``name`` is a run directory, whose figures are its own, or there is no card.
+    """
+    if (Path(name) / "config.yaml").is_file():
+        raise ConfigurationError(
+            f"{name} is a run and has no card; write one: openmm-eqflow publish {name} --out DIR"
+        )
+    card = load_system(name).directory / "card.md"
+    if not card.is_file():
+        raise ConfigurationError(
+            f"{card} does not exist; write one: openmm-eqflow publish RUN --out {card.parent}"
+        )
+    return card
+
+
+def own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:
+    """Load a flow and make sure that it was trained for this System."""
+    flow = load_flow(path, device=device)
+    if (made_for := flow.metadata.get("system_hash")) != system_hash:
+        raise ConfigurationError(
+            f"the flow {path} was trained for another System "
+            f"({str(made_for)[:12]}..., now {system_hash[:12]}...); train it anew"
+        )
+    return flow
+
+Progress = Callable[[float, str], None]
+logger = logging.getLogger(__name__)
+_EXTENSIONS = (1, 2, 4)  # of the reference stage, while it has too few frames
+
+
+def build_target(system: MolecularSystem) -> BoltzmannTarget:
+    """Boltzmann target of a loaded system, with the fastest evaluator here."""
+    return BoltzmannTarget(
+        system.system,
+        system.topology,
+        system.temperature,
+        positions=system.positions,
+        n_dims=system.n_dims,
+    )
+
+
+def run_stage(
+    run: RunDirectory, stage: str, *, progress: Progress | None = None
+) -> dict[str, Any] | None:
+    """Run one stage unless its output is complete; return its facts, None if skipped."""
+    if stage not in STAGES:
+        raise ConfigurationError(f"no stage {stage!r}; expected one of {', '.join(STAGES)}")
+    if share(run.is_complete(stage)):
+        logger.info("stage %s is complete, skipped", stage)
+        return None
+    handler = run.log_to_file()
+    started = time.monotonic()
+    try:
+        logger.info("stage %s starts", stage)
+        work = _RUNNERS[stage] if is_main() or stage in _TOGETHER else (lambda *_: {})
+        facts = work(run, progress or (lambda fraction, text: None))
+        facts["seconds"] = time.monotonic() - started
+        if is_main():
+            run.finish(stage, facts)
+        share(None)  # the others go on when the files are there
+        logger.info("stage %s took %.1f s", stage, facts["seconds"])
+        return facts
+    finally:
+        logging.getLogger("openmm_eqflow").removeHandler(handler)
+        handler.close()
+
+
+def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    recipe = run.config.recipe
+    system = run.load_system()
+    enough = min(recipe.min_frames, recipe.max_frames)
+    for extension in _EXTENSIONS:
+        data = run_reference(
+            system,
+            run.path,
+            seconds=extension * recipe.reference_seconds,
+            max_frames=recipe.max_frames,
+            seed=run.config.seed,
+            progress=progress,
+        )
+        if data.n_frames >= enough:
+            break
+        if extension < _EXTENSIONS[-1]:
+            logger.info("only %d frames so far: the reference stage goes on", data.n_frames)
+    else:
+        logger.warning(
+            "%d reference frames after %.0f s, fewer than the %d wanted: prior and flow are "
+            "fitted to little data and rare states may be missing; take a larger --budget or set "
+            "recipe: reference_seconds in the settings of system.yaml",
+            data.n_frames,
+            data.wall_seconds,
+            enough,
+        )
+    return {
+        "n_frames": data.n_frames,
+        "temperatures_kelvin": data.temperatures.tolist(),
+        "frame_interval_ps": data.frame_interval_ps,
+        "platform": data.platform,
+        "wall_seconds": data.wall_seconds,
+        "convergence": data.convergence,
+    }
+
+
+def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("reference")
+    system = run.load_system()
+    data = load_reference(run.path)
+    with build_target(system) as target:
+        flow, result = train_flow(
+            run.config.recipe,
+            target,
+            data,
+            seed=run.config.seed,
+            folder=run.path / "training",
+            device=run.config.device,
+            log=run.path / "history.csv",
+            progress=progress,
+        )
+        metadata = {
+            "system": system.name,
+            "system_hash": target.system_hash,
+            "temperature_kelvin": run.config.temperature_kelvin,
+            "seed": run.config.seed,
+            "budget": run.config.budget,
+            "recipe": run.config.recipe.to_dict(),
+            "n_steps": result.n_steps,
+            "training_seconds": result.seconds,
+            "n_frames": data.n_frames,
+        }
+    if is_main():
+        save_flow(flow, run.path / "flow", metadata)
+    return {
+        "n_steps": result.n_steps,
+        "training_seconds": result.seconds,
+        "history": result.history,
+        "audit": flow.audit_report,
+    }
+
+
+def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("train")
+    recipe, seed = run.config.recipe, run.config.seed
+    system = run.load_system()
+    with build_target(system) as target:
+        flow = own_flow(run.path / "flow", target.system_hash)
+        test, reference_u = None, None
+        if run.is_complete("reference"):
+            data = load_reference(run.path)
+            test = split_frames(data)[1][:2000]
+            reference_u = data.reduced_energies
+        metrics, samples, prior_weights = evaluate_flow(
+            flow,
+            target,
+            n_samples=recipe.n_evaluate,
+            seed=seed + 11,
+            name=system.name,
+            test_frames=test,
+            folder=run.path / "evaluation",
+            progress=lambda f, text: progress(0.5 * f, f"independent flow samples: {text}"),
+        )
+        if not is_main():
+            return {}
+        write_npz(
+            run.path / "flow_samples.npz",
+            {
+                "u": samples.u.numpy(),
+                "log_q": samples.log_q.numpy(),
+                "log_weight": samples.log_weight.numpy(),
+                "prior_log_weight": prior_weights.numpy(),
+                "positions": samples.x[:5000].float().numpy(),
+            },
+        )
+        generator = torch.Generator().manual_seed(seed + 12)
+        # The first samples choose where the chains start, the others are their first proposals.
+        k = len(samples.u) // 10
+        # Diagnostics need four steps of every chain, however few samples are asked for.
+        n_chains = max(1, min(recipe.n_chains, recipe.n_samples // 4))
+        start = _starting_points(n_chains, samples.x[:k], samples.log_weight[:k], generator)
+        rest = Proposals(samples.x[k:], samples.log_q[k:], samples.u[k:] * target.kT)
+        chains = run_chains(
+            flow,
+            target,
+            start,
+            run.path / "samples",
+            n_steps=-(-recipe.n_samples // n_chains),
+            n_proposals=recipe.n_proposals,
+            n_local_steps=recipe.n_local_steps,
+            seed=seed + 13,
+            stored=rest,
+            progress=lambda f, text: progress(0.5 + 0.5 * f, f"Markov chains: {text}"),
+        )
+    write_trajectory(run.path, system, chains)
+    metrics["chain"] = chain_metrics(chains)
+    if reference_u is not None:
+        metrics["reference_mean_reduced_potential"] = float(reference_u.mean())
+    write_json(run.path / "metrics.json", metrics)
+    shutil.rmtree(run.path / "evaluation", ignore_errors=True)
+    return {key: metrics[key] for key in ("relative_ess", "prior_relative_ess", "pareto_k")}
+
+
+def _starting_points(
+    n: int, x: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Sampling-importance-resampling: chains start where the reweighted flow says."""
+    if not bool(torch.isfinite(log_weight).any()):
+        raise TrainingError(
+            f"none of {len(log_weight)} flow samples has a finite weight; train longer or give "
+            "the reference stage more time"
+        )
+    weights = torch.softmax(log_weight, 0)
+    return x[torch.multinomial(weights, n, replacement=True, generator=generator)]
+
+
+def _report(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    run.require("sample")
+    from openmm_eqflow.report import write_report
+
+    progress(0.0, "drawing figures")
+    write_report(run.path)
+    return {}
+
+
+_TOGETHER = ("train", "sample")  # of all processes under torchrun; the others are rank 0's
+_RUNNERS: dict[str, Callable[[RunDirectory, Progress], dict[str, Any]]] = {
+    "reference": _reference,
+    "train": _train,
+    "sample": _sample,
+    "report": _report,
+}
+
+
+def open_run(
+    system: str | Path,
+    out: str | Path | None = None,
+    *,
+    budget: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> RunDirectory:
+    """Open a run directory, or make one for a system; no stage is run. Arguments as of ``run``.
+
+    Raises
+    ------
+    ConfigurationError
+        The folder belongs to another system, budget or seed.
+    UnknownSystemError
+        No such system.
+    """
+    if out is None and (Path(system) / "config.yaml").is_file():
+        opened = RunDirectory.open(Path(system))
+        for key, value in (("budget", budget), ("seed", seed)):
+            if value is not None and value != getattr(opened.config, key):
+                raise ConfigurationError(
+                    f"{system} was made with {key} {getattr(opened.config, key)}, now {value}; "
+                    "choose a new --out"
+                )
+        opened.use_device(device)
+        return opened
+    loaded = load_system(system)
+    with main_first(), build_target(loaded) as target:
+        path = Path("runs") / loaded.name if out is None else Path(out)
+        return RunDirectory.create(
+            path, loaded, target, budget=budget, seed=seed, device=device
+        )
+
+
+def run(
+    system: str | Path,
+    out: str | Path | None = None,
+    *,
+    budget: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    progress: Callable[[float, str], None] | None = None,
+) -> RunDirectory:
+    """Do everything: reference, train, sample, report. Call it again to continue.
+
+    Parameters
+    ----------
+    system
+        Name of a shipped system, folder with a ``system.yaml``, or run directory.
+    out
+        Run directory (default ``runs/NAME``).
+    budget
+        ``quick``, ``standard`` (default) or ``thorough``.
+    seed
+        Random seed (default 0).
+    device
+        ``auto`` (default: a CUDA GPU if there is one), ``cpu`` or ``cuda``.
+    progress
+        Called with the fraction of the present stage that is done and a short text.
+
+    Returns
+    -------
+    RunDirectory
+        Its ``path`` is the folder, ``metrics()`` the figures of the report.
+
+    Raises
+    ------
+    EqFlowError
+        Whatever stops a stage, in one line.
+
+    Examples
+    --------
+    >>> made = run("alanine-dipeptide", "my-run", budget="quick")  # doctest: +SKIP
+    >>> made.metrics()["relative_ess"]  # doctest: +SKIP
+    """
+    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    for stage in STAGES:
+        run_stage(directory, stage, progress=_named(stage, progress))
+    return directory
+
+
+def _named(
+    stage: str, progress: Callable[[float, str], None] | None
+) -> Callable[[float, str], None] | None:
+    if progress is None:
+        return None
+    return lambda fraction, text: progress(fraction, f"{stage}: {text}")

@@ -1,1 +1,0 @@
-"""Stochastic normalizing flows: field layers and Hamiltonian Monte Carlo layers in turn."""

@@ -1,0 +1,1 @@
+"""Batched energies and forces of OpenMM Systems."""

@@ -1,0 +1,305 @@
+"""How long each stage takes and which flow it trains, by kind of system and budget.
+
+A recipe is data: it is written into the run's config.yaml, where every number can be read, and a
+system's ``settings`` (system.yaml) override single entries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.training.schedule import schedule_misfit
+
+__all__ = [
+    "BUDGETS",
+    "STOCHASTIC_OPTIONS",
+    "Budget",
+    "Recipe",
+    "make_recipe",
+]
+
+Budget = Literal["quick", "standard", "thorough"]
+BUDGETS: tuple[Budget, ...] = ("quick", "standard", "thorough")
+
+#: Of a stochastic flow: levels of one sample and leapfrog steps on each; configurations and
+#: stride (kT) of the fit; reach (nm) and splines of the field.
+STOCHASTIC_OPTIONS: Mapping[str, float] = {
+    "n_levels": 1000,
+    "n_leapfrog": 16,
+    "n_fit": 2048,
+    "stride": 0.04,
+    "reach": 5.0,
+    "n_splines": 50,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Resolved settings of a run.
+
+    Attributes
+    ----------
+    reference_seconds, train_seconds
+        Wall clock of the two long stages.
+    min_frames
+        Below this many reference frames the stage goes on, up to four times its seconds.
+    max_frames
+        Reference frames after which the stage stops early.
+    prior, objective
+        ``internal`` + ``liouville`` for bonded molecules, ``gaussian`` + ``flow-matching`` else.
+        ``objective`` may combine several: ``{name: [[fraction, weight], ...]}``, weights piecewise
+        linear in the fraction of training done (:mod:`~openmm_eqflow.training.schedule`).
+    field
+        Keyword arguments of the vector field; for molecules ``contacts`` (hidden units) adds
+        distances between atoms, which costs two to three times the time and pays in ESS.
+    prior_rounds, prior_samples
+        Refinement of the internal-coordinate prior on its own samples.
+    n_pool, chunk, n_chunks, grow_every
+        Liouville pool: initial prior points, points and number of later chunks, steps between.
+    max_pool
+        Points the Liouville pool keeps at most, the newest ones; 0 for all.
+    annealed
+        With a mapping, later chunks hold points of the whole path between prior and target, moved
+        by Hamiltonian Monte Carlo, and so does the held-out pool: for molecules whose prior is so
+        poor that the pool's few points near the target would be learnt by heart. Its entries are
+        keyword arguments of :class:`~openmm_eqflow.training.pool.PathSampler`.
+    ode_steps
+        RK4 steps of objectives that simulate the flow (nll, reverse-kl, path-forward,
+        path-reverse).
+    max_steps
+        Training steps at most, 0 for as many as ``train_seconds`` allow: a training that is the
+        same on every machine needs a number of steps.
+    patience
+        Evaluations without a better validation loss that end the training; 0 for never.
+    finetune
+        A second training, with a fresh optimiser, that starts from the averaged weights of the
+        first: the entries in which it differs, ``objective`` and ``train_seconds`` at least. Flow
+        matching, then path gradients, is what it is for (Vaitl, Klein 2025, arXiv:2505.10139).
+    stochastic
+        With a mapping, the flow is a :class:`~openmm_eqflow.flows.stochastic.StochasticFlow`,
+        fitted along a path without data; entries differ from :data:`STOCHASTIC_OPTIONS`. Fields,
+        batches and training times of this recipe are then not used.
+    precision
+        Of the network in the training loss: float32, or on a GPU tf32 or bfloat16.
+    n_shards
+        Parts a batch is worked on in, which fixes the random stream; 0 for one per core.
+    n_evaluate
+        Independent flow samples behind the reported ESS.
+    n_samples, n_chains, n_proposals, n_local_steps
+        MCMC: samples kept, chains, flow proposals per step, Hamiltonian steps in between (0 for
+        none).
+    """
+
+    reference_seconds: float
+    train_seconds: float
+    min_frames: int = 400
+    max_frames: int = 40_000
+    prior: str = "internal"
+    objective: str | Mapping[str, Any] = "liouville"
+    field: Mapping[str, Any] | None = None
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    average: float = 0.999
+    gradient_clip: float = 2.0
+    prior_rounds: int = 3
+    prior_samples: int = 40_000
+    n_pool: int = 100_000
+    chunk: int = 30_000
+    n_chunks: int = 30
+    grow_every: int = 100
+    max_pool: int = 0
+    annealed: Mapping[str, Any] | None = None
+    grid_tolerance: float = 5e-5
+    ode_steps: int = 8
+    max_steps: int = 0
+    patience: int = 0
+    finetune: Mapping[str, Any] | None = None
+    stochastic: Mapping[str, Any] | None = None
+    precision: str = "float32"
+    n_shards: int = 0
+    n_evaluate: int = 10_000
+    n_samples: int = 10_000
+    n_chains: int = 50
+    n_proposals: int = 4
+    n_local_steps: int = 20
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def stochastic_options(self) -> dict[str, float]:
+        """Return the entries of ``stochastic`` with their defaults."""
+        return {**STOCHASTIC_OPTIONS, **(self.stochastic or {})}
+
+    def trainings(self) -> tuple[Recipe, ...]:
+        """Return the recipe of each training in turn, one or two."""
+        first = replace(self, finetune=None)
+        return (first, replace(first, **self.finetune)) if self.finetune else (first,)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Recipe:
+        """Rebuild; unknown keys are errors."""
+        check_keys(content, "recipe")
+        return cls(**content)
+
+
+def check_keys(content: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigurationError for a key that is no recipe entry, or a value of a wrong type."""
+    known = [f.name for f in fields(Recipe)]
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {known}"
+            raise ConfigurationError(f"{where}: unknown key {key!r}; {hint}")
+        value, wanted = content[key], _misfit(key, content[key])
+        if wanted is not None:
+            raise ConfigurationError(f"{where}: key {key!r} is {value!r}, expected {wanted}")
+
+
+def _finetune_misfit(value: Mapping[str, Any]) -> str | None:
+    for key in value:
+        if key not in _FINETUNE:
+            near = difflib.get_close_matches(key, _FINETUNE, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(_FINETUNE)}"
+            return f"entries of a training in it (not {key!r}; {hint})"
+        if (wanted := _misfit(key, value[key])) is not None:
+            return f"{wanted} as its {key!r}"
+    missing = [key for key in ("objective", "train_seconds") if key not in value]
+    return f"a mapping with {' and '.join(map(repr, missing))}" if missing else None
+
+
+def _stochastic_misfit(value: Mapping[str, Any]) -> str | None:
+    for key, number in value.items():
+        if key not in STOCHASTIC_OPTIONS:
+            near = difflib.get_close_matches(key, STOCHASTIC_OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {list(STOCHASTIC_OPTIONS)}"
+            return f"entries of a stochastic flow in it (not {key!r}; {hint})"
+        kinds = (int,) if isinstance(STOCHASTIC_OPTIONS[key], int) else (int, float)
+        if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number < math.inf:
+            whole = "a whole number" if kinds == (int,) else "a number"
+            return f"{whole} above 0 as its {key!r}"
+        if key == "n_levels" and number < 2:
+            return "at least 2 as its 'n_levels'"
+    return None
+
+
+def _misfit(key: str, value: Any) -> str | None:
+    """Say what the entry should be, or None if ``value`` is that."""
+    example = getattr(_EXAMPLE, key)
+    if key == "objective":
+        return schedule_misfit(value)
+    if key == "precision":
+        return None if value in _PRECISIONS else f"one of {', '.join(_PRECISIONS)}"
+    if key == "ode_steps" and value == 0:
+        return "at least 1"
+    if example is None:
+        if key == "finetune" and isinstance(value, Mapping):
+            return _finetune_misfit(value)
+        if key == "stochastic" and isinstance(value, Mapping):
+            return _stochastic_misfit(value)
+        return None if value is None or isinstance(value, Mapping) else "a mapping"
+    if isinstance(example, str):
+        return None if isinstance(value, str) else "text"
+    kinds = (int,) if isinstance(example, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < math.inf:
+        return "a whole number" if isinstance(example, int) else "a number that is not negative"
+    return "more than 0" if key.endswith("_seconds") and value == 0 else None
+
+
+_EXAMPLE = Recipe(1.0, 1.0)
+_PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
+#: Entries a second training may differ in.
+_FINETUNE = (
+    "objective",
+    "train_seconds",
+    "max_steps",
+    "batch_size",
+    "n_shards",
+    "learning_rate",
+    "average",
+    "gradient_clip",
+    "ode_steps",
+    "patience",
+)
+_SECTIONS = ("recipe", "reference", *BUDGETS)
+_MOLECULE: dict[Budget, Recipe] = {
+    "quick": Recipe(45, 90, n_pool=60_000, n_chunks=8, n_evaluate=10_000, n_samples=5_000),
+    "standard": Recipe(180, 450),
+    "thorough": Recipe(
+        900,
+        2100,
+        field={"contacts": 64},
+        n_pool=200_000,
+        chunk=60_000,
+        n_chunks=50,
+        grow_every=200,
+        n_evaluate=20_000,
+        n_samples=20_000,
+    ),
+}
+_CLUSTER = Recipe(
+    60,
+    480,
+    prior="gaussian",
+    objective="flow-matching",
+    field={
+        "width": 32,
+        "n_layers": 2,
+        "n_vectors": 8,
+        "readout_width": 32,
+        "n_steps": 3,
+        "n_nodes": 32,
+        "n_rbf": 16,
+    },
+    batch_size=256,
+    gradient_clip=10.0,
+    grid_tolerance=3e-3,
+    n_evaluate=10_000,
+    n_samples=2_000,
+)
+
+
+def make_recipe(
+    kind: str, budget: Budget, overrides: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
+    """Recipe of a kind of system at a budget.
+
+    Parameters
+    ----------
+    kind
+        ``molecule``, ``cluster`` or ``harmonic``.
+    budget
+        One of :data:`BUDGETS`.
+    overrides
+        ``settings`` of system.yaml: its ``recipe`` section holds for every budget, its sections
+        ``quick``, ``standard`` and ``thorough`` for one.
+    """
+    if budget not in BUDGETS:
+        raise ConfigurationError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
+    for section in overrides or {}:
+        if section not in _SECTIONS:
+            near = difflib.get_close_matches(section, _SECTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {_SECTIONS}"
+            raise ConfigurationError(f"settings: unknown section {section!r}; {hint}")
+    if kind == "molecule":
+        recipe = _MOLECULE[budget]
+    else:
+        scale = {"quick": 0.2, "standard": 1.0, "thorough": 4.0}[budget]
+        n = {"quick": 1_000, "standard": 10_000, "thorough": 20_000}[budget]
+        recipe = replace(
+            _CLUSTER,
+            reference_seconds=scale * _CLUSTER.reference_seconds,
+            train_seconds=scale * _CLUSTER.train_seconds,
+            n_evaluate=n,
+            n_samples=n // 5,
+        )
+    for section in ("recipe", budget):
+        changes = dict((overrides or {}).get(section, {}))
+        check_keys(changes, f"settings.{section}")
+        recipe = replace(recipe, **changes)
+    return recipe
