@@ -153,6 +153,10 @@ class FlowMoveBase(MCMCMove):
     def _propose(self, x: Tensor, target: BoltzmannTarget, identity: int) -> Tensor | None:
         """Return new positions (1, N, D), or None if the state stays; count statistics."""
 
+    def _n_applied(self) -> int:
+        """Count the moves made since the statistics began, in all processes."""
+        return int(self._statistics["n_proposed"])
+
     def _count(self, **amounts: float) -> None:
         for name, amount in amounts.items():
             self._statistics[name] += amount
@@ -173,7 +177,7 @@ class FlowMoveBase(MCMCMove):
             "seed": self._seed,
             # Under MPI other processes take steps too: the statistics, which openmmtools gathers,
             # know of them, this process's stream does not.
-            "n_consumed": max(self._stream.n_consumed, int(self._statistics["n_proposed"])),
+            "n_consumed": max(self._stream.n_consumed, self._n_applied()),
             "settings": dict(self._settings),
             "statistics": dict(self._statistics),
         }
@@ -250,6 +254,9 @@ class LatentMove(FlowMoveBase):
     @classmethod
     def _default_settings(cls) -> dict[str, int | float | str]:
         return {"step": 0.3, "n_repeats": 4, "kernel": "pcn"}
+
+    def _n_applied(self) -> int:
+        return int(self._statistics["n_proposed"]) // int(self._settings["n_repeats"])
 
     def _propose(self, x: Tensor, target: BoltzmannTarget, identity: int) -> Tensor | None:
         n_repeats = int(self._settings["n_repeats"])
