@@ -70,7 +70,7 @@ def energies_by_state(run: FlowReplicaExchangeSampler, n: int) -> np.ndarray:
 def test_openmm_sampler_with_a_flow_has_the_right_energies(flow: EquivariantFlow) -> None:
     random.seed(6)  # OpenMM's sampler uses Python's global generator
     run = sampler(flow, flow_states=(0, 2), n_proposals=32)
-    u = energies_by_state(run, 800)[:, 20:]
+    u = energies_by_state(run, 1200)[:, 20:]
     for row in u:
         mean = mean_with_error(row)
         assert mean.error < 0.3

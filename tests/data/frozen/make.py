@@ -4,7 +4,7 @@ Other commits lay the package out differently; this script is kept to say what t
 and to be run again on a checkout of that commit (2 minutes on one core)::
 
     HERE=$PWD                                   # a checkout that has this file
-    git worktree add /tmp/old 9b6c0eb && cd /tmp/old
+    git worktree add ../old 9b6c0eb && cd ../old
     PYTHONPATH=. OMP_NUM_THREADS=1 python $HERE/tests/data/frozen/make.py [PART ...]
 
 Without a PART all are made, in the order of ``PARTS``. With the versions of constraints.txt on the
