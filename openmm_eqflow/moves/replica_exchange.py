@@ -53,8 +53,7 @@ def reservoir_moves(
         Dynamics used at every state; copied for each.
     flow_move
         A :class:`~openmm_eqflow.moves.flow_moves.FlowMove`, applied after the dynamics. Its
-        copies share one
-        stream, so no proposal is used twice.
+        copies share one stream, so no proposal is used twice.
     n_states
         Number of thermodynamic states, coldest first.
     flow_states
@@ -239,5 +238,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
             )
 
     def log_z(self, state_index: int) -> Estimate:
-        """Log Z of a flow state from the samples offered to it (see ``FlowMove.log_z``)."""
+        """Log Z of a flow state from the samples offered to it (see ``FlowMove.log_z``).
+
+        Counts from the construction of this object: after a resume, from the resume.
+        """
         return log_z(self._log_weights[state_index])
