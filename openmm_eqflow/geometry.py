@@ -30,6 +30,7 @@ __all__ = [
     "random_rotations",
     "remove_mean",
     "rotate",
+    "where_drawn",
 ]
 
 
@@ -55,24 +56,44 @@ def mean_free_basis(n_particles: int, *, dtype: torch.dtype = torch.float64) -> 
     return basis / torch.sqrt(k * (k + 1))
 
 
+def where_drawn(generator: torch.Generator | None) -> torch.device:
+    """Device of the numbers a generator draws; torch's own is that of the CPU."""
+    return torch.device("cpu") if generator is None else generator.device
+
+
 def random_rotations(
     n: int,
     n_dims: int = 3,
     *,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
-    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw ``n`` proper rotations from the Haar measure of SO(n_dims), ``(n, n_dims, n_dims)``.
 
-    QR decomposition of a Gaussian matrix with the signs of R's diagonal absorbed (Mezzadri 2007).
+    QR decomposition of a Gaussian matrix with the signs of R's diagonal absorbed (Mezzadri 2007);
+    on a GPU, which takes matrices one by one there, by Gram and Schmidt, which gives that sign.
     """
+    device = where_drawn(generator)
     a = torch.randn(n, n_dims, n_dims, generator=generator, dtype=dtype, device=device)
-    q, r = torch.linalg.qr(a)
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+    if device.type == "cpu":
+        q, r = torch.linalg.qr(a)
+        q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+    else:
+        q = _gram_schmidt(a)
     flip = torch.linalg.det(q) < 0
-    q[flip, :, 0] = -q[flip, :, 0]
-    return q
+    first = torch.where(flip[:, None], -q[:, :, 0], q[:, :, 0])
+    return torch.cat([first.unsqueeze(-1), q[:, :, 1:]], -1)
+
+
+def _gram_schmidt(a: Tensor) -> Tensor:
+    """Orthonormal columns (n, D, D); twice is enough for round-off."""
+    columns: list[Tensor] = []
+    for column in a.unbind(-1):
+        for _ in range(2):
+            for other in columns:
+                column = column - (column * other).sum(-1, keepdim=True) * other
+        columns.append(column / torch.linalg.vector_norm(column, dim=-1, keepdim=True))
+    return torch.stack(columns, -1)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.integrate import quad
 from torch import Tensor
 
-from openmm_eqflow.flows.softcore import Batch, SoftCorePath
+from openmm_eqflow.flows.softcore import SoftCorePath
 from openmm_eqflow.flows.softcore_fit import fit_path
 from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.flows.streams import RowStreams
 
 PATH = SoftCorePath()
 END = PATH.levels(np.array([1.0]))[0]
@@ -24,8 +25,12 @@ def gas(n: int, n_particles: int, seed: int = 0) -> NDArray[np.float64]:
     return x - x.mean(1, keepdims=True)
 
 
-def batch_of(x: NDArray[np.float64], seed: int = 1) -> Batch:
-    return Batch(x, np.random.default_rng(seed))
+def streams_of(n: int, seed: int = 1) -> RowStreams:
+    return RowStreams.drawn(n, torch.Generator().manual_seed(seed))
+
+
+def batch_of(x: NDArray[np.float64], seed: int = 1) -> tuple[Tensor, RowStreams]:
+    return torch.from_numpy(x), streams_of(len(x), seed)
 
 
 class Pair:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow
+from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow, streams_of
+from torch import Tensor
 
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.layers import run_bench
 from openmm_eqflow.errors import AuditError, CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.flows import softcore_kernels as kernels
-from openmm_eqflow.flows.audit import audit, map_in_float64, path_errors, require_passed_audit
+from openmm_eqflow.flows import softcore_torch
+from openmm_eqflow.flows.audit import audit, require_passed_audit
+from openmm_eqflow.flows.softcore import SoftCoreMap, SoftCoreTrajectory, energy_and_force
 from openmm_eqflow.flows.softcore_fit import fit_path, spline_tables
 from openmm_eqflow.flows.stochastic import StochasticFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
@@ -50,28 +54,29 @@ def test_last_level_is_the_openmm_system() -> None:
     x = 1.2 * gas(64, 13)
     with build_target(load_system("lj13")) as target:
         u, gradient = target.reduced_potential_and_gradient(torch.from_numpy(x))
-    batch = batch_of(x)
-    batch.set_level(END)
+    _, ours, theirs = energy_and_force(torch.from_numpy(x), END)
     calm = (u < 1e4).numpy()
     assert calm.sum() > 10
-    np.testing.assert_allclose(batch.u[calm], u.numpy()[calm], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(ours[:64][calm], u.numpy()[calm], rtol=1e-4, atol=1e-3)
     force = -np.moveaxis(gradient.numpy(), 0, -1)[..., calm]
-    np.testing.assert_allclose(batch.force[..., calm], force, rtol=1e-3, atol=2e-2)
+    np.testing.assert_allclose(theirs[..., :64][..., calm], force, rtol=1e-3, atol=2e-2)
 
 
 def test_forces_are_minus_the_gradient_on_every_level() -> None:
     x = gas(8, 5)
     for level in PATH.levels(np.array([0.0, 0.4, 0.8])):
-        batch = batch_of(x)
-        batch.set_level(level)
+        force = energy_and_force(torch.from_numpy(x), level)[2]
         h = 1e-2
         for i, m in ((0, 0), (3, 2)):
             shift = np.zeros_like(x)
             shift[:, i, m] = h
-            high, low = (batch_of(x + s * shift).energy(level).astype(float) for s in (1, -1))
+            high, low = (
+                energy_and_force(torch.from_numpy(x + s * shift), level)[1][:8].astype(float)
+                for s in (1, -1)
+            )
             slope = (high - low) / (2 * h)
             assert np.abs(slope).max() > 0.1
-            np.testing.assert_allclose(-batch.force[i, m], slope, rtol=2e-2, atol=2e-2)
+            np.testing.assert_allclose(-force[i, m, :8], slope, rtol=2e-2, atol=2e-2)
 
 
 def field_with(weights: NDArray[np.float64], n_particles: int) -> RadialSplineField:
@@ -87,10 +92,10 @@ def test_kernel_of_the_field_is_the_field() -> None:
     weights = np.random.default_rng(3).standard_normal(20)
     x = gas(32, 7)
     v, div = field_with(weights, 7).with_divergence(torch.tensor(0.2), torch.from_numpy(x))
-    batch = batch_of(x)
-    velocity, work = np.empty_like(batch.x), np.empty((3, 32), np.float32)
+    at = np.ascontiguousarray(np.moveaxis(x, 0, -1), np.float32)
+    velocity, work = np.empty_like(at), np.empty((3, 32), np.float32)
     divergence = np.empty(32, np.float32)
-    kernels.push(batch.x, spline_tables(weights), 0.2, velocity, divergence, work, True)
+    kernels.push(at, spline_tables(weights), 0.2, velocity, divergence, work, True)
     np.testing.assert_allclose(np.moveaxis(velocity, -1, 0), v.numpy(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(divergence, div.numpy(), rtol=1e-4, atol=1e-3)
 
@@ -98,11 +103,10 @@ def test_kernel_of_the_field_is_the_field() -> None:
 def test_regressors_are_divergence_minus_work() -> None:
     x = gas(16, 6)
     level = PATH.levels(np.array([0.3]))[0]
-    batch = batch_of(x)
-    batch.set_level(level)
-    out = np.empty((16, 20))
-    kernels.regressors(batch.x, batch.force, 0.2, 20, out)
-    gradient = -np.moveaxis(batch.force, -1, 0).astype(float)
+    at, _, force = energy_and_force(torch.from_numpy(x), level)
+    out = np.empty((at.shape[-1], 20))
+    kernels.regressors(at, force, 0.2, 20, out)
+    out, gradient = out[:16], -np.moveaxis(force, -1, 0).astype(float)[:16]
     for m in (0, 5, 11, 19):
         unit = np.eye(20)[m]
         v, div = field_with(unit, 6).with_divergence(torch.tensor(0.0), torch.from_numpy(x))
@@ -113,58 +117,120 @@ def test_regressors_are_divergence_minus_work() -> None:
 # -- maps --------------------------------------------------------------------------------------
 
 
+def maps_of(flow: StochasticFlow) -> list[SoftCoreMap]:
+    return [layer for layer in flow.layers if isinstance(layer, SoftCoreMap)]
+
+
+def map_in_float64(flow: StochasticFlow, k: int) -> Callable[[Tensor], Tensor]:
+    """Map k, x + h v(x + h v(x) / 2) at the middle of its interval, by the field itself."""
+    low, high = flow.grid[k], flow.grid[k + 1]
+    field: RadialSplineField = flow.vector_field
+    weights = field.coefficients(torch.tensor([0.5 * (low + high)]))[:, :-3].detach()
+    frozen = RadialSplineField(**(field.config | {"times": [0.0, 1.0]})).double()
+    with torch.no_grad():
+        frozen.weight.copy_((high - low) * weights.double().expand(2, -1))
+    frozen.requires_grad_(False)
+    t = torch.tensor(0.0, dtype=torch.float64)
+    return lambda x: x + frozen(t, x + 0.5 * frozen(t, x))
+
+
 def test_map_determinant_and_inverse(lj13_flow: StochasticFlow) -> None:
-    determinant, inverse, gap = path_errors(lj13_flow, 8, torch.Generator().manual_seed(0))
-    assert float(determinant.max()) < 5e-3  # kT over the whole path; 0.01 is the audit's limit
-    assert float(inverse.max()) < 1e-4
-    assert float(gap.max()) < 1e-6
+    errors = lj13_flow.map_errors(8, None, torch.Generator().manual_seed(0))
+    assert float(errors["against_jacobian"].max()) < 5e-3  # kT over the path; the limit is 0.01
+    assert float(errors["sampling_against_log_prob"].max()) < 1e-4
+    assert float(errors["round_trip_nm"].max()) < 1e-6
     # Power: the determinants are not small, so that leaving one out would show.
-    assert max(abs(float(t[:, 0].sum())) for t in lj13_flow.levels.tables) > 0.05
-    batch = batch_of(gas(8, 13))
-    total = sum(
-        np.abs(batch.transport(table, lj13_flow.levels.spacing)).mean()
-        for table in lj13_flow.levels.tables
-    )
+    y = torch.from_numpy(gas(8, 13))
+    total = 0.0
+    for layer in maps_of(lj13_flow):
+        y, change = layer.forward(y)
+        total += float(change.abs().mean())
     assert total > 1.0
 
 
-def test_too_few_levels_fail_the_audit(pair_flow: StochasticFlow) -> None:
+def test_determinants_are_those_of_the_jacobian_by_autograd(lj13_flow: StochasticFlow) -> None:
+    x = torch.from_numpy(gas(3, 13))
+    for k in (20, 100):
+        push = map_in_float64(lj13_flow, k)
+        jacobian = torch.stack(
+            [torch.autograd.functional.jacobian(lambda v: push(v[None])[0], row) for row in x]
+        ).reshape(3, 39, 39)
+        expected = torch.linalg.slogdet(jacobian)[1]
+        found = maps_of(lj13_flow)[k].log_determinant(x)
+        assert float(expected.abs().max()) > 1e-4
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_few_levels_take_the_determinants_of_the_jacobian(pair_flow: StochasticFlow) -> None:
+    """The midpoint's divergence is not enough there: as the audit finds, and as weights show."""
     coarse = pair_flow.on_levels(6)
-    report = audit(coarse, n=32, generator=torch.Generator().manual_seed(0))
+    assert coarse.exact_determinants
+    assert not pair_flow.exact_determinants
+    assert audit(coarse, n=32, generator=torch.Generator().manual_seed(0))["passed"]
+    rough = StochasticFlow(
+        coarse.prior,
+        coarse.vector_field,
+        path=PATH,
+        grid=coarse.grid,
+        timesteps=coarse.timesteps.tolist(),
+        n_leapfrog=coarse.n_leapfrog,
+        exact_determinants=False,
+    )
+    report = audit(rough, n=32, generator=torch.Generator().manual_seed(0))
     assert report["against_jacobian"]["p99"] > 0.01
     with pytest.raises(AuditError, match="log q is off by"):
-        require_passed_audit(coarse)
+        require_passed_audit(rough)
     fine = audit(pair_flow, n=32, generator=torch.Generator().manual_seed(0))
     assert fine["passed"]
 
 
 def test_map_in_float64_is_that_of_the_kernels(lj13_flow: StochasticFlow) -> None:
-    batch = batch_of(gas(16, 13))
-    before = torch.from_numpy(batch.positions())
-    k = 60
-    batch.transport(lj13_flow.levels.tables[k], lj13_flow.levels.spacing)
+    before, k = torch.from_numpy(gas(16, 13)), 60
+    image, _ = maps_of(lj13_flow)[k].forward(before)
     after = map_in_float64(lj13_flow, k)(before)
     moved = float((after - before).abs().max())
     assert moved > 1e-4
-    np.testing.assert_allclose(batch.positions(), after.numpy(), atol=1e-6)
+    np.testing.assert_allclose(image.numpy(), after.numpy(), atol=1e-6)
 
 
 def test_maps_and_energies_are_equivariant(lj13_flow: StochasticFlow) -> None:
     rng = np.random.default_rng(4)
-    rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]  # proper or not
+    rotation = torch.from_numpy(np.linalg.qr(rng.standard_normal((3, 3)))[0])  # proper or not
     order = rng.permutation(13)
-    x = gas(16, 13)
-    y = x[:, order] @ rotation.T
-    one, two = batch_of(x), batch_of(y)
+    one = torch.from_numpy(gas(16, 13))
+    two = one[:, order] @ rotation.T
     for k in (10, 60, 120):
-        ladjs = [b.transport(lj13_flow.levels.tables[k], lj13_flow.levels.spacing).copy()
-                 for b in (one, two)]  # fmt: skip
-        np.testing.assert_allclose(*ladjs, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(
-        one.positions()[:, order] @ rotation.T, two.positions(), atol=3e-6
-    )
+        (one, a), (two, b) = (maps_of(lj13_flow)[k].forward(y) for y in (one, two))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    turned = one[:, order].double() @ rotation.T
+    torch.testing.assert_close(turned, two.double(), atol=3e-6, rtol=0)
     level = PATH.levels(np.array([0.4]))[0]
-    np.testing.assert_allclose(one.energy(level), two.energy(level), rtol=1e-4, atol=1e-3)
+    a, b = (energy_and_force(y, level)[1] for y in (one, two))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+# -- on a GPU, here on the CPU ------------------------------------------------------------------
+
+
+def test_torch_kernels_are_the_compiled_ones(lj13_flow: StochasticFlow) -> None:
+    y = torch.from_numpy(gas(40, 13))
+    maps = maps_of(lj13_flow)[60]
+    image, change = maps.forward(y)
+    again, ladj = softcore_torch.transport(y, maps.table, maps.spacing)
+    torch.testing.assert_close(image, again, atol=2e-6, rtol=0)
+    torch.testing.assert_close(-change, ladj, atol=2e-4, rtol=1e-4)
+    back, ladj = softcore_torch.transport_back(image, maps.table, maps.spacing, 3e-7, 12)
+    torch.testing.assert_close(back.double(), y, atol=1e-6, rtol=0)
+    torch.testing.assert_close(-change, ladj, atol=2e-4, rtol=1e-4)
+    for layer in (lj13_flow.layers[0], lj13_flow.layers[200]):
+        assert isinstance(layer, SoftCoreTrajectory)
+        moved, rise = layer.forward(y, streams_of(40))
+        other, rise_other, accepted = softcore_torch.trajectory(
+            y, layer.level, layer.timestep, layer.n_leapfrog, streams_of(40)
+        )
+        assert 0.05 < accepted <= 1.0
+        torch.testing.assert_close(moved, other, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(rise, rise_other, atol=2e-2, rtol=1e-3)
 
 
 # -- the fit -----------------------------------------------------------------------------------
@@ -267,14 +333,10 @@ def test_file_keeps_the_flow(pair_flow: StochasticFlow, tmp_path) -> None:
 
 
 def test_what_has_no_latent_point_is_refused(pair_flow: StochasticFlow) -> None:
-    x = PAIR.draw(2, 0)
-    for method in ("transform", "inverse", "latent_and_log_prob"):
-        with pytest.raises(ConfigurationError, match="no latent point"):
-            getattr(pair_flow, method)(x)
+    for method in ("transform", "inverse", "rsample", "calibrate"):
+        assert not hasattr(pair_flow, method)
     with pytest.raises(ConfigurationError, match="no latent point"):
-        pair_flow.rsample_and_log_prob(2)
-    with pytest.raises(ConfigurationError, match="no latent point"):
-        LatentKernel(pair_flow, PAIR, 0.5).current(x)  # type: ignore[arg-type]
+        LatentKernel(pair_flow, PAIR, 0.5)  # type: ignore[arg-type]
 
 
 def test_other_systems_are_refused() -> None:

@@ -27,13 +27,18 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from openmm_eqflow.errors import AuditError
+from openmm_eqflow.flows.path import Path
+from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
 from openmm_eqflow.parallel import map_chunks
 from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.zmatrix import wrap_angle
 from openmm_eqflow.vector_fields.base import VectorField
 
 __all__ = [
     "EquivariantFlow",
+    "FieldStep",
     "calibrate_grid",
     "odeint_adaptive",
     "rk4",
@@ -70,8 +75,9 @@ def rk4(
     ladj = torch.zeros(y.shape[0], dtype=y.dtype, device=y.device)
     for start, stop in itertools.pairwise(times):
         h = stop - start
-        t0, tm, t1 = (torch.tensor(t, dtype=y.dtype, device=y.device) for t in
-                      (start, start + 0.5 * h, stop))
+        t0, tm, t1 = (
+            torch.full((), t, dtype=y.dtype, device=y.device) for t in (start, start + 0.5 * h, stop)
+        )
         k1, d1 = field(t0, y)
         k2, d2 = field(tm, y + 0.5 * h * k1)
         k3, d3 = field(tm, y + 0.5 * h * k2)
@@ -179,6 +185,7 @@ def calibrate_grid(
 
 _DEFAULT_GRID = tuple(k / 8 for k in range(9))
 _CORRECTIONS = (0, 1, 2)
+_MAX_JACOBIAN = 16  # coordinates
 _ROUND_TRIP = 5e-7  # nm, on the calibration batch; 1e-6 is the promise
 
 
@@ -187,8 +194,31 @@ def _mean_free(v: Tensor) -> Tensor:
     return remove_mean(v) if v.ndim == 3 else v
 
 
-class EquivariantFlow:
-    """A prior, a vector field and a frozen time grid.
+class FieldStep:
+    """Layer of a path: one Runge-Kutta step of a flow's field, from time to time of its grid."""
+
+    def __init__(self, flow: EquivariantFlow, interval: tuple[float, float]) -> None:
+        self.flow, self.interval = flow, interval
+
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """The map, and minus its log determinant (n,)."""
+        y, ladj = rk4(self.flow._field, y, self.interval)
+        return y, -ladj
+
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """The inverse, and minus the log determinant of the map (n,)."""
+        y, ladj = rk4_inverse(
+            self.flow._field,
+            self.flow._velocity,
+            y,
+            self.interval,
+            corrections=self.flow.inverse_corrections,
+        )
+        return y, -ladj
+
+
+class EquivariantFlow(Path):
+    """A prior, a vector field and a frozen time grid: a path of maps, with a density.
 
     Parameters
     ----------
@@ -223,16 +253,26 @@ class EquivariantFlow:
                 f"prior lives on {tuple(prior.event_shape)}, vector field on "
                 f"{tuple(vector_field.event_shape)}: build the field with the prior's event_shape"
             )
-        self.prior, self.vector_field = prior, vector_field
+        self.vector_field = vector_field
+        super().__init__(prior.to(self.device), (), chunk_size=chunk_size)
         self.grid = tuple(float(t) for t in grid)
         self.inverse_corrections = inverse_corrections
-        self.chunk_size = chunk_size
-        self.audit_report: dict[str, Any] | None = None
-        self.metadata: dict[str, Any] = {}
-        self.source: tuple[str, str] | None = None  # (path, sha256) once saved or loaded
 
-    n_particles = property(lambda self: self.prior.n_particles)
-    n_dims = property(lambda self: self.prior.n_dims)
+    has_density = True
+
+    @property
+    def maps(self) -> EquivariantFlow:
+        """What stands in the files as prior, field and grid."""
+        return self
+
+    def describe_layers(self) -> str:
+        """Say what the layers are."""
+        return f"{self.n_ode_steps} RK4 steps"
+
+    @property
+    def layers(self) -> tuple[FieldStep, ...]:
+        """One map for every interval of the grid."""
+        return tuple(FieldStep(self, interval) for interval in itertools.pairwise(self.grid))
 
     @property
     def n_ode_steps(self) -> int:
@@ -294,30 +334,6 @@ class EquivariantFlow:
 
     # -- chunked, without gradients ---------------------------------------------------------------
 
-    def sample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Draw samples (n, N, D) and their log q (n,), float64; memory bounded by ``chunk_size``.
-
-        A sample whose internal coordinates leave the chart has log q = +inf: weight zero.
-        """
-        draws = []
-        for start in range(0, n, self.chunk_size):
-            m = min(self.chunk_size, n - start)
-            z = self.prior.sample_latent(m, generator=generator)
-            draws.append((z, random_rotations(m, self.n_dims, generator=generator)))
-
-        def run(draw: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            x, log_q = self.transform(draw[0].to(self.device))
-            return rotate(x, draw[1].to(x.device)), log_q
-
-        xs, log_qs = zip(*map_chunks(run, draws), strict=True)
-        return torch.cat(xs), torch.cat(log_qs)
-
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw (n, N, D) mean-free positions."""
-        return self.sample_and_log_prob(n, generator=generator)[0]
-
     def rsample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw differentiable samples (n, N, D)."""
         return self.rsample_and_log_prob(n, generator=generator)[0]
@@ -326,13 +342,51 @@ class EquivariantFlow:
         """Latent points and log q of positions (n, N, D), without gradients, chunked."""
         x = x.to(device=self.device, dtype=torch.float64)
         zs, log_qs = zip(
-            *map_chunks(self.latent_and_log_prob, x.split(self.chunk_size)), strict=True
+            *map_chunks(self.latent_and_log_prob, x.split(self._chunk())), strict=True
         )
         return torch.cat(zs), torch.cat(log_qs)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log density on the mean-free subspace, (n,) float64, without gradients."""
-        return self.inverse(x)[1]
+    def map_errors(
+        self, n: int, x: Tensor | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Errors of log q on ``n`` samples and on given configurations x (m, N, D).
+
+        Returns
+        -------
+        dict
+            ``grid_and_precision``: against a twice finer grid in float64, kT, (n + m,);
+            ``sampling_against_log_prob``, kT, ``round_trip`` in the chart and ``round_trip_nm``,
+            (n,); ``against_jacobian`` of few coordinates: kT, (32,).
+
+        Raises
+        ------
+        AuditError
+            No sample has a finite log q.
+        """
+        z = self.prior.sample_latent(n, generator=generator).to(self.device)
+        with torch.no_grad():
+            samples, log_q = self.transform(z)
+            valid = torch.isfinite(log_q)
+            if not bool(valid.any()):
+                raise AuditError(
+                    f"none of {n} samples has a finite log q: training diverged; lower the "
+                    "learning rate and train again"
+                )
+            z, samples, log_q = z[valid], samples[valid], log_q[valid]
+            points = samples if x is None else torch.cat([samples, x.to(samples)])
+            z_back, log_q_back = self.inverse(points)
+            fine = _fine_log_q(self, points)
+            k = len(samples)
+            x_back, _ = self.transform(z_back[:k])
+            errors = {
+                "grid_and_precision": (log_q_back - fine).abs(),
+                "sampling_against_log_prob": (log_q - log_q_back[:k]).abs(),
+                "round_trip": _latent_gap(self, z_back[:k] - z),
+                "round_trip_nm": (x_back - samples).abs().flatten(1).amax(1),
+            }
+            if _dimension(self) <= _MAX_JACOBIAN:
+                errors["against_jacobian"] = _jacobian_error(self, z[:32])
+        return errors
 
     def calibrate(
         self,
@@ -374,3 +428,49 @@ class EquivariantFlow:
         self.inverse_corrections = next(
             c for c, gap in zip(_CORRECTIONS, gaps, strict=True) if gap <= 2 * min(gaps)
         )
+
+
+def _latent_gap(flow: EquivariantFlow, gap: Tensor) -> Tensor:
+    """Largest deviation of latent coordinates, (n,); torsions are compared on the circle."""
+    n_soft = int(getattr(flow.prior, "n_soft", 0))
+    if n_soft:
+        gap = torch.cat([gap[:, :-n_soft], wrap_angle(gap[:, -n_soft:])], 1)
+    return gap.abs().flatten(1).amax(1)
+
+
+def _fine_log_q(flow: EquivariantFlow, x: Tensor) -> Tensor:
+    """Log q with twice the steps, everything in float64."""
+    grid, dtype = flow.grid, flow.dtype
+    middles = [0.5 * (a + b) for a, b in itertools.pairwise(grid)]
+    flow.module.double()
+    flow.grid = tuple(sorted([*grid, *middles]))
+    try:
+        return flow.log_prob(x)
+    finally:
+        flow.grid = grid
+        flow.module.to(dtype)
+
+
+def _dimension(flow: EquivariantFlow) -> int:
+    shape = flow.prior.event_shape
+    return (shape[0] - 1) * shape[1] if len(shape) == 2 else shape[0]
+
+
+def _jacobian_error(flow: EquivariantFlow, z: Tensor) -> Tensor:
+    """Compare ladj with slogdet of the discrete map's Jacobian (mean-free for Cartesian flows)."""
+    dtype = flow.dtype
+    flow.module.double()
+    try:
+        # Mean-free fields leave the centroid alone, so the determinant of the full map has the
+        # same absolute value as that of its restriction to the mean-free subspace.
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            y, ladj = rk4(flow._field, z, flow.grid)
+            # Rows do not see each other: one backward pass serves a component of all rows.
+            rows = [
+                torch.autograd.grad(y.flatten(1)[:, k].sum(), z, retain_graph=True)[0].flatten(1)
+                for k in range(z[0].numel())
+            ]
+        return (torch.linalg.slogdet(torch.stack(rows, 1))[1] - ladj.detach()).abs()
+    finally:
+        flow.module.to(dtype)

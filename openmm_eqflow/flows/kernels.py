@@ -1,35 +1,48 @@
-r"""Reversible kernels: Hamiltonian trajectories in positions and on the levels of a path.
+r"""Reversible kernels: Hamiltonian trajectories, in positions and on the levels of a path.
 
-Local moves of many chains at once: Hamiltonian Monte Carlo on batched energies.
+A trajectory of L leapfrog steps with fresh Gaussian velocities v,
 
-A trajectory of L leapfrog steps with fresh Gaussian velocities, accepted with
-:math:`\min(1, e^{-\Delta H})` (Duane et al. 1987): Langevin dynamics with its time-step error
-removed. All masses are equal: configurations do not depend on masses, and equal ones resolve light
-atoms with the longest steps. The centroid does not move (the density lives on the mean-free
-subspace).
+.. math:: H = -l(y) + \tfrac12 |v|^2, \qquad \dot y_i = s_i v_i, \quad
+          \dot v_i = s_i\, \partial_i l(y),
+
+accepted with :math:`\min(1, e^{-\Delta H})` (Duane et al. 1987), is reversible with respect to
+:math:`e^{l}`: Langevin dynamics with its time-step error removed. Masses do not matter for
+configurations; scales :math:`s_i` make one step size suit stiff coordinates and soft ones.
+
+Between a prior and a target in its chart lie the levels
+
+.. math:: l_t(y) = \log p_0(y) + t\,\log w(y), \qquad w = p_1 / p_0, \quad 0 \le t \le 1
+
+(Neal 2001). Where there is no density, off the chart or for the wrong hand of a stereocentre, the
+trajectory is rejected; from such a point it does not start: the kernel is the identity there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.priors.base import Prior
 
 __all__ = [
+    "Bridge",
+    "DifferentiablePotential",
     "HamiltonianInfo",
-    "PathState",
-    "Target",
+    "LevelState",
+    "Trajectory",
     "hamiltonian_step",
     "latent_target",
-    "path_trajectory",
     "prior_score",
     "tune_step_size",
+    "tuned",
 ]
+
+_LONGEST = 2.0  # scale of a coordinate that feels no force, such as a free rotor
 
 
 class DifferentiablePotential(Protocol):
@@ -40,12 +53,126 @@ class DifferentiablePotential(Protocol):
         ...
 
 
+class _Point(Protocol):
+    """A point whose densities are known on every level; ``t`` is a number or (n,)."""
+
+    @property
+    def y(self) -> Tensor: ...
+
+    def log_prob(self, t: Any) -> Tensor: ...
+
+    def score(self, t: Any) -> Tensor: ...
+
+    def where(self, mask: Tensor, other: Self) -> Self: ...
+
+
+P = TypeVar("P", bound=_Point)
+
+
+def trajectory(
+    evaluate: Callable[[Tensor], P],
+    start: P,
+    t: Any,
+    *,
+    step: Tensor | float,
+    n_steps: int,
+    velocity: Tensor,
+    uniform: Tensor,
+) -> tuple[P, Tensor, Tensor]:
+    r"""One Metropolised trajectory of every row, each on its own level.
+
+    Parameters
+    ----------
+    evaluate
+        Points (n, ...) to points with densities.
+    start
+        Where the rows are.
+    t
+        Levels.
+    step
+        Leapfrog steps :math:`\epsilon s_i`, broadcast to y.
+    n_steps
+        Leapfrog steps.
+    velocity, uniform
+        Standard normals, shape of y, and uniform numbers (n,).
+
+    Returns
+    -------
+    tuple
+        New points, rejected rows unchanged bit for bit; acceptance probabilities and whether the
+        rows were accepted, (n,).
+    """
+    half = 0.5 * step
+    energy = 0.5 * velocity.square().flatten(1).sum(1) - start.log_prob(t)
+    new = start
+    for _ in range(n_steps):
+        velocity = velocity + half * new.score(t)
+        new = evaluate(new.y + step * velocity)
+        velocity = velocity + half * new.score(t)
+    log_ratio = energy + new.log_prob(t) - 0.5 * velocity.square().flatten(1).sum(1)
+    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
+    accepted = torch.log(uniform) < log_ratio
+    return new.where(accepted, start), log_ratio.clamp(max=0).exp(), accepted
+
+
+def tuned(
+    move: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    aim: float = 0.85,
+    n_rounds: int = 12,
+    gain: float = 1.5,
+) -> Tensor:
+    """Step sizes (k,) at which the mean acceptance is ``aim``: the tuner of every kernel here.
+
+    ``move`` takes step sizes, moves its points and returns the mean acceptance of each. In the
+    first half of the rounds a gain that falls from ``gain`` finds the scale, then a small one
+    settles; the geometric mean of the last third is returned. The sizes are then to be frozen: adaptation during production
+    would break detailed balance.
+    """
+    log_size = start.log()
+    tried = []
+    for k in range(n_rounds):
+        tried.append(log_size)
+        rate = max(gain * (1.0 - 2.0 * k / n_rounds), min(gain, 0.5))
+        log_size = log_size + rate * (move(log_size.exp()) - aim)
+    return torch.stack(tried[-max(n_rounds // 3, 4) :]).mean(0).exp()
+
+
+# -- in positions ---------------------------------------------------------------------------------
+
+
 class HamiltonianInfo(NamedTuple):
     """Reduced potential after the step, acceptance probability and flags, each (n,)."""
 
     reduced_potential: Tensor
     acceptance: Tensor
     accepted: Tensor
+
+
+class _Positions(NamedTuple):
+    """Positions with u and its gradient; the same on every level."""
+
+    y: Tensor
+    u: Tensor
+    gradient: Tensor
+
+    def log_prob(self, t: Any) -> Tensor:
+        return -self.u
+
+    def score(self, t: Any) -> Tensor:
+        # The density lives on the mean-free subspace: the centroid stays.
+        return -remove_mean(self.gradient)
+
+    def where(self, mask: Tensor, other: _Positions) -> _Positions:
+        return _Positions(*_rows(mask, self, other))
+
+
+def _rows(mask: Tensor, one: tuple[Any, ...], other: tuple[Any, ...]) -> list[Tensor]:
+    return [
+        torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        for a, b in zip(one, other, strict=True)
+    ]
 
 
 def hamiltonian_step(
@@ -76,24 +203,22 @@ def hamiltonian_step(
     (Tensor, HamiltonianInfo)
         New positions, rejected rows unchanged bit for bit.
     """
+
+    def evaluate(y: Tensor) -> _Positions:
+        return _Positions(y, *target.reduced_potential_and_gradient(y))
+
     velocity = remove_mean(torch.randn(x.shape, generator=generator, dtype=x.dtype))
-    u, gradient = target.reduced_potential_and_gradient(x)
-    energy = u + 0.5 * (velocity**2).sum((1, 2))
-    new, new_u = x, u
-    for _ in range(n_steps):
-        velocity = velocity - 0.5 * step_size * remove_mean(gradient)
-        new = new + step_size * velocity
-        new_u, gradient = target.reduced_potential_and_gradient(new)
-        velocity = velocity - 0.5 * step_size * remove_mean(gradient)
-    log_ratio = energy - new_u - 0.5 * (velocity**2).sum((1, 2))
-    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
-    level = torch.rand(x.shape[0], generator=generator, dtype=x.dtype).log()
-    accepted = level < log_ratio
-    moved = torch.where(accepted[:, None, None], new, x)
-    info = HamiltonianInfo(
-        torch.where(accepted, new_u, u), log_ratio.clamp(max=0).exp(), accepted
+    uniform = torch.rand(x.shape[0], generator=generator, dtype=x.dtype)
+    end, acceptance, accepted = trajectory(
+        evaluate,
+        evaluate(x),
+        1.0,
+        step=step_size,
+        n_steps=n_steps,
+        velocity=velocity,
+        uniform=uniform,
     )
-    return moved, info
+    return end.y, HamiltonianInfo(end.u, acceptance, accepted)
 
 
 def tune_step_size(
@@ -106,35 +231,26 @@ def tune_step_size(
     start: float = 1e-3,
     n_rounds: int = 30,
 ) -> tuple[float, Tensor]:
-    """Find a step size whose mean acceptance is ``aim``; the chains move meanwhile (burn-in).
+    """Find a step size whose mean acceptance is ``aim``; the chains move meanwhile (burn-in)."""
 
-    The size is then frozen: adaptation during production would break detailed balance.
-    """
-    size = start
-    gain = 4.0  # finds the scale, whatever it is, in a few rounds; then settle
-    history = []
-    for k in range(n_rounds):
+    def move(size: Tensor) -> Tensor:
+        nonlocal x
         x, info = hamiltonian_step(
-            target, x, step_size=size, n_steps=n_steps, generator=generator
+            target, x, step_size=float(size), n_steps=n_steps, generator=generator
         )
-        history.append(size)
-        size *= float(torch.exp(gain * (info.acceptance.mean() - aim)))
-        gain = 4.0 if k < n_rounds // 2 else 0.5
-    tail = torch.tensor(history[-8:], dtype=torch.float64)
-    return float(tail.log().mean().exp()), x
+        return info.acceptance.mean().cpu()[None]
+
+    first = torch.tensor([start], dtype=torch.float64)
+    # Much gain finds the scale, whatever it is, in a few rounds.
+    return float(tuned(move, first, aim=aim, n_rounds=n_rounds, gain=4.0)), x
 
 
-class Target(Protocol):
-    """What the loss needs of a Boltzmann target."""
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """U (n,) and du/dx (n, N, D)."""
-        ...
+# -- on the levels of a path ----------------------------------------------------------------------
 
 
 def latent_target(
     prior: Prior,
-    target: Target,
+    target: DifferentiablePotential,
     y: Tensor,
     *,
     bound: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -168,8 +284,12 @@ def prior_score(prior: Prior, y: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.detach(), gradient
 
 
-class PathState(NamedTuple):
-    """Points (n, d) float64 with log p0 and log p1 (n,) and the gradients of both (n, d)."""
+class LevelState(NamedTuple):
+    """Points (n, d) float64 with both ends of their path.
+
+    log p0 and log p1 (n,), gradients of both (n, d); log p1 is -inf and its gradient 0 where there
+    is no energy.
+    """
 
     y: Tensor
     log_prior: Tensor
@@ -177,13 +297,38 @@ class PathState(NamedTuple):
     score_prior: Tensor
     score_target: Tensor
 
-    @classmethod
-    def at(cls, prior: Prior, target: Target, y: Tensor) -> PathState:
-        """Evaluate both densities; where there is no energy, log p1 is -inf and its score 0."""
-        log_target, score_target = latent_target(prior, target, y)
-        log_prior, score_prior = prior_score(prior, y)
+    def where(self, mask: Tensor, other: LevelState) -> LevelState:
+        """Rows of ``self`` where ``mask``, else of ``other``."""
+        return LevelState(*_rows(mask, self, other))
+
+    def log_prob(self, t: Any) -> Tensor:
+        """Unnormalised log p_t (n,) for times (n,) or one time for all."""
+        return self.log_prior + t * (self.log_target - self.log_prior)
+
+    def score(self, t: Any) -> Tensor:
+        """Gradient of log p_t (n, d) for times (n,) or one time for all."""
+        share = t if isinstance(t, float) else t[:, None]
+        return torch.lerp(self.score_prior, self.score_target, share)
+
+
+class Bridge:
+    """The levels between a prior and a target in the prior's chart; see the module docstring.
+
+    Parameters
+    ----------
+    prior, target
+        Both ends.
+    """
+
+    def __init__(self, prior: Prior, target: DifferentiablePotential) -> None:
+        self.prior, self.target = prior, target
+
+    def at(self, y: Tensor) -> LevelState:
+        """Evaluate both ends at points (n, d)."""
+        log_target, score_target = latent_target(self.prior, self.target, y)
+        log_prior, score_prior = prior_score(self.prior, y)
         valid = torch.isfinite(log_target) & torch.isfinite(score_target).all(1)
-        return cls(
+        return LevelState(
             y,
             log_prior,
             torch.where(valid, log_target, -torch.inf),
@@ -191,65 +336,57 @@ class PathState(NamedTuple):
             torch.where(valid[:, None], score_target, 0.0),
         )
 
-    def where(self, mask: Tensor, other: PathState) -> PathState:
-        """Rows of ``self`` where ``mask``, else of ``other``."""
-        wide = mask[:, None]
-        return PathState(
-            *(
-                torch.where(wide if a.ndim == 2 else mask, a, b)
-                for a, b in zip(self, other, strict=True)
-            )
+    def move(
+        self, state: LevelState, t: Any, *, step: Tensor, n_steps: int, streams: RowStreams
+    ) -> tuple[LevelState, Tensor]:
+        """One trajectory of every row on levels ``t``; new states, acceptance probabilities."""
+        velocity = streams.normal(*state.y.shape[1:], dtype=state.y.dtype)
+        end, acceptance, _ = trajectory(
+            self.at,
+            state,
+            t,
+            step=step,
+            n_steps=n_steps,
+            velocity=velocity,
+            uniform=streams.uniform(),
         )
+        return end, acceptance
 
-    def log_prob(self, t: Tensor) -> Tensor:
-        """Unnormalised log p_t (n,) for times (n,)."""
-        return self.log_prior + t * (self.log_target - self.log_prior)
-
-    def score(self, t: Tensor) -> Tensor:
-        """Gradient of log p_t (n, d) for times (n,)."""
-        return torch.lerp(self.score_prior, self.score_target, t[:, None])
+    @staticmethod
+    def scales(squares: Tensor) -> Tensor:
+        """Scale of every coordinate from its largest mean square score, (d,)."""
+        return squares.rsqrt().clamp(max=_LONGEST)
 
 
-def path_trajectory(
-    prior: Prior,
-    target: Target,
-    state: PathState,
-    t: Tensor,
-    *,
-    step: Tensor,
-    n_steps: int,
-    generator: torch.Generator,
-) -> tuple[PathState, Tensor]:
-    r"""One Metropolised trajectory of every point on its own level.
+class Trajectory:
+    """Layer of a path: a Hamiltonian trajectory on one level of a bridge.
 
     Parameters
     ----------
-    prior, target
-        Both ends of the path.
-    state
-        Where the points are.
+    bridge
+        Whose levels.
     t
-        Levels, (n,), more than 0.
+        Level, more than 0.
     step
-        Leapfrog steps :math:`\epsilon s_i`, (n, d) in units of y.
+        Leapfrog steps of every coordinate, (d,), in units of the chart.
     n_steps
-        Leapfrog steps of the trajectory.
-    generator
-        Random stream.
-
-    Returns
-    -------
-    tuple
-        New states, rejected rows unchanged bit for bit, and acceptance probabilities (n,).
+        Leapfrog steps of one trajectory.
     """
-    velocity = torch.randn(state.y.shape, generator=generator, dtype=state.y.dtype)
-    start = state.log_prob(t) - 0.5 * velocity.square().sum(1)
-    new = state
-    for _ in range(n_steps):
-        velocity = velocity + 0.5 * step * new.score(t)
-        new = PathState.at(prior, target, new.y + step * velocity)
-        velocity = velocity + 0.5 * step * new.score(t)
-    log_ratio = new.log_prob(t) - 0.5 * velocity.square().sum(1) - start
-    log_ratio = torch.where(torch.isfinite(log_ratio), log_ratio, -torch.inf)
-    level = torch.rand(len(t), generator=generator, dtype=state.y.dtype).log()
-    return new.where(level < log_ratio, state), log_ratio.clamp(max=0).exp()
+
+    def __init__(self, bridge: Bridge, t: float, step: Tensor, n_steps: int) -> None:
+        self.bridge, self.t, self.step, self.n_steps = bridge, t, step, n_steps
+
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        r"""New points, and :math:`l_t(y') - l_t(y)`, (n,)."""
+        start = self.bridge.at(y)
+        end, _ = self.bridge.move(
+            start, self.t, step=self.step.to(y), n_steps=self.n_steps, streams=streams
+        )
+        change = end.log_prob(self.t) - start.log_prob(self.t)
+        # Where there is no density the point stays: that is no change.
+        return end.y, torch.where(torch.isfinite(start.log_target), change, 0.0)
+
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """The kernel is its own reversal; the change is that of the path forwards."""
+        before, change = self.forward(y, streams)
+        return before, -change

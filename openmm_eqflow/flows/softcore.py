@@ -1,6 +1,4 @@
-r"""The path of soft-core potentials of a cluster, and a batch that walks it both ways.
-
-From an ideal gas in a trap to a Lennard-Jones cluster without a jump.
+r"""From an ideal gas in a trap to a Lennard-Jones cluster without a jump: levels, maps, kernels.
 
 .. math::
     u_t(x) = \tfrac{1}{2} \sum_i |x_i - \bar x|^2
@@ -12,37 +10,39 @@ in kT, lengths in units of the pair distance of lowest energy. The cores are sof
 in when they exclude each other. At t = 1 it is the ``lennard-jones`` model of
 :mod:`~openmm_eqflow.targets.model_systems`, at t < 0 by convention the ideal gas.
 
-A batch through the levels of a stochastic normalizing flow, forwards or backwards.
-
-Between two levels a deterministic map M (one midpoint step of the field) carries the batch, then
-Hamiltonian Monte Carlo, reversible with respect to the new level, relaxes it. With levels
-:math:`u_0 = -\log p_0, u_1, \dots, u_K` the log weight of a path is
-
-.. math:: \log w = -\sum_k \bigl[u_{k+1}(M_k x_k) - u_k(x_k) - \log|\det DM_k(x_k)|\bigr]
-
-(annealed importance sampling, Neal 2001, with maps: escorted free energy simulations,
-Vaikuntanathan & Jarzynski 2008; stochastic normalizing flows, Wu, Köhler, Noé 2020).
-E[w] = Z exactly, however few the levels and however poor the field. The reverse of a path from x
-under p_K runs the same kernels in the opposite order, because each is its own reversal.
+The layers of a path (:mod:`~openmm_eqflow.flows.path`) through these levels are midpoint steps of
+a radial field and Hamiltonian trajectories, in float32: compiled kernels on the CPU
+(:mod:`~openmm_eqflow.flows.softcore_kernels`), fused torch on a GPU
+(:mod:`~openmm_eqflow.flows.softcore_torch`). Without a map between them they are annealed
+importance sampling (Neal 2001), with maps escorted free energy simulations (Vaikuntanathan &
+Jarzynski 2008).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from openmm_eqflow.flows import softcore_kernels as kernels
+from openmm_eqflow.flows import softcore_torch as on_gpu
+from openmm_eqflow.flows.streams import RowStreams
 
 __all__ = [
-    "Batch",
-    "Levels",
+    "SoftCoreMap",
     "SoftCorePath",
+    "SoftCoreTrajectory",
+    "energy_and_force",
+    "lanes",
+    "rows",
 ]
 
 Floats = NDArray[np.floating[Any]]
+_BACK_TOLERANCE, _BACK_ITERATIONS = 3e-7, 12  # nm; float32 resolves 2e-7 at 3 nm
 
 
 @dataclass(frozen=True)
@@ -69,116 +69,150 @@ class SoftCorePath:
     def to_dict(self) -> dict[str, float]:
         """JSON-able."""
         return asdict(self)
-_BACK_TOLERANCE, _BACK_ITERATIONS = 3e-7, 12  # nm; float32 resolves 2e-7 at 3 nm
 
 
-class Levels(NamedTuple):
-    """What happens between and on the levels.
+def lanes(y: Tensor) -> Floats:
+    """Copy of points (n, N, 3) as the kernels want them: (N, 3, n rounded up), float32.
 
-    Attributes
-    ----------
-    parameters
-        (K, 3): trap, soft core and attraction of levels 1 to K; level 0 is the prior.
-    tables
-        (K - 1, n_intervals, 4): the field from level k to k + 1, times the step in t. The first
-        step, from the prior, has none: there is next to nothing to move.
-    spacing
-        Length of the tables' intervals, nm.
-    timesteps
-        (K,): of the leapfrog on each level; unit mass, kT = 1.
-    n_leapfrog
-        Steps of one trajectory.
+    The last point fills what is left over.
     """
+    n = len(y)
+    columns = y.detach().permute(1, 2, 0)
+    missing = -n % kernels.LANES
+    if missing:
+        columns = torch.cat([columns, columns[..., -1:].expand(-1, -1, missing)], -1)
+    array: Floats = columns.to(torch.float32, copy=True).contiguous().numpy()
+    return array
 
-    parameters: Floats
-    tables: Floats
-    spacing: float
-    timesteps: Floats
-    n_leapfrog: int
+
+def rows(x: Floats, n: int) -> Tensor:
+    """First ``n`` points (n, N, 3) of what :func:`lanes` made; shares its memory."""
+    return torch.from_numpy(x).permute(2, 0, 1)[:n]
 
 
-class Batch:
-    """Positions (N, 3, batch) with energies and forces of one level, and space to work in.
+def _keys(streams: RowStreams, width: int) -> NDArray[np.uint64]:
+    keys = np.zeros(width, np.uint64)
+    keys[: len(streams.keys)] = streams.keys.numpy().view(np.uint64)
+    return keys
+
+
+def energy_and_force(y: Tensor, level: Floats) -> tuple[Floats, Floats, Floats]:
+    """Lanes of points (n, N, 3), their energies (lanes,) and forces of one level, float32."""
+    x = lanes(y)
+    u, force = np.empty(x.shape[-1], np.float32), np.empty_like(x)
+    kernels.energy_and_force(x, level, u, force, np.empty((3, x.shape[-1]), np.float32))
+    return x, u, force
+
+
+class SoftCoreTrajectory:
+    """Layer of a path: a Hamiltonian trajectory on one level, unit mass, kT = 1.
 
     Parameters
     ----------
-    x
-        Mean-free positions (batch, N, 3), nm.
-    rng
-        Of the momenta and the acceptance.
+    level
+        (trap, soft, attraction).
+    timestep, n_leapfrog
+        Of the leapfrog.
     """
 
-    def __init__(self, x: Floats, rng: np.random.Generator) -> None:
-        self.x = np.ascontiguousarray(np.moveaxis(x, 0, -1), dtype=np.float32)
-        self.rng = rng
-        batch = self.x.shape[-1]
-        self.u = np.empty(batch, np.float32)
-        self.force = np.empty_like(self.x)
-        self.ladj = np.empty(batch, np.float32)
-        self._a, self._b, self._v = (np.empty_like(self.x) for _ in range(3))
-        self._scratch = np.empty((3, batch), np.float32)
-        self._work = np.empty((3, batch), np.float32)
+    def __init__(self, level: Floats, timestep: float, n_leapfrog: int) -> None:
+        self.level, self.timestep, self.n_leapfrog = level, timestep, n_leapfrog
 
-    def positions(self) -> Floats:
-        """(batch, N, 3), float64."""
-        return np.ascontiguousarray(np.moveaxis(self.x, -1, 0), dtype=np.float64)
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        r"""New points, and :math:`u(y) - u(y')`, (n,)."""
+        y, change, _ = self.move(y, streams)
+        return y, change
 
-    def set_level(self, level: Floats) -> None:
-        """Energies and forces of ``level`` at the positions."""
-        kernels.energy_and_force(self.x, level, self.u, self.force, self._work)
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """The kernel is its own reversal; the change is that of the path forwards."""
+        y, change, _ = self.move(y, streams)
+        return y, -change
 
-    def energy(self, level: Floats) -> Floats:
-        """Energy (batch,) of another level; the batch stays on its own."""
-        u = np.empty_like(self.u)
-        kernels.energy_and_force(self.x, level, u, self._a, self._work)
-        return u
-
-    def transport(self, table: Floats, spacing: float) -> Floats:
-        """Carry the batch by the map; return its log determinant. Energies are then stale."""
-        kernels.transport(self.x, table, spacing, self.ladj, self._v, self._a, self._work)
-        return self.ladj
-
-    def transport_back(self, table: Floats, spacing: float) -> Floats:
-        """Carry the batch by the inverse map; return the log determinant of the *forward* map."""
-        kernels.transport_back(
-            self.x, table, spacing, self.ladj, self._v, self._a, self._work,
-            _BACK_TOLERANCE, _BACK_ITERATIONS,
+    def move(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor, float]:
+        """New points, change and share accepted."""
+        if y.device.type != "cpu":
+            return on_gpu.trajectory(y, self.level, self.timestep, self.n_leapfrog, streams)
+        n = len(y)
+        x, u, force = energy_and_force(y, self.level)
+        before = u.copy()
+        width = x.shape[-1]
+        keys = _keys(streams, width)
+        v, uniform = np.empty_like(x), np.empty(width)
+        kernels.fill_normal(v, keys, streams.skip())
+        kernels.fill_uniform(uniform, keys, streams.skip())
+        accepted = kernels.hmc_step(
+            x, u, force, self.level, self.timestep, self.n_leapfrog, v, uniform,
+            np.empty_like(x), np.empty_like(x),
+            np.empty((3, width), np.float32), np.empty((3, width), np.float32),
         )  # fmt: skip
-        return self.ladj
+        change = torch.from_numpy(before.astype(np.float64) - u)[:n]
+        return rows(x, n), change, float(accepted)
 
-    def relax(self, level: Floats, timestep: float, n_leapfrog: int) -> float:
-        """One trajectory on the level the batch is on; return the share accepted."""
-        shape, batch = self.x.shape, self.x.shape[-1]
-        return float(
-            kernels.hmc_step(
-                self.x, self.u, self.force, level, timestep, n_leapfrog,
-                self.rng.standard_normal(shape, dtype=np.float32),
-                self.rng.random(batch, dtype=np.float32),
-                self._a, self._b, self._scratch, self._work,
+
+class SoftCoreMap:
+    r"""Layer of a path: one midpoint step of a radial field, x + h v(x + h v(x) / 2).
+
+    Its log determinant is h div v at the midpoint, right to second order in h, or that of the
+    Jacobian :math:`1 + J(x + h v / 2)(1 + J(x) / 2)`, J that of h v, for steps so long that this
+    is not enough.
+
+    Parameters
+    ----------
+    table
+        (n_intervals, 4): polynomials of h phi(d) on intervals of length ``spacing``, float32.
+    spacing
+        nm.
+    exact
+        Whether determinants are those of the Jacobian.
+    """
+
+    def __init__(self, table: Floats, spacing: float, *, exact: bool = False) -> None:
+        self.table, self.spacing, self.exact = table, spacing, exact
+
+    def forward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
+        """The map, and minus its log determinant (n,)."""
+        if y.device.type != "cpu":
+            image, ladj = on_gpu.transport(y, self.table, self.spacing)
+        else:
+            x = lanes(y)
+            found, v, middle, work = self._space(x)
+            kernels.transport(x, self.table, self.spacing, found, v, middle, work)
+            image, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
+        return image, -(self.log_determinant(y) if self.exact else ladj)
+
+    def backward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse, and minus the log determinant of the map (n,)."""
+        if y.device.type != "cpu":
+            before, ladj = on_gpu.transport_back(
+                y, self.table, self.spacing, _BACK_TOLERANCE, _BACK_ITERATIONS
             )
-        )  # fmt: skip
+        else:
+            x = lanes(y)
+            found, v, middle, work = self._space(x)
+            kernels.transport_back(
+                x, self.table, self.spacing, found, v, middle, work,
+                _BACK_TOLERANCE, _BACK_ITERATIONS,
+            )  # fmt: skip
+            before, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
+        return before, -(self.log_determinant(before) if self.exact else ladj)
 
-    def forward(self, levels: Levels) -> Floats:
-        """From prior samples through all levels; return -log w - log p_0(x_0), (batch,)."""
-        work = np.zeros(self.x.shape[-1])
-        for k in range(len(levels.parameters)):
-            if k > 0:
-                work -= self.u
-                work -= self.transport(levels.tables[k - 1], levels.spacing)
-            self.set_level(levels.parameters[k])
-            work += self.u
-            self.relax(levels.parameters[k], levels.timesteps[k], levels.n_leapfrog)
-        return work
+    def log_determinant(self, y: Tensor) -> Tensor:
+        """That of the Jacobian at points (n, N, 3), float64, (n,)."""
+        table = torch.from_numpy(self.table).to(y.device, torch.float64)
+        found = []
+        for part in y.double().split(64):
+            velocity, first = on_gpu.field_jacobian(part, table, self.spacing)
+            _, second = on_gpu.field_jacobian(part + 0.5 * velocity, table, self.spacing)
+            one = torch.eye(first.shape[-1], dtype=torch.float64, device=y.device)
+            found.append(torch.linalg.slogdet(one + second @ (one + 0.5 * first))[1])
+        return torch.cat(found)
 
-    def backward(self, levels: Levels) -> Floats:
-        """From configurations of the last level to the prior; return what forward would."""
-        work = np.zeros(self.x.shape[-1])
-        self.set_level(levels.parameters[-1])
-        for k in reversed(range(len(levels.parameters))):
-            self.relax(levels.parameters[k], levels.timesteps[k], levels.n_leapfrog)
-            work += self.u
-            if k > 0:
-                work -= self.transport_back(levels.tables[k - 1], levels.spacing)
-                self.set_level(levels.parameters[k - 1])
-                work -= self.u
-        return work
+    @staticmethod
+    def _space(x: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        width = x.shape[-1]
+        return (
+            np.empty(width, np.float32),
+            np.empty_like(x),
+            np.empty_like(x),
+            np.empty((3, width), np.float32),
+        )

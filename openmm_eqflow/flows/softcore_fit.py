@@ -17,10 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.flows import softcore_kernels as kernels
-from openmm_eqflow.flows.softcore import Batch, SoftCorePath
+from openmm_eqflow.flows.softcore import (
+    SoftCoreMap,
+    SoftCorePath,
+    SoftCoreTrajectory,
+    energy_and_force,
+)
+from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import map_chunks
 
 __all__ = [
@@ -74,7 +81,7 @@ def spline_tables(weights: Floats) -> Floats:
 
 def fit_path(
     path: SoftCorePath,
-    batches: list[Batch],
+    batches: list[tuple[Tensor, RowStreams]],
     *,
     spacing: float,
     n_splines: int,
@@ -89,7 +96,8 @@ def fit_path(
     Parameters
     ----------
     batches
-        Samples of the ideal gas, at least two batches; the last is held out of the regression.
+        Samples of the ideal gas (n, N, 3) with their random streams, at least two batches; the
+        last is held out of the regression.
     stride
         Standard deviation in kT of what relaxation has to do on each level.
     memory
@@ -109,20 +117,23 @@ def fit_path(
     while True:
         level = path.levels(np.array([t]))[0]
 
-        def advance(
-            batch: Batch,
-            t: float = t,
-            level: Floats = level,
-            step: float = step,
-            table: Floats | None = table,
-        ) -> tuple[float, Floats, Floats]:
-            if table is not None:
-                batch.transport(table, spacing)
-            batch.set_level(level)
-            accepted = batch.relax(level, step, n_leapfrog)
-            return accepted, _slope(path, t, batch), _design(batch, spacing, n_splines)
+        kernel = SoftCoreTrajectory(level, step, n_leapfrog)
+        carry = None if table is None else SoftCoreMap(table, spacing)
 
-        shares, slopes, designs = zip(*map_chunks(advance, batches), strict=True)
+        def advance(
+            batch: tuple[Tensor, RowStreams],
+            t: float = t,
+            kernel: SoftCoreTrajectory = kernel,
+            carry: SoftCoreMap | None = carry,
+        ) -> tuple[Tensor, float, Floats, Floats]:
+            y, streams = batch
+            if carry is not None:
+                y, _ = carry.forward(y)
+            y, _, accepted = kernel.move(y, streams)
+            return y, accepted, _slope(path, t, y), _design(y, kernel.level, spacing, n_splines)
+
+        moved, shares, slopes, designs = zip(*map_chunks(advance, batches), strict=True)
+        batches = [(y, streams) for y, (_, streams) in zip(moved, batches, strict=True)]
         accepted = float(np.mean(shares))
         slope, design = np.concatenate(slopes[:-1]), np.concatenate(designs[:-1])
         middle, centre = slope.mean(), design.mean(0)
@@ -156,15 +167,16 @@ def _solve(gram: Floats, moment: Floats) -> Floats:
     return solution
 
 
-def _slope(path: SoftCorePath, t: float, batch: Batch) -> Floats:
-    """du/dt at the positions, by a difference within [0, 1]."""
+def _slope(path: SoftCorePath, t: float, y: Tensor) -> Floats:
+    """du/dt at points (n, N, 3), by a difference within [0, 1]."""
     ends = np.array([max(0.0, t - 5e-4), min(1.0, t + 5e-4)])
-    low, high = path.levels(ends)
-    difference: Floats = batch.energy(high).astype(float) - batch.energy(low)
+    low, high = (energy_and_force(y, level)[1][: len(y)] for level in path.levels(ends))
+    difference: Floats = high.astype(float) - low
     return difference / (ends[1] - ends[0])
 
 
-def _design(batch: Batch, spacing: float, n_splines: int) -> Floats:
-    out = np.empty((batch.x.shape[-1], n_splines))
-    kernels.regressors(batch.x, batch.force, spacing, n_splines, out)
-    return out
+def _design(y: Tensor, level: Floats, spacing: float, n_splines: int) -> Floats:
+    x, _, force = energy_and_force(y, level)
+    out = np.empty((x.shape[-1], n_splines))
+    kernels.regressors(x, force, spacing, n_splines, out)
+    return out[: len(y)]

@@ -4,6 +4,9 @@ The batch is the innermost axis, so that every loop over it becomes vector instr
 the small functions touches few arrays: beyond that the compiler gives up proving that they do not
 overlap, and runs one lane at a time.
 
+The batch is a multiple of :data:`LANES`: then no loop over it has a remainder, which would round
+in another way, and a lane gives the same bits in any batch.
+
 ``level`` is (trap, soft, attraction) of :class:`~openmm_eqflow.flows.softcore.SoftCorePath`;
 ``table`` is (n_intervals, 4), the polynomials of h phi(d) on intervals of length ``spacing``.
 """
@@ -17,6 +20,8 @@ import numpy as np
 
 __all__ = [
     "energy_and_force",
+    "fill_normal",
+    "fill_uniform",
     "hmc_step",
     "push",
     "regressors",
@@ -25,6 +30,8 @@ __all__ = [
 ]
 
 Array = Any
+#: Lanes of one vector instruction times those the compiler interleaves, at most.
+LANES = 64
 # No "nnan", "ninf": a trajectory that overflowed must be seen.
 _FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 _jit = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=True)
@@ -172,11 +179,15 @@ def transport(
 
 
 @_inline
-def _largest_change(x: Array, y: Array, v: Array) -> Any:
-    change = np.float32(0)
+def _change(change: Array, x: Array, y: Array, v: Array) -> None:
     for b in range(x.shape[0]):
-        change = max(change, abs(x[b] - (y[b] - v[b])))
-    return change
+        change[b] = max(change[b], abs(x[b] - (y[b] - v[b])))
+
+
+@_inline
+def _step_back(x: Array, y: Array, v: Array, moving: Array) -> None:
+    for b in range(x.shape[0]):
+        x[b] = y[b] - v[b] if moving[b] else x[b]
 
 
 @_jit
@@ -186,19 +197,33 @@ def transport_back(
 ) -> None:  # fmt: skip
     """Invert :func:`transport` by fixed-point iteration, in place; ladj is that of transport.
 
-    Ends when no coordinate changes by more than ``tolerance`` nm, or after ``most`` iterations.
+    A lane stops when none of its coordinates changes by more than ``tolerance`` nm, whatever the
+    others do; all after ``most`` iterations.
     """
     x = y.copy()
+    batch = x.shape[2]
+    moving, change = np.ones(batch, np.bool_), np.empty(batch, np.float32)
+    found = np.empty(batch, np.float32)
+    n_moving = batch
     for _ in range(most):
         push(x, table, spacing, v, ladj, work, False)
         middle[:] = x
         _axpy(middle.reshape(-1), _HALF, v.reshape(-1))
         push(middle, table, spacing, v, ladj, work, True)
-        change = _largest_change(x.reshape(-1), y.reshape(-1), v.reshape(-1))
-        x[:] = y
-        _axpy(x.reshape(-1), -_ONE, v.reshape(-1))
-        if change <= tolerance:
+        change[:] = 0
+        for i in range(x.shape[0]):
+            for m in range(3):
+                _change(change, x[i, m], y[i, m], v[i, m])
+                _step_back(x[i, m], y[i, m], v[i, m], moving)
+        n_moving = 0
+        for b in range(batch):
+            if moving[b]:
+                found[b] = ladj[b]
+                moving[b] = not change[b] <= tolerance
+                n_moving += moving[b]
+        if n_moving == 0:
             break
+    ladj[:] = found
     y[:] = x
 
 
@@ -262,6 +287,56 @@ def hmc_step(
             _restore(x[i, m], old_x[i, m], keep)
             _restore(f[i, m], old_f[i, m], keep)
     return accepted / batch
+
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_MASK, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_UNIT = 2.0**-32
+
+
+@numba.njit(nogil=True)
+def _philox(c0: Any, c1: Any, key: Any) -> Any:
+    """Words of :func:`~openmm_eqflow.flows.streams.philox` at the counter (c0, c1, 0, 0)."""
+    c2 = c3 = np.uint64(0)
+    k0, k1 = key & _MASK, key >> _SHIFT
+    for _ in range(10):
+        p0, p1 = _M0 * c0, _M1 * c2
+        c0, c1, c2, c3 = (
+            (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK,
+        )  # fmt: skip
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_normal(v: Array, keys: Array, draw: int) -> None:
+    """Write draw number ``draw`` of :class:`~openmm_eqflow.flows.streams.RowStreams`.
+
+    v is (N, 3, batch), float32; keys (batch,), uint64.
+    """
+    flat = v.reshape(-1, v.shape[2])
+    size = flat.shape[0]
+    for b in range(v.shape[2]):
+        for block in range((size + 3) // 4):
+            words = _philox(np.uint64(block), np.uint64(draw), keys[b])
+            for half in range(2):
+                radius = np.sqrt(-2.0 * np.log((np.float64(words[2 * half]) + 1.0) * _UNIT))
+                turn = np.float64(words[2 * half + 1]) * (2.0 * np.pi * _UNIT)
+                at = 4 * block + 2 * half
+                if at < size:
+                    flat[at, b] = radius * np.cos(turn)
+                if at + 1 < size:
+                    flat[at + 1, b] = radius * np.sin(turn)
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_uniform(u: Array, keys: Array, draw: int) -> None:
+    """Write uniform numbers of draw number ``draw``, (batch,), float64."""
+    for b in range(len(u)):
+        w0, w1, _, _ = _philox(np.uint64(0), np.uint64(draw), keys[b])
+        high = (w0 >> np.uint64(5)) << np.uint64(26)
+        u[b] = (np.float64(high | (w1 >> np.uint64(6))) + 0.5) * 2.0**-53
 
 
 @_jit

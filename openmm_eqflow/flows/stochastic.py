@@ -1,40 +1,30 @@
-r"""Stochastic normalizing flow: layers of an equivariant field, layers of Monte Carlo in turn.
+r"""Stochastic flow of a cluster: steps of a radial field between levels, Monte Carlo on each.
 
-A sample of the prior is carried from level to level by one step of the field and relaxed on each
-by Hamiltonian Monte Carlo (:mod:`~openmm_eqflow.flows.softcore`). The marginal density q(x)
-of such a flow is an integral over paths; what is known exactly is the ratio of the densities of a
-path forwards, Q, and backwards, p R:
-
-.. math:: \log w = -u(x) - \log \hat q, \qquad
-          \hat q = e^{-u(x)}\,\frac{Q(\mathrm{path})}{p(x)\,R(\mathrm{path}\,|\,x)} \Big/ Z,
-          \qquad E_R[\hat q(x)] = q(x)
-
-(Wu, Köhler, Noé 2020, arXiv:2002.06707). log w is therefore an exact importance
-weight, E[w] = Z, on the space of paths. Where another flow has log q, this one has
-:math:`\log\hat q` of one path, and all that follows stays exact: a Metropolis chain that accepts
-by it is a chain over pairs of x and path with the marginal p, whether the path of the present
-state is kept or drawn anew from R (both leave p R invariant).
+A sample of the ideal gas is carried from level to level by one step of the field and relaxed on
+each by Hamiltonian Monte Carlo (:mod:`~openmm_eqflow.flows.softcore`): a
+:class:`~openmm_eqflow.flows.path.Path` with exact weights of paths (Wu, Köhler, Noé 2020,
+arXiv:2002.06707).
 
 Equivariance: prior, field, energies and momenta are invariant under O(3) and permutations, and so
-is q. Densities are with respect to Lebesgue measure on the mean-free subspace.
+is q.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.flows.softcore import Batch, Levels, SoftCorePath
+from openmm_eqflow.flows.path import Layer, Path
+from openmm_eqflow.flows.softcore import SoftCoreMap, SoftCorePath, SoftCoreTrajectory
 from openmm_eqflow.flows.softcore_fit import FittedPath, spline_tables
-from openmm_eqflow.parallel import map_chunks
+from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.vector_fields.radial import RadialSplineField
 
@@ -43,9 +33,12 @@ __all__ = [
 ]
 
 _MAX_KNOTS = 513
+_PILOT = 32  # paths on which the error of the midpoint's determinants is measured
+_TOLERANCE = 0.002  # kT, of the worst of them: far below what the audit allows
+_LEVELS = 24  # measured of many
 
 
-class StochasticFlow(EquivariantFlow):
+class StochasticFlow(Path):
     """See the module docstring. Made by :meth:`from_fit`.
 
     Parameters
@@ -63,7 +56,10 @@ class StochasticFlow(EquivariantFlow):
     n_leapfrog
         Leapfrog steps of one trajectory; one trajectory per level.
     chunk_size
-        Configurations moved together.
+        Configurations moved together on the CPU.
+    exact_determinants
+        Whether log determinants are those of the maps' Jacobians instead of the midpoint's
+        divergence, which is enough on many levels only; by default measured on a few paths.
 
     Raises
     ------
@@ -81,8 +77,11 @@ class StochasticFlow(EquivariantFlow):
         timesteps: Sequence[float],
         n_leapfrog: int,
         chunk_size: int = 256,
+        exact_determinants: bool | None = None,
     ) -> None:
-        super().__init__(prior, vector_field, grid=grid, chunk_size=chunk_size)
+        super().__init__(prior, (), chunk_size=chunk_size)
+        self.vector_field = vector_field
+        self.grid = tuple(float(t) for t in grid)
         if prior.n_dims != 3 or prior.scale != 1.0:
             raise ConfigurationError(
                 "the prior of a stochastic flow is the ideal gas in the trap, scale 1 in three "
@@ -97,7 +96,12 @@ class StochasticFlow(EquivariantFlow):
             )
         self.path, self.n_leapfrog = path, n_leapfrog
         self.timesteps = np.asarray(timesteps, dtype=np.float32)
-        self.levels = self._levels()
+        self._layers = self._made(exact=False)
+        if exact_determinants is None:
+            exact_determinants = self._midpoint_error() > _TOLERANCE
+        if exact_determinants:
+            self._layers = self._made(exact=True)
+        self.exact_determinants = exact_determinants
 
     @classmethod
     def from_fit(
@@ -164,95 +168,128 @@ class StochasticFlow(EquivariantFlow):
             chunk_size=self.chunk_size,
         )
 
-    def _levels(self) -> Levels:
+    def _made(self, *, exact: bool) -> tuple[Layer, ...]:
         grid = np.array(self.grid)
         field: Any = self.vector_field
         with torch.no_grad():
-            middles = torch.from_numpy(0.5 * (grid[1:] + grid[:-1])).float()
-            weights = field.coefficients(middles)[:, :-3].double().numpy()
-        return Levels(
-            self.path.levels(grid),
-            spline_tables(weights * np.diff(grid)[:, None]),
-            field.spacing,
-            self.timesteps,
-            self.n_leapfrog,
-        )
+            middles = torch.from_numpy(0.5 * (grid[1:] + grid[:-1])).float().to(self.device)
+            weights = field.coefficients(middles)[:, :-3].double().cpu().numpy()
+        tables = spline_tables(weights * np.diff(grid)[:, None])
+        maps = [SoftCoreMap(table, field.spacing, exact=exact) for table in tables]
+        kernels = [
+            SoftCoreTrajectory(level, float(timestep), self.n_leapfrog)
+            for level, timestep in zip(self.path.levels(grid), self.timesteps, strict=True)
+        ]
+        # The first step, from the prior, has no map: there is next to nothing to move.
+        return (kernels[0], *itertools.chain(*zip(maps, kernels[1:], strict=True)))
+
+    @property
+    def maps(self) -> StochasticFlow:
+        """What stands in the files as prior, field and grid."""
+        return self
+
+    inverse_corrections = 0
+
+    @property
+    def module(self) -> nn.Module:
+        """The field as a torch module."""
+        return self.vector_field
+
+    @property
+    def n_ode_steps(self) -> int:
+        """Number of maps."""
+        return len(self.grid) - 1
 
     @property
     def device(self) -> torch.device:
-        """The layers are compiled for the CPU."""
-        return torch.device("cpu")
+        """Where the layers compute: that of the field's weights."""
+        return self.vector_field.weight.device
 
-    def layers(self) -> dict[str, Any]:
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """As for any path; the layers compute in float32, and their rounding moves the centroid."""
+        y, change = super().forward(y, streams)
+        return remove_mean(y.double()), change
+
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """As for any path, with the points of the prior in float64."""
+        y, change = super().backward(y, streams)
+        return y.double(), change
+
+    def stored_layers(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able: what else than prior, field and grid defines the flow."""
-        return {
+        words = {
             "path": self.path.to_dict(),
             "timesteps": [float(step) for step in self.timesteps],
             "n_leapfrog": self.n_leapfrog,
         }
+        # Files of before have no such entry: their determinants are the midpoint's.
+        return words | ({"exact_determinants": True} if self.exact_determinants else {}), {}
 
-    def sample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        r"""Draw mean-free samples (n, N, 3) and :math:`\log\hat q` of their paths, (n,)."""
-        draws = []
-        for start in range(0, n, self.chunk_size):
-            z = self.prior.sample_latent(min(self.chunk_size, n - start), generator=generator)
-            draws.append((z, _new_stream(generator)))
-
-        def run(draw: tuple[Tensor, np.random.Generator]) -> tuple[Tensor, Tensor]:
-            z, rng = draw
-            batch = Batch(z.numpy(), rng)
-            log_prior = self.prior.latent_log_prob(z)
-            work = batch.forward(self.levels)
-            x = batch.positions()
-            x -= x.mean(1, keepdims=True)
-            return torch.from_numpy(x), self._log_q(log_prior, work, batch.u, failed=torch.inf)
-
-        xs, log_qs = zip(*map_chunks(run, draws), strict=True)
-        return torch.cat(xs), torch.cat(log_qs)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        r"""Estimate :math:`\log\hat q` of positions (n, N, 3) by one path backwards each, (n,).
-
-        Unbiased for q, not for log q: its mean is a lower bound. A path that fails gives -inf: the
-        weight of the state is then infinite, and a chain stays there until another path is drawn.
-        The random stream follows from
-        the positions, so that the same call gives the same numbers.
-        """
-
-        def run(part: Tensor) -> Tensor:
-            frames = np.ascontiguousarray(part.numpy())
-            digest = hashlib.sha256(frames.tobytes()).digest()
-            rng = np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
-            batch = Batch(frames - frames.mean(1, keepdims=True), rng)
-            batch.set_level(self.levels.parameters[-1])
-            u = batch.u.copy()
-            work = batch.backward(self.levels)
-            z = torch.from_numpy(batch.positions())
-            return self._log_q(self.prior.latent_log_prob(z), work, u, failed=-torch.inf)
-
-        parts = x.detach().to("cpu", torch.float64).split(self.chunk_size)
-        return torch.cat(map_chunks(run, parts))
-
-    @staticmethod
-    def _log_q(
-        log_prior: Tensor, work: NDArray[Any], u: NDArray[Any], *, failed: float
-    ) -> Tensor:
-        """Where a path failed: +inf for a draw (no weight), -inf for a state (it is kept)."""
-        log_q = log_prior + torch.from_numpy(work - u.astype(np.float64))
-        return torch.where(torch.isfinite(log_q), log_q, failed)
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise ConfigurationError(
-            "a stochastic flow has no latent point and no gradient of log q; take a flow without "
-            "Monte Carlo layers for latent and annealed moves and for path gradients"
+    @classmethod
+    def from_layers(
+        cls,
+        prior: MeanFreeGaussian,
+        vector_field: RadialSplineField,
+        record: dict[str, Any],
+    ) -> StochasticFlow:
+        """Rebuild from a record that holds :meth:`stored_layers`."""
+        words = record["layers"]
+        return cls(
+            prior,
+            vector_field,
+            path=SoftCorePath(**words["path"]),
+            grid=tuple(record["grid"]),
+            timesteps=words["timesteps"],
+            n_leapfrog=words["n_leapfrog"],
+            chunk_size=record["chunk_size"],
+            exact_determinants=words.get("exact_determinants", False),
         )
 
-    transform = latent_and_log_prob = rsample_and_log_prob = rsample = inverse = _refuse
-    calibrate = _refuse
+    def describe_layers(self) -> str:
+        """Say what the layers are."""
+        return (
+            f"{len(self.grid):,} levels, on each a Hamiltonian trajectory of {self.n_leapfrog} "
+            "leapfrog steps (stochastic normalizing flow)"
+        )
 
+    def map_errors(
+        self, n: int, x: Tensor | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """Errors of ``n`` paths, from evenly chosen levels, scaled to all; each (n,).
 
-def _new_stream(generator: torch.Generator | None) -> np.random.Generator:
-    words = torch.randint(0, 2**32, (4,), generator=generator, dtype=torch.int64)
-    return np.random.default_rng(words.numpy())
+        Returns
+        -------
+        dict
+            ``against_jacobian``: of the log determinants in kT; ``sampling_against_log_prob``:
+            forwards against backwards, kT; ``round_trip_nm``: largest deviation of a coordinate
+            after a map and its inverse.
+        """
+        y = self.prior.sample_latent(n, generator=generator).to(self.device)
+        streams = RowStreams.drawn(n, generator, self.device)
+        maps = [layer for layer in self.layers if isinstance(layer, SoftCoreMap)]
+        places = np.linspace(0, len(maps) - 1, min(_LEVELS, len(maps))).round().astype(int)
+        chosen = {id(maps[k]) for k in places}
+        wrong, back, gap = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
+        for layer in self.layers:
+            before = y
+            y, change = layer.forward(y, streams)
+            if id(layer) not in chosen:
+                continue
+            assert isinstance(layer, SoftCoreMap)
+            again, change_back = layer.backward(y, streams)
+            wrong += (-change - layer.log_determinant(before)).cpu()
+            back += (change - change_back).cpu()
+            gap = torch.maximum(gap, (again - before).abs().amax((1, 2)).double().cpu())
+        scale = len(maps) / len(chosen)
+        return {
+            "against_jacobian": wrong.abs() * scale,
+            "sampling_against_log_prob": back.abs() * scale,
+            "round_trip_nm": gap,
+        }
+
+    def _midpoint_error(self) -> float:
+        if not bool(self.vector_field.weight.any()):
+            return 0.0  # the maps are the identity
+        with torch.no_grad():
+            errors = self.map_errors(_PILOT, None, torch.Generator().manual_seed(0))
+        return float(torch.nan_to_num(errors["against_jacobian"], nan=torch.inf).max())

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import atomic_path, plain_json, write_json
 from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.flows.softcore import SoftCorePath
+from openmm_eqflow.flows.path import Path as FlowPath
+from openmm_eqflow.flows.relaxed import RelaxedFlow
 from openmm_eqflow.flows.stochastic import StochasticFlow
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -102,7 +103,7 @@ def _shipped(path: str | Path) -> str | Path:
 
 
 def save_flow(
-    flow: EquivariantFlow, stem: str | Path, metadata: dict[str, Any] | None = None
+    flow: FlowPath, stem: str | Path, metadata: dict[str, Any] | None = None
 ) -> Path:
     """Write ``stem``.safetensors and ``stem``.json; return the path of the former.
 
@@ -121,24 +122,27 @@ def save_flow(
     path, words = _files(stem)
     prior_config, prior_tensors = flow.prior.state()
     tensors = {f"prior.{k}": v for k, v in prior_tensors.items()}
-    tensors |= {f"field.{k}": v for k, v in flow.module.state_dict().items()}
+    maps = flow.maps
+    tensors |= {f"field.{k}": v for k, v in maps.module.state_dict().items()}
+    layers, layer_tensors = flow.stored_layers()
+    tensors |= {f"layers.{k}": v for k, v in layer_tensors.items()}
     save_tensors(path, tensors)
     record = {
         "format": FORMAT,
         "sha256": file_sha256(path),
         "prior": {"kind": type(flow.prior).__name__, "config": prior_config},
         "vector_field": {
-            "kind": type(flow.vector_field).__name__,
-            "config": flow.vector_field.config,
+            "kind": type(maps.vector_field).__name__,
+            "config": maps.vector_field.config,
         },
-        "grid": list(flow.grid),
-        "inverse_corrections": flow.inverse_corrections,
-        "chunk_size": flow.chunk_size,
+        "grid": list(maps.grid),
+        "inverse_corrections": maps.inverse_corrections,
+        "chunk_size": maps.chunk_size,
         "audit": flow.audit_report,
         "metadata": metadata or {},
     }
-    if isinstance(flow, StochasticFlow):
-        record["layers"] = flow.layers()
+    if layers is not None:
+        record["layers"] = ({"kind": flow.kind} if flow.kind else {}) | layers
     record = plain_json(record)
     write_json(words, record | {"record_sha256": _digest(record)})
     flow.metadata = dict(metadata or {})
@@ -146,7 +150,7 @@ def save_flow(
     return path
 
 
-def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> EquivariantFlow:
+def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Any:
     """Load a flow.
 
     Parameters
@@ -195,12 +199,7 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
         spec = record["vector_field"]
         field = build_vector_field(spec["kind"], spec["config"])
         field.load_state_dict(part("field."))
-        layers = record.get("layers")
-        flow = (
-            _plain(prior, field.to(device), record)
-            if layers is None
-            else _stochastic(prior, field, record, layers)
-        )
+        flow = _MAKERS[_kind(record)](prior, field.to(device).eval(), record, part("layers."))
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigurationError) as error:
         raise CheckpointError(
             f"{words} does not describe a flow of this version ({' '.join(str(error).split())}); "
@@ -212,25 +211,35 @@ def load_flow(path: str | Path, *, device: str | torch.device = "cpu") -> Equiva
     return flow
 
 
-def _plain(prior: Prior, field: Any, record: dict[str, Any]) -> EquivariantFlow:
+def _kind(record: dict[str, Any]) -> str:
+    layers = record.get("layers")
+    return "" if layers is None else str(layers.get("kind", "stochastic"))
+
+
+def _plain(
+    prior: Prior, field: Any, record: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> EquivariantFlow:
     return EquivariantFlow(
         prior,
-        field.eval(),
+        field,
         grid=tuple(record["grid"]),
         inverse_corrections=record.get("inverse_corrections", 0),
         chunk_size=record["chunk_size"],
     )
 
 
+def _relaxed(
+    prior: Prior, field: Any, record: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> RelaxedFlow:
+    flow = _plain(prior, field, record, tensors)
+    return RelaxedFlow.from_layers(flow, record["layers"], tensors)
+
+
 def _stochastic(
-    prior: Any, field: Any, record: dict[str, Any], layers: dict[str, Any]
+    prior: Any, field: Any, record: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> StochasticFlow:
-    return StochasticFlow(
-        prior,
-        field.eval(),
-        path=SoftCorePath(**layers["path"]),
-        grid=tuple(record["grid"]),
-        timesteps=layers["timesteps"],
-        n_leapfrog=layers["n_leapfrog"],
-        chunk_size=record["chunk_size"],
-    )
+    return StochasticFlow.from_layers(prior, field, record)
+
+
+#: Classes of flows by the kind of their layers; files of stochastic flows name none.
+_MAKERS: dict[str, Any] = {"": _plain, "relaxed": _relaxed, "stochastic": _stochastic}

@@ -17,7 +17,7 @@ from torch import Tensor
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.files import write_npz
 from openmm_eqflow.flows.audit import require_passed_audit
-from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
 from openmm_eqflow.moves.steps import (
     ProposalBuffer,
@@ -109,7 +109,7 @@ def load_chains(folder: Path) -> ChainSamples:
 
 
 def run_chains(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     start: Tensor,
     folder: Path,
@@ -169,7 +169,7 @@ def run_chains(
 
 
 def _run_chains(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     start: Tensor,
     folder: Path,

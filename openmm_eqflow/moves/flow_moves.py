@@ -34,7 +34,7 @@ from torch import Tensor
 from openmm_eqflow.analysis.weights import Estimate
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.flows.audit import require_passed_audit
-from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.registry import register_flow, restore_flow, stream_for, target_for
 from openmm_eqflow.moves.steps import (
@@ -81,10 +81,10 @@ class FlowMoveBase(MCMCMove):
     }
 
     def __init__(
-        self, flow: EquivariantFlow | str | Path, seed: int | None, **settings: int | float | str
+        self, flow: FlowPath | str | Path, seed: int | None, **settings: int | float | str
     ) -> None:
         super().__init__()
-        if not isinstance(flow, EquivariantFlow):
+        if not isinstance(flow, FlowPath):
             flow = load_flow(flow)
         require_passed_audit(flow)
         self._flow, self._path, self._sha256 = register_flow(flow)
@@ -94,7 +94,7 @@ class FlowMoveBase(MCMCMove):
         self._stream = stream_for(self._sha256, self._seed, 0)
 
     @property
-    def flow(self) -> EquivariantFlow:
+    def flow(self) -> FlowPath:
         """The flow; shared, not a copy."""
         return self._flow
 
@@ -241,7 +241,7 @@ class LatentMove(FlowMoveBase):
 
     def __init__(
         self,
-        flow: EquivariantFlow | str | Path,
+        flow: FlowPath | str | Path,
         step: float = 0.3,
         n_repeats: int = 4,
         kernel: KernelKind = "pcn",
@@ -302,7 +302,7 @@ class AnnealedMove(FlowMoveBase):
 
     def __init__(
         self,
-        flow: EquivariantFlow | str | Path,
+        flow: FlowPath | str | Path,
         n_proposals: int = 8,
         n_bridge: int = 4,
         step: float = 0.3,
@@ -368,7 +368,7 @@ class FlowMove(FlowMoveBase):
     Parameters
     ----------
     flow
-        A saved and audited :class:`~openmm_eqflow.flows.flow.EquivariantFlow`, or the path of one.
+        A saved and audited :class:`~openmm_eqflow.flows.path.Path`, or the path of one.
     n_proposals
         K, samples offered per move.
     n_predraw
@@ -407,7 +407,7 @@ class FlowMove(FlowMoveBase):
 
     def __init__(
         self,
-        flow: EquivariantFlow | str | Path,
+        flow: FlowPath | str | Path,
         n_proposals: int = 8,
         n_predraw: int = 512,
         seed: int | None = None,

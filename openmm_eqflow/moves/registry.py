@@ -26,9 +26,7 @@ from openmmtools.states import ThermodynamicState
 from torch import Tensor
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
-from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.flows.relaxed import RelaxedFlow
-from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory
 from openmm_eqflow.targets.target import BoltzmannTarget
@@ -41,7 +39,7 @@ __all__ = [
     "target_for",
 ]
 
-_FLOWS: dict[str, EquivariantFlow] = {}
+_FLOWS: dict[str, FlowPath] = {}
 _FINGERPRINTS: dict[str, tuple[tuple[str, int, int], ...]] = {}
 _STREAMS: dict[tuple[str, int], FlowStream] = {}
 _TARGETS: dict[Hashable, list[BoltzmannTarget]] = {}
@@ -54,7 +52,7 @@ def _fingerprint(path: str) -> tuple[tuple[str, int, int], ...]:
     return tuple((f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files if f.is_file())
 
 
-def _identity(flow: EquivariantFlow, weights_sha256: str) -> str:
+def _identity(flow: FlowPath, weights_sha256: str) -> str:
     """SHA-256 of everything log q depends on: weights, prior, field and time grid.
 
     The weights' own hash is in the JSON file, which also holds the grid; hashing the content
@@ -64,22 +62,18 @@ def _identity(flow: EquivariantFlow, weights_sha256: str) -> str:
         weights_sha256,
         type(flow.prior).__name__,
         flow.prior.state()[0],
-        type(flow.vector_field).__name__,
-        flow.vector_field.config,
-        list(flow.grid),
+        type(flow.maps.vector_field).__name__,
+        flow.maps.vector_field.config,
+        list(flow.maps.grid),
     ]
-    if isinstance(flow, StochasticFlow):
-        content.append(flow.layers())
+    layers, _ = flow.stored_layers()
+    if layers is not None:
+        content.append(layers)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def register_flow(flow: EquivariantFlow) -> tuple[EquivariantFlow, str, str]:
+def register_flow(flow: FlowPath) -> tuple[FlowPath, str, str]:
     """Return the process's copy of a saved flow, its path and its identity."""
-    if isinstance(flow, RelaxedFlow):
-        raise ConfigurationError(
-            "a relaxed flow is bound to a target and can't be stored by a move; take the flow it "
-            "was made from, or run_chains"
-        )
     if flow.source is None:
         raise ConfigurationError(
             "the flow is not on disk; a move stores only its path and hash, so call "
@@ -91,7 +85,7 @@ def register_flow(flow: EquivariantFlow) -> tuple[EquivariantFlow, str, str]:
     return _FLOWS[sha256], path, sha256
 
 
-def restore_flow(path: str, sha256: str) -> EquivariantFlow:
+def restore_flow(path: str, sha256: str) -> FlowPath:
     """Find the flow of a stored move; verified against its hash unless its files are untouched.
 
     Raises

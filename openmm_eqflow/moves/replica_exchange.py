@@ -26,7 +26,7 @@ from openmmtools.mcmc import MCMCMove, SequenceMove
 from openmm_eqflow.analysis.weights import Estimate, log_z
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.audit import require_passed_audit
-from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
@@ -140,7 +140,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         states: list[dict[str, Any]],
         simulation: app.Simulation,
         stepsPerIteration: int,
-        flow: EquivariantFlow | str | Path,
+        flow: FlowPath | str | Path,
         flow_states: Sequence[int] = (0,),
         n_proposals: int = 8,
         n_predraw: int = 512,
@@ -148,7 +148,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         reinitializeVelocities: bool = False,
     ) -> None:
         super().__init__(states, simulation, stepsPerIteration, reinitializeVelocities)
-        self.flow = flow if isinstance(flow, EquivariantFlow) else load_flow(flow)
+        self.flow = flow if isinstance(flow, FlowPath) else load_flow(flow)
         require_passed_audit(self.flow)
         n_particles = simulation.system.getNumParticles()
         if n_particles != self.flow.n_particles:

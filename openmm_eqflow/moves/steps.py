@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import align_rotations, random_rotations, remove_mean, rotate
 from openmm_eqflow.moves.metropolis import i_sir, metropolis_accept
 from openmm_eqflow.priors.base import Prior
@@ -403,6 +404,11 @@ class LatentKernel:
             raise ValueError(f"step is {step}; expected a number above 0 and at most 1")
         if kind not in ("pcn", "langevin"):
             raise ValueError(f"kind is {kind!r}; expected 'pcn' or 'langevin'")
+        if not getattr(flow, "has_density", True):
+            raise ConfigurationError(
+                "a flow with Monte Carlo layers has no latent point: take a flow of maps only for "
+                "latent and annealed moves"
+            )
         self.flow, self.target, self.step, self.kind = flow, target, float(step), kind
         prior: object = flow.prior
         gaussian = torch.zeros(flow.prior.event_shape, dtype=torch.bool)

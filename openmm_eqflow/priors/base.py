@@ -35,6 +35,10 @@ class Prior(Protocol):
         """Shape of one latent point."""
         ...
 
+    def to(self, device: torch.device | str) -> Prior:
+        """Return the same density with its tensors on ``device``."""
+        ...
+
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, *event_shape)`` latent points, float64."""
         ...

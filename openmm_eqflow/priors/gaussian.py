@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.geometry import remove_mean, where_drawn
 
 __all__ = [
     "MeanFreeGaussian",
@@ -63,9 +63,19 @@ class MeanFreeGaussian:
         square = remove_mean(x.double()).square().sum(dim=(-2, -1)).mean()
         return cls(n, n_dims, float(square / ((n - 1) * n_dims)) ** 0.5)
 
+    def to(self, device: torch.device | str) -> MeanFreeGaussian:
+        """Return itself: there are no tensors."""
+        return self
+
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, N, D)`` mean-free points, float64."""
-        noise = torch.randn(n, *self.event_shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(
+            n,
+            *self.event_shape,
+            generator=generator,
+            dtype=torch.float64,
+            device=where_drawn(generator),
+        )
         return remove_mean(noise) * self.scale
 
     def latent_log_prob(self, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openmm_eqflow.geometry import random_rotations, rotate
+from openmm_eqflow.geometry import random_rotations, rotate, where_drawn
 from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup
 from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 
@@ -88,10 +88,13 @@ class InternalCoordinatePrior:
         return copy.copy(self)
 
     def to(self, device: torch.device | str) -> InternalCoordinatePrior:
-        """Move the tensors to ``device`` (in place)."""
+        """Return the same density with its tensors on ``device``."""
+        made = self.copy()
         for name in ("centre", "modes", "coefficients", "cholesky"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
+            setattr(made, name, getattr(self, name).to(device))
+        if self.torsions is not None:
+            made.torsions = self.torsions.to(device)
+        return made
 
     # -- stiff coordinates --------------------------------------------------------------------
 
@@ -126,8 +129,9 @@ class InternalCoordinatePrior:
 
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, n_stiff + n_soft)`` latent points, float64."""
-        z = torch.randn(n, self.n_stiff, generator=generator, dtype=torch.float64)
-        wide = torch.rand(n, 1, generator=generator, dtype=torch.float64) < self.tail_share
+        place = {"dtype": torch.float64, "device": where_drawn(generator)}
+        z = torch.randn(n, self.n_stiff, generator=generator, **place)
+        wide = torch.rand(n, 1, generator=generator, **place) < self.tail_share
         z = torch.where(wide, self.tail_scale * z, z)
         if self.torsions is None:
             return z

@@ -27,16 +27,18 @@ is smooth, sampled exactly, and bounded below.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_eqflow.geometry import where_drawn
 from openmm_eqflow.priors.zmatrix import wrap_angle
 
 __all__ = [
@@ -113,11 +115,23 @@ class Conformers:
             float(max(unseen, _LEAST_INDEPENDENT)),
         )
 
+    def to(self, device: torch.device | str) -> Conformers:
+        """Return the same with its tensors on ``device``."""
+        return replace(
+            self,
+            basins=tuple(b.to(device) for b in self.basins),
+            members=self.members.to(device),
+            weights=self.weights.to(device),
+        )
+
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw basins ``(n, len(groups))``, -1 for any."""
-        index = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        free = torch.rand(n, generator=generator, dtype=torch.float64) < self.independent
-        return torch.where(free[:, None], -1, self.members[index])
+        device = where_drawn(generator)
+        weights = self.weights.to(device)
+        index = torch.multinomial(weights, n, replacement=True, generator=generator)
+        free = torch.rand(n, generator=generator, dtype=torch.float64, device=device)
+        members = self.members.to(device)[index]
+        return torch.where((free < self.independent)[:, None], -1, members)
 
     def log_mixture(self, log_free: list[Tensor], log_basin: list[Tensor]) -> Tensor:
         """Log of the mixture, ``(n,)``.
@@ -356,7 +370,7 @@ class TorsionDensity:
     def _kernels(self, g: int, tau: Tensor) -> list[Tensor]:
         """Kernels of every centre, ``(n, 72)``, for each torsion of group ``g``."""
         group, centres = self.groups[g], self.centres.to(tau)
-        width = torch.as_tensor(group.width, dtype=tau.dtype, device=tau.device)
+        width = torch.full((), group.width, dtype=tau.dtype, device=tau.device)
         return [
             _kernel(m * tau[:, k, None] - centres, width)
             for k, m in zip(group.members, group.fold, strict=True)
@@ -378,31 +392,43 @@ class TorsionDensity:
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, n_torsions)`` torsions in [-pi, pi), float64."""
-        tau = torch.empty(n, self.n_torsions, dtype=torch.float64)
+        place = {"dtype": torch.float64, "device": where_drawn(generator)}
+        on = place["device"]
+        centres = self.centres.to(on)
+        tau = torch.empty(n, self.n_torsions, **place)
         basins: dict[int, Tensor] = {}
         if self.conformers is not None:
             drawn = self.conformers.sample(n, generator=generator)
             basins = dict(zip(self.conformers.groups, drawn.T, strict=True))
         for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True)):
             d = len(group.members)
-            cell = torch.multinomial(table.reshape(-1), n, replacement=True, generator=generator)
+            flat = table.reshape(-1).to(on)
+            cell = torch.multinomial(flat, n, replacement=True, generator=generator)
             for b, inside in enumerate(self._given_basin.get(g, ())):
                 here = torch.nonzero(basins[g] == b)[:, 0]
+                flat = inside.reshape(-1).to(on)
                 cell[here] = torch.multinomial(
-                    inside.reshape(-1), max(len(here), 1), replacement=True, generator=generator
+                    flat, max(len(here), 1), replacement=True, generator=generator
                 )[: len(here)]
-            noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
-            uniform = (torch.rand(n, d, generator=generator, dtype=torch.float64) - 0.5) * (
-                2 * math.pi
-            )
-            defensive = torch.rand(n, generator=generator, dtype=torch.float64) < group.floor
+            noise = torch.randn(n, d, generator=generator, **place)
+            uniform = (torch.rand(n, d, generator=generator, **place) - 0.5) * (2 * math.pi)
+            defensive = torch.rand(n, generator=generator, **place) < group.floor
             index = (cell,) if d == 1 else (cell // _GRID, cell % _GRID)
             for a, (k, m) in enumerate(zip(group.members, group.fold, strict=True)):
-                angle = self.centres[index[a]] + group.width * noise[:, a]
+                angle = centres[index[a]] + group.width * noise[:, a]
                 angle = torch.where(defensive, uniform[:, a], angle)
-                sheet = torch.randint(m, (n,), generator=generator)
+                sheet = torch.randint(m, (n,), generator=generator, device=on)
                 tau[:, k] = wrap_angle((wrap_angle(angle) + 2 * math.pi * sheet) / m)
         return tau
+
+    def to(self, device: torch.device | str) -> TorsionDensity:
+        """Return the same density with its tensors on ``device``."""
+        made = copy.copy(self)
+        made.tables = tuple(t.to(device) for t in self.tables)
+        made.centres = self.centres.to(device)
+        made.conformers = None if self.conformers is None else self.conformers.to(device)
+        made._given_basin = {g: t.to(device) for g, t in self._given_basin.items()}
+        return made
 
 
 def _split_basins(table: Tensor, basins: Tensor) -> Tensor:

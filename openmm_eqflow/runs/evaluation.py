@@ -21,7 +21,7 @@ from openmm_eqflow.analysis.weights import (
 )
 from openmm_eqflow.analysis.chains import weighted_mean_with_error
 from openmm_eqflow.parallel import in_rounds, is_main
-from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.parallel import available_threads
 from openmm_eqflow.targets.target import BoltzmannTarget
 
@@ -47,7 +47,7 @@ class FlowSamples(NamedTuple):
 
 
 def draw_weighted(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     n: int,
     *,
@@ -93,7 +93,7 @@ def draw_weighted(
 
 
 def _drawn(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     n: int,
     seed: int,
@@ -118,7 +118,7 @@ def _stored(path: Path | None) -> FlowSamples | None:
 
 
 def prior_log_weights(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     n: int,
     *,
@@ -142,7 +142,7 @@ def prior_log_weights(
 
 
 def evaluate_flow(
-    flow: EquivariantFlow,
+    flow: FlowPath,
     target: BoltzmannTarget,
     *,
     n_samples: int,
@@ -224,7 +224,7 @@ def _mean_log_weight(log_w: NDArray[np.float64]) -> tuple[float | None, float | 
     return float(log_w.mean()), float(log_w.std(ddof=1) / np.sqrt(len(log_w)))
 
 
-def _test_nll(flow: EquivariantFlow, frames: Tensor | None) -> tuple[float | None, float | None]:
+def _test_nll(flow: FlowPath, frames: Tensor | None) -> tuple[float | None, float | None]:
     """Mean of -log q over frames and its naive error."""
     if frames is None or not len(frames):
         return None, None

@@ -17,10 +17,10 @@ from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.parallel import is_main
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.flows.softcore import Batch
 from openmm_eqflow.flows.softcore_fit import FittedPath, fit_path
 from openmm_eqflow.flows.stochastic import StochasticFlow
-from openmm_eqflow.flows.softcore import SoftCorePath
+from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.flows.softcore import SoftCorePath, energy_and_force
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingResult
 from openmm_eqflow.files import PATH_COLUMNS, write_history
@@ -87,10 +87,10 @@ def train_stochastic_flow(
     chunk = 256
     n_batches = max(2, -(-int(options["n_fit"]) // chunk))
     batches = []
-    for index in range(n_batches):
-        z = prior.sample_latent(chunk, generator=generator).numpy()
-        batches.append(Batch(z, np.random.default_rng([seed, index])))
-    _check(target, path, batches[0])
+    for _ in range(n_batches):
+        z = prior.sample_latent(chunk, generator=generator)
+        batches.append((z, RowStreams.drawn(chunk, generator)))
+    _check(target, path, batches[0][0])
     started = time.monotonic()
     reach, n_splines = float(options["reach"]), int(options["n_splines"])
     fit = fit_path(
@@ -138,16 +138,16 @@ def _history(fit: FittedPath, seconds: float) -> list[dict[str, float]]:
     ]
 
 
-def _check(target: BoltzmannTarget, path: SoftCorePath, batch: Batch) -> None:
+def _check(target: BoltzmannTarget, path: SoftCorePath, x: Tensor) -> None:
     """Refuse a target that is not what the path ends in."""
     # Spread out, so that no pair is so close that float32 shows.
-    spread = Batch(3.0 * batch.positions()[:16], batch.rng)
-    ours = spread.energy(path.levels(np.array([1.0]))[0]).astype(float)
-    theirs = target.reduced_potential(torch.from_numpy(spread.positions())).numpy()
+    spread = (3.0 * x[:16]).float().double()
+    ours = energy_and_force(spread, path.levels(np.array([1.0]))[0])[1][: len(spread)]
+    theirs = target.reduced_potential(spread).numpy()
     gap = np.abs(ours - theirs)
     if not (gap <= _AGREEMENT + _ROUNDING * np.abs(theirs)).all():
         raise ConfigurationError(
-            f"the System is no lennard-jones cluster of {batch.x.shape[0]} particles (energies "
+            f"the System is no lennard-jones cluster of {x.shape[1]} particles (energies "
             f"differ by {gap.max():.2g} kT): take 'stochastic' out of its recipe; other "
             "potentials have no path yet"
         )

@@ -12,8 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 from openmm_eqflow.files import write_text
-from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.flows.stochastic import StochasticFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 import json
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.parallel import machine_name
@@ -43,14 +42,14 @@ def card_text(title: str, name: str, rows: dict[str, str], metrics: dict[str, An
     return "\n".join(lines)
 
 
-def measured_rows(flow: EquivariantFlow, metrics: dict[str, Any]) -> dict[str, str]:
+def measured_rows(flow: FlowPath, metrics: dict[str, Any]) -> dict[str, str]:
     """Write what a measurement says of a flow, from the metrics of ``evaluate_flow``."""
     audit = flow.audit_report or {}
     k, log_z = metrics["pareto_k"], metrics["log_z"]
     return {
         "relative ESS (raw)": f"{_with_error(metrics, 'relative_ess')}, "
         f"n = {metrics['n_samples']:,}, evaluation seed {metrics['seed']}"
-        + (", weights of paths" if isinstance(flow, StochasticFlow) else ""),
+        + ("" if flow.has_density else ", weights of paths"),
         "prior alone": f"{metrics['prior_relative_ess']:.3f}, same n",
         "Pareto k, largest weight": f"{'infinite' if k is None else f'{k:.2f}'}, "
         f"{100 * metrics['max_weight_share']:.2f} %",
@@ -62,7 +61,7 @@ def measured_rows(flow: EquivariantFlow, metrics: dict[str, Any]) -> dict[str, s
     }
 
 
-def renew_card(card: Path, flow: EquivariantFlow, metrics: dict[str, Any]) -> None:
+def renew_card(card: Path, flow: FlowPath, metrics: dict[str, Any]) -> None:
     """Put a new measurement into a card; what it says of how the flow was made stays."""
     title, *lines = card.read_text(encoding="utf-8").splitlines()
     table = [line.strip("| ").split(" | ", 1) for line in lines if line.startswith("| ")]
@@ -127,7 +126,7 @@ def _facts(run: RunDirectory, stage: str) -> dict[str, Any]:
 
 def _card(
     run: RunDirectory,
-    flow: EquivariantFlow,
+    flow: FlowPath,
     metrics: dict[str, Any],
     facts: dict[str, dict[str, Any]],
 ) -> str:
@@ -148,22 +147,13 @@ def _card(
         "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
         f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
-        f"({n_weights:,} weights), {_layers(flow)}",
+        f"({n_weights:,} weights), {flow.describe_layers()}",
         "training": _training(config.recipe, train),
         "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "
         f"{seconds / 60:.0f} min",
     } | measured_rows(flow, metrics)
     title = f"# Flow of {system.name} at {kelvin(system.temperature):g} K"
     return card_text(title, name, rows, metrics)
-
-
-def _layers(flow: EquivariantFlow) -> str:
-    if isinstance(flow, StochasticFlow):
-        return (
-            f"{len(flow.grid):,} levels, on each a Hamiltonian trajectory of {flow.n_leapfrog} "
-            "leapfrog steps (stochastic normalizing flow)"
-        )
-    return f"{flow.n_ode_steps} RK4 steps"
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from openmm_eqflow.moves.chains import ChainSamples
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.runs.fit import split_frames
-from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 from openmm_eqflow.training.precision import resolve_device
 from openmm_eqflow.runs.reference.data import load_reference
@@ -156,7 +156,7 @@ def adopt_shipped_flow(run: RunDirectory) -> None:
 
 def flow_of(
     name_or_run: str, device: str = "auto"
-) -> tuple[MolecularSystem, EquivariantFlow, torch.Tensor | None]:
+) -> tuple[MolecularSystem, FlowPath, torch.Tensor | None]:
     """System, flow and test frames (if any) of a run directory or a shipped system."""
     path = Path(name_or_run)
     where = resolve_device(device)
@@ -194,7 +194,7 @@ def card_of(name: str) -> Path:
     return card
 
 
-def own_flow(path: Path, system_hash: str, device: str = "cpu") -> EquivariantFlow:
+def own_flow(path: Path, system_hash: str, device: str = "cpu") -> FlowPath:
     """Load a flow and make sure that it was trained for this System."""
     flow = load_flow(path, device=device)
     if (made_for := flow.metadata.get("system_hash")) != system_hash:

@@ -173,9 +173,9 @@ class BoltzmannTarget:
         other.n_evaluated = other.n_invalid = 0
         return other
 
-    def save(self, path: str | Path) -> None:
-        """Write System, topology, temperature and reference positions as one JSON file."""
-        record = {
+    def record(self) -> dict[str, Any]:
+        """System, topology, temperature and reference positions, JSON-able."""
+        return {
             "format": "openmm_eqflow.target/1",
             "system": self._system_xml,
             "system_hash": self.system_hash,
@@ -185,12 +185,10 @@ class BoltzmannTarget:
             "n_dims": self.n_dims,
             "check_chirality": self.check_chirality,
         }
-        Path(path).write_text(json.dumps(record))
 
     @classmethod
-    def load(cls, path: str | Path, **options: Any) -> BoltzmannTarget:
-        """Rebuild a saved target; ``options`` are evaluator, platform and n_workers."""
-        record = json.loads(Path(path).read_text())
+    def from_record(cls, record: dict[str, Any], **options: Any) -> BoltzmannTarget:
+        """Rebuild from :meth:`record`; ``options`` are evaluator, platform and n_workers."""
         return cls(
             openmm.XmlSerializer.deserialize(record["system"]),
             topology_from_record(record["topology"]),
@@ -200,6 +198,15 @@ class BoltzmannTarget:
             check_chirality=record["check_chirality"],
             **options,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write :meth:`record` as one JSON file."""
+        Path(path).write_text(json.dumps(self.record()))
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> BoltzmannTarget:
+        """Rebuild a saved target; ``options`` as in :meth:`from_record`."""
+        return cls.from_record(json.loads(Path(path).read_text()), **options)
 
     def close(self) -> None:
         """Release the evaluator (shared by ``at_temperature``)."""

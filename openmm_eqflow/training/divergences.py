@@ -76,7 +76,11 @@ import torch
 from torch import Tensor, nn
 
 from openmm_eqflow.errors import ConfigurationError, TrainingError
-from openmm_eqflow.flows.kernels import Target, latent_target, prior_score
+from openmm_eqflow.flows.kernels import (
+    DifferentiablePotential,
+    latent_target,
+    prior_score,
+)
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.training.solve import follow, solve, transport_score, uniform_grid
 
@@ -119,7 +123,7 @@ class ChartTarget:
         ``energy_high`` is not finite.
     """
 
-    def __init__(self, prior: Prior, target: Target, *, energy_high: float) -> None:
+    def __init__(self, prior: Prior, target: DifferentiablePotential, *, energy_high: float) -> None:
         if not math.isfinite(energy_high):
             raise ValueError(f"energy_high is {energy_high}, expected a finite number of kT")
         self.prior, self.target, self.energy_high = prior, target, energy_high

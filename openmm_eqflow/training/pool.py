@@ -36,12 +36,14 @@ from torch import Tensor
 
 from openmm_eqflow.analysis.balance import path_weights
 from openmm_eqflow.flows.kernels import (
-    PathState,
-    Target,
+    Bridge,
+    DifferentiablePotential,
+    LevelState,
     latent_target,
-    path_trajectory,
     prior_score,
+    tuned,
 )
+from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import rank, share_tensors, world_size
 from openmm_eqflow.priors.base import Prior
 
@@ -71,7 +73,7 @@ class Pool(NamedTuple):
 
 def build_pool(
     prior: Prior,
-    target: Target,
+    target: DifferentiablePotential,
     *,
     n_prior: int,
     frames: Tensor | None = None,
@@ -146,7 +148,7 @@ class PoolFeeder:
     def __init__(
         self,
         prior: Prior,
-        target: Target,
+        target: DifferentiablePotential,
         *,
         chunk: int,
         n_chunks: int,
@@ -219,9 +221,6 @@ class PoolFeeder:
         self._stop.set()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-_AIM = 0.85  # acceptance
-_LONGEST = 2.0  # scale of a coordinate that feels no force, such as a free rotor
-_TUNING_ROUNDS = 12
 _TUNING_POINTS = 96  # of every level
 
 
@@ -257,7 +256,7 @@ class PathSampler:
     def __init__(
         self,
         prior: Prior,
-        target: Target,
+        target: DifferentiablePotential,
         base: Pool,
         *,
         levels: int = 8,
@@ -272,6 +271,7 @@ class PathSampler:
                 f"prior_share {prior_share}: expected at least 1 each and a share between 0 and 1"
             )
         self.prior, self.target, self.base = prior, target, base
+        self.bridge = Bridge(prior, target)
         self.prior_share, self.n_trajectories, self.n_steps = prior_share, n_trajectories, n_steps
         self.levels = torch.arange(1, levels + 1, dtype=torch.float64) / levels
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -283,51 +283,50 @@ class PathSampler:
     def _scales(self, weights: Tensor) -> Tensor:
         """Scale of every coordinate from the scores at both ends, (d,)."""
         scores = torch.stack([self.base.score_prior, self.base.score_target]).double()
-        squares = torch.einsum("tn,tnd->td", weights, scores.square()).amax(0)
-        return squares.rsqrt().clamp(max=_LONGEST)
+        return self.bridge.scales(torch.einsum("tn,tnd->td", weights, scores.square()).amax(0))
 
-    def _start(self, per_level: int, generator: torch.Generator) -> tuple[PathState, Tensor]:
-        """Draw points resampled for the levels, and their number of level, level by level."""
+    def _start(
+        self, per_level: int, generator: torch.Generator
+    ) -> tuple[LevelState, Tensor, RowStreams]:
+        """Draw points resampled for the levels, their number of level, and their streams."""
         which = torch.arange(len(self.levels)).repeat_interleave(per_level)
         u = torch.rand(len(self.levels), per_level, generator=generator, dtype=torch.float64)
         rows = torch.searchsorted(self.cumulative, u * self.cumulative[:, -1:])
         index = rows.flatten().clamp(max=len(self.base.y) - 1)
-        return PathState.at(self.prior, self.target, self.base.y[index].double()), which
+        streams = RowStreams.drawn(len(which), generator)
+        return self.bridge.at(self.base.y[index].double()), which, streams
 
     def _move(
-        self, state: PathState, which: Tensor, sizes: Tensor, generator: torch.Generator
-    ) -> tuple[PathState, Tensor]:
-        return path_trajectory(
-            self.prior,
-            self.target,
+        self, state: LevelState, which: Tensor, sizes: Tensor, streams: RowStreams
+    ) -> tuple[LevelState, Tensor]:
+        return self.bridge.move(
             state,
             self.levels[which],
             step=sizes[which, None] * self.scales,
             n_steps=self.n_steps,
-            generator=generator,
+            streams=streams,
         )
 
     def _tune(self, generator: torch.Generator) -> Tensor:
-        """Step size of every level at which the acceptance is about ``_AIM``, then frozen."""
-        state, which = self._start(_TUNING_POINTS, generator)
-        log_size = torch.full_like(self.levels, 0.3).log()
-        history = []
-        for k in range(_TUNING_ROUNDS):
-            state, acceptance = self._move(state, which, log_size.exp(), generator)
-            history.append(log_size)
-            mean = acceptance.reshape(len(self.levels), -1).mean(1)
-            log_size = log_size + (1.5 if k < _TUNING_ROUNDS // 2 else 0.5) * (mean - _AIM)
-        return torch.stack(history[_TUNING_ROUNDS // 2 :]).mean(0).exp()
+        """Step size of every level, then frozen."""
+        state, which, streams = self._start(_TUNING_POINTS, generator)
+
+        def move(sizes: Tensor) -> Tensor:
+            nonlocal state
+            state, acceptance = self._move(state, which, sizes, streams)
+            return acceptance.reshape(len(self.levels), -1).mean(1)
+
+        return tuned(move, torch.full_like(self.levels, 0.3))
 
     def chunk(self, n: int, generator: torch.Generator) -> Pool:
         """Make about ``n`` points: samples of the prior, and states of all levels."""
         n_prior = round(self.prior_share * n)
         fresh = build_pool(self.prior, self.target, n_prior=n_prior, generator=generator)
         per_level = -(-(n - n_prior) // (self.n_trajectories * len(self.levels)))
-        state, which = self._start(per_level, generator)
+        state, which, streams = self._start(per_level, generator)
         made = [fresh]
         for _ in range(self.n_trajectories):
-            state, _ = self._move(state, which, self.step_sizes, generator)
+            state, _ = self._move(state, which, self.step_sizes, streams)
             made.append(
                 Pool(
                     state.y.float(),

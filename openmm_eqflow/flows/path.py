@@ -1,0 +1,216 @@
+r"""A flow is a path: a prior and layers, each a map or a reversible kernel, with an exact weight.
+
+Layers carry a sample of the prior to the target in the prior's chart. With
+:math:`\log\hat q = \log p_0(y_0)` at the start,
+
+* a **map** T gives :math:`y' = T(y)` and adds :math:`-\log|\det DT(y)|`;
+* a **kernel** reversible with respect to :math:`e^{l}` adds :math:`l(y') - l(y)`,
+
+and :math:`\log\hat q(x) = \log\hat q(y_K) - \mathrm{log\_volume}(y_K)` at the end. Then
+:math:`\log w = -u(x) - \log\hat q` has E[w] = Z on the space of paths whatever the layers, and
+:math:`E[\hat q(x)] = q(x)` over the paths backwards from x (annealed importance sampling, Neal
+2001; stochastic normalizing flows, Wu, Köhler, Noé 2020, arXiv:2002.06707). With maps only the
+path of x is one, and :math:`\hat q = q` is its density.
+
+All that follows is exact by it: a Metropolis chain that accepts by w is a chain over pairs of x
+and path with the marginal p, whether the path of the present state is kept or drawn anew backwards
+(both leave p R invariant). Densities are with respect to Lebesgue measure on the mean-free
+subspace, in nm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.geometry import random_rotations, rotate
+from openmm_eqflow.parallel import map_chunks
+from openmm_eqflow.priors.base import Prior
+
+__all__ = [
+    "Layer",
+    "Path",
+    "rows_that_fit",
+]
+
+_LARGEST_CHUNK = 65_536
+_PILOT = 256
+_SHARE_OF_MEMORY = 0.6
+
+
+class Layer(Protocol):
+    """A map or a reversible kernel in the chart.
+
+    Both directions return the new points and by how much :math:`\\log\\hat q` of the *forward*
+    step changes, (n,). A row never depends on the others, nor on how many there are.
+    """
+
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """From the start of the layer to its end."""
+        ...
+
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """From the end of the layer to its start: a map's inverse, a kernel's reversal."""
+        ...
+
+
+class Path:
+    """A prior and layers; see the module docstring.
+
+    Parameters
+    ----------
+    prior
+        Where paths begin; its chart is the layers'.
+    layers
+        In the order of sampling.
+    chunk_size
+        Configurations carried at once on the CPU, which bounds memory; on a GPU as many as fit.
+
+    Attributes
+    ----------
+    kind
+        Name under which :func:`~openmm_eqflow.flows.storage.save_flow` stores the class.
+    has_density
+        Whether the layers are maps only: then log q is the density of a configuration, otherwise
+        of a path.
+    audit_report, metadata, source
+        Of :func:`~openmm_eqflow.flows.audit.audit`; words kept with the files; path and SHA-256
+        once saved or loaded.
+    """
+
+    kind = ""
+    has_density = False
+
+    def __init__(self, prior: Prior, layers: Sequence[Layer], *, chunk_size: int = 256) -> None:
+        self.prior, self._layers, self.chunk_size = prior, tuple(layers), chunk_size
+        self.audit_report: dict[str, Any] | None = None
+        self.metadata: dict[str, Any] = {}
+        self.source: tuple[str, str] | None = None
+
+    n_particles = property(lambda self: self.prior.n_particles)
+    n_dims = property(lambda self: self.prior.n_dims)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Maps and kernels in the order of sampling."""
+        return self._layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute."""
+        return torch.device("cpu")
+
+    # -- in the chart, one chunk ------------------------------------------------------------------
+
+    def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        r"""Ends of the paths from points of the prior (n, ...), and the sum of the changes (n,)."""
+        total = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        for layer in self.layers:
+            y, change = layer.forward(y, streams)
+            total = total + change
+        return y, total
+
+    def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """Starts of the paths that end at points (n, ...), and the same sum (n,)."""
+        total = torch.zeros(len(y), dtype=torch.float64, device=y.device)
+        for layer in reversed(self.layers):
+            y, change = layer.backward(y, streams)
+            total = total + change
+        return y, total
+
+    # -- chunked, without gradients ---------------------------------------------------------------
+
+    def sample_and_log_prob(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Draw (n, N, D) positions, Haar-oriented, and :math:`\log\hat q` of their paths, (n,).
+
+        Float64, on :attr:`device`. Drawn where ``generator`` lives, so that a seed of the CPU
+        means the same everywhere. A sample that leaves the chart has log q = +inf: weight zero.
+        """
+        draws, size = [], self._chunk()
+        for start in range(0, n, size):
+            m = min(size, n - start)
+            z = self.prior.sample_latent(m, generator=generator)
+            turn = random_rotations(m, self.n_dims, generator=generator)
+            draws.append((z, turn, self._streams(m, generator)))
+
+        def run(draw: tuple[Tensor, Tensor, RowStreams]) -> tuple[Tensor, Tensor]:
+            z, turn, streams = draw
+            z = z.to(self.device)
+            y, change = self.forward(z, streams)
+            x, log_volume = self.prior.to_cartesian(y)
+            log_q = self.prior.latent_log_prob(z) + change - log_volume
+            # Outside the chart there is no configuration: log q = +inf makes the weight zero.
+            return rotate(x, turn.to(x)), torch.where(torch.isfinite(log_q), log_q, torch.inf)
+
+        xs, log_qs = zip(*map_chunks(run, draws), strict=True)
+        return torch.cat(xs), torch.cat(log_qs)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (n, N, D) mean-free positions."""
+        return self.sample_and_log_prob(n, generator=generator)[0]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        r"""Estimate :math:`\log\hat q` of positions (n, N, D) by one path backwards each, (n,).
+
+        Unbiased for q, not for log q: its mean is a lower bound. A path that fails gives -inf: the
+        weight of the state is then infinite, and a chain stays there until another path is drawn.
+        Each row's random numbers follow from its positions: the same configuration gives the same
+        number in any batch.
+        """
+
+        def run(part: Tensor) -> Tensor:
+            y, log_volume = self.prior.from_cartesian(part)
+            z, change = self.backward(y, RowStreams.of(part))
+            log_q = self.prior.latent_log_prob(z) + change - log_volume
+            return torch.where(torch.isfinite(log_q), log_q, -torch.inf)
+
+        x = x.detach().to(device=self.device, dtype=torch.float64)
+        return torch.cat(map_chunks(run, x.split(self._chunk())))
+
+    # -- what a class of paths says of itself -----------------------------------------------------
+
+    def _streams(self, n: int, generator: torch.Generator | None) -> RowStreams:
+        if self.has_density:  # maps draw nothing
+            return RowStreams(torch.zeros(n, dtype=torch.int64, device=self.device))
+        return RowStreams.drawn(n, generator, self.device)
+
+    def _chunk(self) -> int:
+        if self.device.type != "cuda":
+            return self.chunk_size
+
+        def pilot(n: int) -> None:
+            stream = torch.Generator(self.device).manual_seed(0)
+            z = self.prior.sample_latent(n, generator=stream).to(self.device)
+            y, _ = self.forward(z, RowStreams.drawn(n, stream, self.device))
+            self.prior.to_cartesian(y)
+
+        if not hasattr(self, "_fits"):
+            self._fits = rows_that_fit(pilot, self.device)
+        return self._fits
+
+    def stored_layers(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """JSON-able words and tensors that, with prior, field and grid, define the path."""
+        return None, {}
+
+    def describe_layers(self) -> str:
+        """Say in a few words what the layers are, for cards and reports."""
+        return f"{len(self.layers)} layers"
+
+
+def rows_that_fit(pilot: Any, device: torch.device) -> int:
+    """Rows that a GPU's free memory holds, from what ``pilot(n)`` takes for a few."""
+    with torch.no_grad():
+        pilot(_PILOT)  # what is made once, however many the rows
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        pilot(_PILOT)
+    per_row = (torch.cuda.max_memory_allocated(device) - before) / _PILOT
+    free, _ = torch.cuda.mem_get_info(device)
+    rows = int(_SHARE_OF_MEMORY * free / max(per_row, 1.0))
+    return max(1, min(_LARGEST_CHUNK, rows))
