@@ -16,7 +16,7 @@ from openmm_eqflow.flows.streams import RowStreams
 @pytest.mark.statistical
 def test_trajectories_leave_the_level_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = quad(PAIR.weight, 0.3, 1.1)[0] / quad(PAIR.weight, 0.3, 15, limit=200)[0]
-    layer = SoftCoreTrajectory(END, 0.07, 4)
+    layer = SoftCoreTrajectory(torch.from_numpy(END), 0.07, 4)
 
     def share_of_close_pairs() -> tuple[float, float, float]:
         y, streams, shares = PAIR.draw(8192, 0), streams_of(8192), []
@@ -36,7 +36,7 @@ def test_trajectories_leave_the_level_invariant(monkeypatch: pytest.MonkeyPatch)
 
 def test_overflow_is_rejected() -> None:
     y = torch.from_numpy(gas(16, 5)).float()
-    moved, change, accepted = SoftCoreTrajectory(END, 1e6, 3).move(y, streams_of(16))
+    moved, change, accepted = SoftCoreTrajectory(torch.from_numpy(END), 1e6, 3).move(y, streams_of(16))
     assert accepted == 0.0
     assert torch.equal(moved, y)
     assert not change.any()

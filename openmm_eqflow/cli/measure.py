@@ -187,6 +187,17 @@ _bench_command(
     click.option("--seed", type=int, help="Random seed (default 0)."),
 )
 _bench_command(
+    "gpu",
+    "Samples, energies, fields and training steps per second on a GPU and on two CPU cores.",
+    click.option(
+        "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True
+    ),
+    click.option("--system", "systems", multiple=True, help="Repeat for several (default all)."),
+    click.option("--seconds", type=float, help="Begin nothing later than this (default 400)."),
+    click.option("--run", help="Also time the stages of a quick run of this system."),
+    click.option("--n", type=click.IntRange(2), help="Samples per repeat (default: what fits)."),
+)
+_bench_command(
     "matching",
     "Flow-matching loss of the leave-one-out field and of an EGNN after the same steps.",
     click.argument("run_path", metavar="RUN", type=_existing),

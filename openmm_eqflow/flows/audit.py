@@ -74,15 +74,15 @@ def audit(
     dict
         JSON-able: quantiles of every error, ``log_q_error_p99``, ``passed``.
     """
-    if not flow.vector_field.exact_divergence:
+    if not flow.maps.vector_field.exact_divergence:
         raise AuditError(
-            f"{type(flow.vector_field).__name__} estimates its divergence: exp of an unbiased "
+            f"{type(flow.maps.vector_field).__name__} estimates its divergence: exp of an unbiased "
             "log q is biased, so it can't be used for acceptance; use an exact divergence"
         )
-    errors = flow.map_errors(n, x, generator)
+    errors = flow.maps.map_errors(n, x, generator)
     report: dict[str, Any] = {
         "n": max(map(len, errors.values())),
-        "n_ode_steps": flow.n_ode_steps,
+        "n_ode_steps": flow.maps.n_ode_steps,
         "tolerance": tolerance,
     } | {name: _quantiles(values) for name, values in errors.items()}
     worst = max(
@@ -98,7 +98,7 @@ def audit(
 
 def require_passed_audit(flow: Path) -> None:
     """Raise :class:`AuditError` unless the flow's stored audit passed."""
-    field: VectorField = flow.vector_field
+    field: VectorField = flow.maps.vector_field
     if not field.exact_divergence:
         raise AuditError(
             f"{type(field).__name__} estimates its divergence and can't be used for acceptance; "

@@ -31,7 +31,6 @@ from openmm_eqflow.errors import AuditError
 from openmm_eqflow.flows.path import Path
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate
-from openmm_eqflow.parallel import map_chunks
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.zmatrix import wrap_angle
 from openmm_eqflow.vector_fields.base import VectorField
@@ -340,9 +339,9 @@ class EquivariantFlow(Path):
 
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latent points and log q of positions (n, N, D), without gradients, chunked."""
-        x = x.to(device=self.device, dtype=torch.float64)
+        x, size = x.to(device=self.device, dtype=torch.float64), self._chunk()
         zs, log_qs = zip(
-            *map_chunks(self.latent_and_log_prob, x.split(self._chunk())), strict=True
+            *self._carried(self.latent_and_log_prob, x.split(size), size), strict=True
         )
         return torch.cat(zs), torch.cat(log_qs)
 

@@ -20,12 +20,13 @@ subspace, in nm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import random_rotations, rotate
 from openmm_eqflow.parallel import map_chunks
@@ -80,6 +81,8 @@ class Path:
     audit_report, metadata, source
         Of :func:`~openmm_eqflow.flows.audit.audit`; words kept with the files; path and SHA-256
         once saved or loaded.
+    gpu_chunk_size
+        Configurations carried at once on a GPU; by default as many as fit into its free memory.
     """
 
     kind = ""
@@ -90,6 +93,7 @@ class Path:
         self.audit_report: dict[str, Any] | None = None
         self.metadata: dict[str, Any] = {}
         self.source: tuple[str, str] | None = None
+        self.gpu_chunk_size: int | None = None
 
     n_particles = property(lambda self: self.prior.n_particles)
     n_dims = property(lambda self: self.prior.n_dims)
@@ -148,7 +152,7 @@ class Path:
             # Outside the chart there is no configuration: log q = +inf makes the weight zero.
             return rotate(x, turn.to(x)), torch.where(torch.isfinite(log_q), log_q, torch.inf)
 
-        xs, log_qs = zip(*map_chunks(run, draws), strict=True)
+        xs, log_qs = zip(*self._carried(run, draws, size), strict=True)
         return torch.cat(xs), torch.cat(log_qs)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -170,8 +174,8 @@ class Path:
             log_q = self.prior.latent_log_prob(z) + change - log_volume
             return torch.where(torch.isfinite(log_q), log_q, -torch.inf)
 
-        x = x.detach().to(device=self.device, dtype=torch.float64)
-        return torch.cat(map_chunks(run, x.split(self._chunk())))
+        x, size = x.detach().to(device=self.device, dtype=torch.float64), self._chunk()
+        return torch.cat(self._carried(run, x.split(size), size))
 
     # -- what a class of paths says of itself -----------------------------------------------------
 
@@ -190,9 +194,35 @@ class Path:
             y, _ = self.forward(z, RowStreams.drawn(n, stream, self.device))
             self.prior.to_cartesian(y)
 
-        if not hasattr(self, "_fits"):
-            self._fits = rows_that_fit(pilot, self.device)
-        return self._fits
+        if self.gpu_chunk_size is None:
+            self.gpu_chunk_size = rows_that_fit(pilot, self.device)
+        return self.gpu_chunk_size
+
+    def _carried(self, run: Callable[[Any], Any], parts: Iterable[Any], size: int) -> list[Any]:
+        if self.device.type == "cpu":
+            return map_chunks(run, parts)
+        try:
+            with torch.no_grad():
+                return [run(part) for part in parts]
+        except torch.cuda.OutOfMemoryError as error:
+            raise EqFlowError(
+                f"the GPU's memory does not hold {size} configurations at once: set "
+                f"flow.gpu_chunk_size = {max(1, size // 4)}, or free memory there"
+            ) from error
+
+    @property
+    def maps(self) -> Any:
+        """What stands in the files as prior, field and grid.
+
+        Raises
+        ------
+        ConfigurationError
+            The path is put together from layers of which the files know nothing.
+        """
+        raise ConfigurationError(
+            f"a {type(self).__name__} is not among the flows that are saved, audited or moved by: "
+            "take an EquivariantFlow, what relax returns, or a StochasticFlow"
+        )
 
     def stored_layers(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """JSON-able words and tensors that, with prior, field and grid, define the path."""
@@ -203,7 +233,7 @@ class Path:
         return f"{len(self.layers)} layers"
 
 
-def rows_that_fit(pilot: Any, device: torch.device) -> int:
+def rows_that_fit(pilot: Callable[[int], None], device: torch.device) -> int:
     """Rows that a GPU's free memory holds, from what ``pilot(n)`` takes for a few."""
     with torch.no_grad():
         pilot(_PILOT)  # what is made once, however many the rows

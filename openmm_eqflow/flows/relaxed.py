@@ -16,6 +16,7 @@ with a_k and b_k before and after the trajectory on level k.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,11 +33,14 @@ from openmm_eqflow.flows.kernels import (
 )
 from openmm_eqflow.flows.path import Layer, Path
 from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
+    "AnnealedPath",
     "Relaxation",
     "RelaxedFlow",
+    "anneal",
     "relax",
 ]
 
@@ -96,16 +100,6 @@ class RelaxedFlow(Path):
     def maps(self) -> EquivariantFlow:
         """The maps without the trajectories."""
         return self.flow
-
-    vector_field = property(lambda self: self.flow.vector_field)
-    module = property(lambda self: self.flow.module)
-    n_ode_steps = property(lambda self: self.flow.n_ode_steps)
-
-    def map_errors(
-        self, n: int, x: Tensor | None, generator: torch.Generator | None
-    ) -> dict[str, Tensor]:
-        """Those of the flow: the trajectories are reversible, whatever the flow."""
-        return self.flow.map_errors(n, x, generator)
 
     def stored_layers(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Target, leapfrog steps and step sizes; the scales.
@@ -179,49 +173,125 @@ def relax(
     >>> with build_target(load_system("toluene")) as target:  # doctest: +SKIP
     ...     x, log_q = relax(load_flow("toluene"), target).sample_and_log_prob(1000)
     """
-    if len(flow.prior.event_shape) != 1:
-        raise ConfigurationError(
-            "relaxation needs a flow in internal coordinates (prior: internal), whose densities "
-            f"between prior and target are known; this one has a {type(flow.prior).__name__}"
-        )
+    _check_chart(flow.prior)
     if n_leapfrog < 1 or flow.n_ode_steps < 2:
         raise ConfigurationError(
             f"relaxation needs at least 1 leapfrog step and a grid of 2 steps; got {n_leapfrog} "
             f"and {flow.n_ode_steps}"
         )
-    # A stream of its own: manual_seed(seed) would tune on the very latents that an evaluation with
-    # the same seed draws.
-    entropy = np.random.SeedSequence(seed, spawn_key=_TUNING_STREAM)
-    generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    generator = _tuning_stream(seed)
     with torch.no_grad():
         z = flow.prior.sample_latent(_TUNING_POINTS, generator=generator).to(flow.device)
         streams = RowStreams.drawn(len(z), generator, flow.device)
         bridge = Bridge(flow.prior, target)
-        scales = _scales(flow, bridge, z)
-        sizes = _tuned(flow, bridge, z, scales, n_leapfrog, streams)
+        scales = _scales(bridge, z, flow.forward(z, streams)[0])
+        sizes = _tuned(
+            bridge, flow.layers[:-1], flow.grid[1:-1], z, scales, n_leapfrog, streams
+        )
     return RelaxedFlow(flow, target, Relaxation(n_leapfrog, sizes, scales.cpu()))
 
 
-def _scales(flow: EquivariantFlow, bridge: Bridge, z: Tensor) -> Tensor:
-    """Scales of the coordinates from the scores at both ends, (d,); medians bear clashes."""
-    y, _ = flow.forward(z, RowStreams(torch.zeros_like(z[:, 0], dtype=torch.int64)))
+def anneal(
+    prior: Prior,
+    target: DifferentiablePotential,
+    *,
+    n_levels: int = 20,
+    n_leapfrog: int = 5,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> AnnealedPath:
+    """Path of trajectories alone, on evenly spaced levels: annealed importance sampling.
+
+    Nothing is trained; step sizes are tuned as :func:`relax` does.
+
+    Parameters
+    ----------
+    prior, target
+        Both ends; the prior in internal coordinates, the closer the better.
+    n_levels
+        Levels up to 1: more cost more and leave less.
+    n_leapfrog, seed
+        As for :func:`relax`.
+    device
+        Where the layers compute.
+
+    Examples
+    --------
+    >>> from openmm_eqflow import load_flow, load_system
+    >>> from openmm_eqflow.runs.stages import build_target
+    >>> with build_target(load_system("toluene")) as target:  # doctest: +SKIP
+    ...     x, log_q = anneal(load_flow("toluene").prior, target).sample_and_log_prob(1000)
+    """
+    _check_chart(prior)
+    if n_leapfrog < 1 or n_levels < 1:
+        raise ConfigurationError(
+            f"annealing needs at least 1 leapfrog step and 1 level; got {n_leapfrog} and "
+            f"{n_levels}"
+        )
+    prior, generator = prior.to(device), _tuning_stream(seed)
+    times = [(k + 1) / n_levels for k in range(n_levels)]
+    with torch.no_grad():
+        z = prior.sample_latent(_TUNING_POINTS, generator=generator).to(device)
+        streams = RowStreams.drawn(len(z), generator, device)
+        bridge = Bridge(prior, _OneAtATime(target))
+        scales = _scales(bridge, z, z)
+        sizes = _tuned(bridge, [None] * n_levels, times, z, scales, n_leapfrog, streams)
+    layers = [
+        Trajectory(bridge, t, size * scales, n_leapfrog)
+        for t, size in zip(times, sizes, strict=True)
+    ]
+    return AnnealedPath(prior, layers, torch.device(device))
+
+
+class AnnealedPath(Path):
+    """Trajectories on levels of a bridge. Made by :func:`anneal`."""
+
+    def __init__(self, prior: Prior, layers: Sequence[Layer], device: torch.device) -> None:
+        super().__init__(prior, layers)
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers compute."""
+        return self._device
+
+
+def _check_chart(prior: Prior) -> None:
+    if len(prior.event_shape) != 1:
+        raise ConfigurationError(
+            "relaxation needs a flow in internal coordinates (prior: internal), whose densities "
+            f"between prior and target are known; this one has a {type(prior).__name__}"
+        )
+
+
+def _tuning_stream(seed: int) -> torch.Generator:
+    # A stream of its own: manual_seed(seed) would tune on the very latents that an evaluation with
+    # the same seed draws.
+    entropy = np.random.SeedSequence(seed, spawn_key=_TUNING_STREAM)
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def _scales(bridge: Bridge, z: Tensor, y: Tensor) -> Tensor:
+    """Scales from the scores of the prior at z, of the target at y, (d,); medians bear clashes."""
     scores = bridge.at(z).score_prior, bridge.at(y).score_target
     squares = torch.stack([s.square().median(0).values for s in scores]).amax(0)
     return bridge.scales(squares / _MEDIAN_OF_CHI_SQUARE)
 
 
 def _tuned(
-    flow: EquivariantFlow,
     bridge: Bridge,
+    maps: Sequence[Layer | None],
+    times: Sequence[float],
     y: Tensor,
     scales: Tensor,
     n_leapfrog: int,
     streams: RowStreams,
 ) -> tuple[float, ...]:
-    """Step size of every inner time, from several trajectories of a few points on each."""
+    """Step size of every level, from several trajectories of a few points on each."""
     size, sizes = torch.tensor([_FIRST_STEP], dtype=torch.float64), []
-    for layer, t in zip(flow.layers[:-1], flow.grid[1:-1], strict=True):
-        y, _ = layer.forward(y, streams)
+    for layer, t in zip(maps, times, strict=True):
+        if layer is not None:
+            y, _ = layer.forward(y, streams)
         state = bridge.at(y)
 
         def move(size: Tensor, t: float = t) -> Tensor:

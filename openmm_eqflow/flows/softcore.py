@@ -110,12 +110,12 @@ class SoftCoreTrajectory:
     Parameters
     ----------
     level
-        (trap, soft, attraction).
+        (trap, soft, attraction), float32, on the device of the points.
     timestep, n_leapfrog
         Of the leapfrog.
     """
 
-    def __init__(self, level: Floats, timestep: float, n_leapfrog: int) -> None:
+    def __init__(self, level: Tensor, timestep: float, n_leapfrog: int) -> None:
         self.level, self.timestep, self.n_leapfrog = level, timestep, n_leapfrog
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,8 @@ class SoftCoreTrajectory:
         """New points, change and share accepted."""
         if y.device.type != "cpu":
             return on_gpu.trajectory(y, self.level, self.timestep, self.n_leapfrog, streams)
-        n = len(y)
-        x, u, force = energy_and_force(y, self.level)
+        n, level = len(y), self.level.numpy()
+        x, u, force = energy_and_force(y, level)
         before = u.copy()
         width = x.shape[-1]
         keys = _keys(streams, width)
@@ -141,7 +141,7 @@ class SoftCoreTrajectory:
         kernels.fill_normal(v, keys, streams.skip())
         kernels.fill_uniform(uniform, keys, streams.skip())
         accepted = kernels.hmc_step(
-            x, u, force, self.level, self.timestep, self.n_leapfrog, v, uniform,
+            x, u, force, level, self.timestep, self.n_leapfrog, v, uniform,
             np.empty_like(x), np.empty_like(x),
             np.empty((3, width), np.float32), np.empty((3, width), np.float32),
         )  # fmt: skip
@@ -159,14 +159,15 @@ class SoftCoreMap:
     Parameters
     ----------
     table
-        (n_intervals, 4): polynomials of h phi(d) on intervals of length ``spacing``, float32.
+        (n_intervals, 4): polynomials of h phi(d) on intervals of length ``spacing``, float32, on
+        the device of the points.
     spacing
         nm.
     exact
         Whether determinants are those of the Jacobian.
     """
 
-    def __init__(self, table: Floats, spacing: float, *, exact: bool = False) -> None:
+    def __init__(self, table: Tensor, spacing: float, *, exact: bool = False) -> None:
         self.table, self.spacing, self.exact = table, spacing, exact
 
     def forward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,7 @@ class SoftCoreMap:
         else:
             x = lanes(y)
             found, v, middle, work = self._space(x)
-            kernels.transport(x, self.table, self.spacing, found, v, middle, work)
+            kernels.transport(x, self.table.numpy(), self.spacing, found, v, middle, work)
             image, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
         return image, -(self.log_determinant(y) if self.exact else ladj)
 
@@ -190,7 +191,7 @@ class SoftCoreMap:
             x = lanes(y)
             found, v, middle, work = self._space(x)
             kernels.transport_back(
-                x, self.table, self.spacing, found, v, middle, work,
+                x, self.table.numpy(), self.spacing, found, v, middle, work,
                 _BACK_TOLERANCE, _BACK_ITERATIONS,
             )  # fmt: skip
             before, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
@@ -198,7 +199,7 @@ class SoftCoreMap:
 
     def log_determinant(self, y: Tensor) -> Tensor:
         """That of the Jacobian at points (n, N, 3), float64, (n,)."""
-        table = torch.from_numpy(self.table).to(y.device, torch.float64)
+        table = self.table.double()
         found = []
         for part in y.double().split(64):
             velocity, first = on_gpu.field_jacobian(part, table, self.spacing)

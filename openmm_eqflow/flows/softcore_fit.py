@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -117,20 +118,21 @@ def fit_path(
     while True:
         level = path.levels(np.array([t]))[0]
 
-        kernel = SoftCoreTrajectory(level, step, n_leapfrog)
-        carry = None if table is None else SoftCoreMap(table, spacing)
+        kernel = SoftCoreTrajectory(torch.from_numpy(level), step, n_leapfrog)
+        carry = None if table is None else SoftCoreMap(torch.from_numpy(table), spacing)
 
         def advance(
             batch: tuple[Tensor, RowStreams],
             t: float = t,
             kernel: SoftCoreTrajectory = kernel,
             carry: SoftCoreMap | None = carry,
+            level: Floats = level,
         ) -> tuple[Tensor, float, Floats, Floats]:
             y, streams = batch
             if carry is not None:
                 y, _ = carry.forward(y)
             y, _, accepted = kernel.move(y, streams)
-            return y, accepted, _slope(path, t, y), _design(y, kernel.level, spacing, n_splines)
+            return y, accepted, _slope(path, t, y), _design(y, level, spacing, n_splines)
 
         moved, shares, slopes, designs = zip(*map_chunks(advance, batches), strict=True)
         batches = [(y, streams) for y, (_, streams) in zip(moved, batches, strict=True)]

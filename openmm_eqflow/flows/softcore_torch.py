@@ -13,9 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_eqflow.flows.streams import RowStreams
@@ -26,8 +24,6 @@ __all__ = [
     "transport",
     "transport_back",
 ]
-
-Floats = NDArray[np.floating[Any]]
 
 
 def _differences(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,27 +105,23 @@ def _functions(x: Tensor) -> dict[str, Callable[..., Any]]:
     return {"energy_and_force": energy_and_force, "leapfrog": _leapfrog, "midpoint": _midpoint}
 
 
-def _on(x: Tensor, array: Floats) -> Tensor:
-    return torch.from_numpy(array).to(x.device)
-
-
 def trajectory(
-    y: Tensor, level: Floats, timestep: float, n_leapfrog: int, streams: RowStreams
+    y: Tensor, level: Tensor, timestep: float, n_leapfrog: int, streams: RowStreams
 ) -> tuple[Tensor, Tensor, float]:
     """New points, u(y) - u(y') (n,) float64, and the share accepted."""
     x = y.float()
-    act, at = _functions(x), _on(x, level)
+    act = _functions(x)
     v = streams.normal(*x.shape[1:], dtype=torch.float32)
     uniform = streams.uniform()
     v = v - v.mean(1, keepdim=True)
-    u, force = act["energy_and_force"](x, at)
+    u, force = act["energy_and_force"](x, level)
     before = u.double() + 0.5 * v.double().square().sum((1, 2))
     step = torch.full((), timestep, device=x.device)
     half = 0.5 * step
     new, velocity, new_u = x, v + half * force, u
     for k in range(n_leapfrog):
         kick = step if k < n_leapfrog - 1 else half
-        new, velocity, new_u, force = act["leapfrog"](new, velocity, force, at, step, kick)
+        new, velocity, new_u, force = act["leapfrog"](new, velocity, force, level, step, kick)
     after = new_u.double() + 0.5 * velocity.double().square().sum((1, 2))
     # A trajectory that overflowed compares false and is rejected.
     keep = torch.log(uniform) < before - after
@@ -138,23 +130,23 @@ def trajectory(
     return moved, change, float("nan") if x.is_cuda else float(keep.double().mean())
 
 
-def transport(y: Tensor, table: Floats, spacing: float) -> tuple[Tensor, Tensor]:
+def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
     """The midpoint step and its log determinant (n,), float64."""
     x = y.float()
-    velocity, divergence = _functions(x)["midpoint"](x, _on(x, table), 1.0 / spacing)
+    velocity, divergence = _functions(x)["midpoint"](x, table, 1.0 / spacing)
     return x + velocity, divergence.double()
 
 
 def transport_back(
-    y: Tensor, table: Floats, spacing: float, tolerance: float, most: int
+    y: Tensor, table: Tensor, spacing: float, tolerance: float, most: int
 ) -> tuple[Tensor, Tensor]:
     """The inverse by fixed-point iteration, row by row, and the log determinant of the map."""
     y = y.float()
-    act, at = _functions(y)["midpoint"], _on(y, table)
+    act = _functions(y)["midpoint"]
     x, moving = y, torch.ones(len(y), dtype=torch.bool, device=y.device)
     found = torch.zeros(len(y), dtype=torch.float64, device=y.device)
     for _ in range(most):
-        velocity, divergence = act(x, at, 1.0 / spacing)
+        velocity, divergence = act(x, table, 1.0 / spacing)
         change = (x - (y - velocity)).abs().amax((1, 2))
         x = torch.where(moving[:, None, None], y - velocity, x)
         found = torch.where(moving, divergence.double(), found)

@@ -175,10 +175,14 @@ class StochasticFlow(Path):
             middles = torch.from_numpy(0.5 * (grid[1:] + grid[:-1])).float().to(self.device)
             weights = field.coefficients(middles)[:, :-3].double().cpu().numpy()
         tables = spline_tables(weights * np.diff(grid)[:, None])
-        maps = [SoftCoreMap(table, field.spacing, exact=exact) for table in tables]
-        kernels = [
+        tables, levels = (
+            torch.from_numpy(array).to(self.device).unbind()
+            for array in (tables, self.path.levels(grid))
+        )
+        maps: list[Layer] = [SoftCoreMap(v, field.spacing, exact=exact) for v in tables]
+        kernels: list[Layer] = [
             SoftCoreTrajectory(level, float(timestep), self.n_leapfrog)
-            for level, timestep in zip(self.path.levels(grid), self.timesteps, strict=True)
+            for level, timestep in zip(levels, self.timesteps, strict=True)
         ]
         # The first step, from the prior, has no map: there is next to nothing to move.
         return (kernels[0], *itertools.chain(*zip(maps, kernels[1:], strict=True)))

@@ -82,6 +82,10 @@ class InternalCoordinatePrior:
         self.n_soft, self.n_stiff = len(self.soft), int(cholesky.shape[0])
         self.event_shape = (self.n_stiff + self.n_soft,)
         self.fold = [zmatrix.fold[k] for k in self.soft]
+        # Places among the torsions: of the stiff ones, then of the soft ones, and back.
+        order = [*self.stiff, *self.soft]
+        self._places = torch.tensor(order, dtype=torch.int64)
+        self._back = torch.argsort(self._places)
 
     def copy(self) -> InternalCoordinatePrior:
         """Shallow copy whose parameters can be replaced."""
@@ -90,7 +94,7 @@ class InternalCoordinatePrior:
     def to(self, device: torch.device | str) -> InternalCoordinatePrior:
         """Return the same density with its tensors on ``device``."""
         made = self.copy()
-        for name in ("centre", "modes", "coefficients", "cholesky"):
+        for name in ("centre", "modes", "coefficients", "cholesky", "_places", "_back"):
             setattr(made, name, getattr(self, name).to(device))
         if self.torsions is not None:
             made.torsions = self.torsions.to(device)
@@ -105,7 +109,8 @@ class InternalCoordinatePrior:
 
     def stiff_vector(self, internal: InternalCoordinates) -> Tensor:
         """Concatenate bonds, angles and centred stiff torsions, (n, n_stiff)."""
-        torsion = wrap_angle(internal.torsions[:, self.stiff] - self.centre.to(internal.bonds))
+        stiff = self._places.to(internal.bonds.device)[: len(self.stiff)]
+        torsion = wrap_angle(internal.torsions[:, stiff] - self.centre.to(internal.bonds))
         return torch.cat([internal.bonds, internal.angles, torsion], 1)
 
     def internal_from_stiff(self, s: Tensor, tau: Tensor) -> InternalCoordinates:
@@ -113,12 +118,7 @@ class InternalCoordinatePrior:
         nb = self.n_particles - 1
         na = self.n_particles - 2
         stiff = s[:, nb + na :] + self.centre.to(s)
-        columns = [s[:, 0]] * (len(self.stiff) + self.n_soft)
-        for j, k in enumerate(self.stiff):
-            columns[k] = stiff[:, j]
-        for j, k in enumerate(self.soft):
-            columns[k] = tau[:, j]
-        torsions = torch.stack(columns, 1) if columns else s[:, :0]
+        torsions = torch.cat([stiff, tau], 1)[:, self._back.to(s.device)]
         return InternalCoordinates(s[:, :nb], s[:, nb : nb + na], torsions)
 
     # -- Prior protocol -----------------------------------------------------------------------
@@ -177,7 +177,7 @@ class InternalCoordinatePrior:
     def from_cartesian(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latent points (n, n_stiff + n_soft) of positions and ``log_volume`` (n,)."""
         internal = self.zmatrix.to_internal(x)
-        tau = internal.torsions[:, self.soft]
+        tau = internal.torsions[:, self._places.to(x.device)[len(self.stiff) :]]
         residual = self.stiff_vector(internal) - self.features(tau) @ self.coefficients.to(x)
         z = torch.linalg.solve_triangular(self.cholesky.to(x), residual.T, upper=False).T
         log_volume = self.zmatrix.log_volume(internal) + self._log_det().to(x)

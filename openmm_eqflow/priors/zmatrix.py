@@ -161,10 +161,16 @@ class ZMatrix:
 
     # -- differentiable maps ------------------------------------------------------------------
 
+    def _plan(self, device: torch.device) -> _Plan:
+        """Index tensors on a device, made once for each."""
+        plans: dict[str, _Plan] = self.__dict__.setdefault("_plans", {})
+        if str(device) not in plans:
+            plans[str(device)] = _Plan.of(self, device)
+        return plans[str(device)]
+
     def to_internal(self, x: Tensor) -> InternalCoordinates:
         """Compute the internal coordinates, invariant under rigid motions, of ``(n, N, 3)``."""
-        idx = torch.tensor(self.rows, device=x.device)
-        atom, par, grand, ref = idx.unbind(1)
+        atom, par, grand, ref = self._plan(x.device).columns
         to_parent = x[:, atom[1:]] - x[:, par[1:]]
         bonds = torch.linalg.vector_norm(to_parent, dim=-1)
         to_grand = x[:, grand[2:]] - x[:, par[2:]]
@@ -183,13 +189,11 @@ class ZMatrix:
 
     def relative(self, torsions: Tensor, sign: float) -> Tensor:
         """Subtract (sign -1) or add (+1) each group's leading torsion to its other members."""
-        follower = [k for k, lead in enumerate(self.lead) if lead not in (-1, k)]
-        if not follower:
+        plan = self._plan(torsions.device)
+        if not len(plan.follower):
             return torsions
-        leaders = [self.lead[k] for k in follower]
-        mixed = torsions[:, follower] + sign * torsions[:, leaders]
-        index = torch.tensor(follower, device=torsions.device)
-        return wrap_angle(torsions.index_copy(1, index, mixed))
+        mixed = torsions[:, plan.follower] + sign * torsions[:, plan.leader]
+        return wrap_angle(torsions.index_copy(1, plan.follower, mixed))
 
     def log_volume(self, internal: InternalCoordinates) -> Tensor:
         r""":math:`\log |dx/d(b,\theta,\tau)|` with the orientation integrated out, ``(n,)``."""
@@ -222,26 +226,56 @@ class ZMatrix:
             [torch.cos(angles[:, 0]), torch.sin(angles[:, 0]), zero], -1
         )
         placed = torch.stack([torch.zeros_like(first), first, second], 1)
-        slot = {row[0]: k for k, row in enumerate(self.rows[:3])}
-        for level in self.levels():
-            rows = [self.rows[k + 3] for k in level]
-            par, grand, ref = (
-                placed[:, [slot[row[c]] for row in rows]] for c in (1, 2, 3)
-            )
-            b = bonds[:, [k + 2 for k in level], None]
-            th = angles[:, [k + 1 for k in level], None]
+        plan = self._plan(bonds.device)
+        for par, grand, ref, level in plan.levels:
+            p, g, r = placed[:, par], placed[:, grand], placed[:, ref]
+            b = bonds[:, level + 2, None]
+            th = angles[:, level + 1, None]
             tau = absolute[:, level, None]
-            e1 = _unit(grand - par)
-            normal = _unit(torch.linalg.cross(e1, ref - grand, dim=-1))
+            e1 = _unit(g - p)
+            normal = _unit(torch.linalg.cross(e1, r - g, dim=-1))
             e2 = torch.linalg.cross(normal, e1, dim=-1)
             direction = torch.cos(th) * e1 + torch.sin(th) * (
                 torch.cos(tau) * e2 - torch.sin(tau) * normal
             )
+            placed = torch.cat([placed, p + b * direction], 1)
+        return remove_mean(placed[:, plan.order]), self.log_volume(internal)
+
+
+class _Plan(NamedTuple):
+    """Index tensors of a :class:`ZMatrix` on one device."""
+
+    columns: tuple[Tensor, ...]
+    """Atom, parent, grandparent, reference of every row."""
+    follower: Tensor
+    """Torsions written relative to another of their group, and that one."""
+    leader: Tensor
+    levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    """Slots of the parents, grandparents, references, and the torsions, level by level."""
+    order: Tensor
+    """Slot of every atom."""
+
+    @classmethod
+    def of(cls, zmatrix: ZMatrix, device: torch.device) -> _Plan:
+        def on(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        follower = [k for k, lead in enumerate(zmatrix.lead) if lead not in (-1, k)]
+        slot = {row[0]: k for k, row in enumerate(zmatrix.rows[:3])}
+        levels = []
+        for level in zmatrix.levels():
+            rows = [zmatrix.rows[k + 3] for k in level]
+            par, grand, ref = (on([slot[row[c]] for row in rows]) for c in (1, 2, 3))
+            levels.append((par, grand, ref, on(level)))
             for row in rows:
                 slot[row[0]] = len(slot)
-            placed = torch.cat([placed, par + b * direction], 1)
-        order = [slot[i] for i in range(self.n_particles)]
-        return remove_mean(placed[:, order]), self.log_volume(internal)
+        return cls(
+            on([list(row) for row in zmatrix.rows]).unbind(1),  # type: ignore[arg-type]
+            on(follower),
+            on([zmatrix.lead[k] for k in follower]),
+            levels,
+            on([slot[i] for i in range(zmatrix.n_particles)]),
+        )
 
 
 def _choose_roots(graph: nx.Graph, weight: list[float]) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 Progress = Callable[[float, str], None]
+_GPU_BLOCK = 16_384
 _CHUNKS_PER_BLOCK = 4  # fixed, so that a seed means the same on every machine
 
 
@@ -62,7 +63,7 @@ def draw_weighted(
     all samples.
     """
     parts: list[FlowSamples] = []
-    block = _CHUNKS_PER_BLOCK * flow.chunk_size
+    block = _CHUNKS_PER_BLOCK * flow.chunk_size if flow.device.type == "cpu" else _GPU_BLOCK
     starts = list(range(0, n, block))
 
     def path(k: int) -> Path | None:
@@ -102,9 +103,11 @@ def _drawn(
     generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
     clock = time.perf_counter()
     x, log_q = flow.sample_and_log_prob(n, generator=generator)
+    if x.is_cuda:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - clock
-    x, log_q = x.cpu(), log_q.cpu()
     u = target.reduced_potential(x)
+    x, log_q, u = x.cpu(), log_q.cpu(), u.cpu()
     return FlowSamples(x, u, log_q, -u - log_q, seconds)
 
 
@@ -206,7 +209,7 @@ def evaluate_flow(
         "n_invalid": int((~np.isfinite(log_w)).sum()),
         "seconds_per_sample": samples.seconds / n_samples,
         "log_q_error_p99": report["log_q_error_p99"],
-        "n_ode_steps": flow.n_ode_steps,
+        "n_ode_steps": flow.maps.n_ode_steps,
         "n_threads": available_threads(),
         "device": str(flow.device),
     }

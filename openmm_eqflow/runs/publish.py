@@ -133,7 +133,7 @@ def _card(
     config, system = run.config, run.load_system()
     reference, train = facts["reference"], facts["train"]
     temperatures = reference["temperatures_kelvin"]
-    n_weights = sum(p.numel() for p in flow.vector_field.parameters())  # type: ignore[attr-defined]
+    n_weights = sum(p.numel() for p in flow.maps.vector_field.parameters())  # type: ignore[attr-defined]
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
     ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"
@@ -146,7 +146,7 @@ def _card(
         "made by": f"`openmm-eqflow run {name} --budget {config.budget} --seed {config.seed}`",
         "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
         f"{reference['seconds']:.0f} s",
-        "prior, field": f"{type(flow.prior).__name__}, {type(flow.vector_field).__name__} "
+        "prior, field": f"{type(flow.prior).__name__}, {type(flow.maps.vector_field).__name__} "
         f"({n_weights:,} weights), {flow.describe_layers()}",
         "training": _training(config.recipe, train),
         "hardware": f"{machine_name()}, {metrics['device']}; the whole run took "

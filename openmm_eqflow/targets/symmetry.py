@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -188,12 +189,17 @@ def force_terms_of_bonds(system: openmm.System) -> dict[tuple[object, tuple[int,
     }
 
 
+@lru_cache(maxsize=64)
+def _neighbours(stereocentres: tuple[Stereocentre, ...], device: torch.device) -> Tensor:
+    """Neighbours of every centre, made once on each device."""
+    return torch.tensor([s.neighbours for s in stereocentres], device=device)
+
+
 def chirality_signs(x: Tensor, stereocentres: tuple[Stereocentre, ...]) -> Tensor:
     """Signs ``(n, n_stereocentres)``, +1 or -1 (0 if coplanar or not finite), of ``(n, N, 3)``."""
     if not stereocentres:
         return torch.zeros(x.shape[0], 0, dtype=x.dtype, device=x.device)
-    index = torch.tensor([s.neighbours for s in stereocentres], device=x.device)
-    corner = x[:, index]
+    corner = x[:, _neighbours(stereocentres, x.device)]
     a, b, c = (corner[:, :, k] - corner[:, :, 3] for k in range(3))
     triple = (a * torch.linalg.cross(b, c)).sum(-1)
     return torch.sign(torch.nan_to_num(triple, nan=0.0))

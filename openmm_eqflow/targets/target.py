@@ -129,7 +129,12 @@ class BoltzmannTarget:
             )
         self.evaluator: EnergyEvaluator = evaluator
         self.n_evaluated = 0
-        self.n_invalid = 0
+        self._n_invalid: int | Tensor = 0
+
+    @property
+    def n_invalid(self) -> int:
+        """Configurations of infinite reduced potential since construction."""
+        return int(self._n_invalid)
 
     @property
     def check_chirality(self) -> bool:
@@ -164,13 +169,15 @@ class BoltzmannTarget:
         if self._signs is None:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         signs = chirality_signs(x.detach(), self.symmetry.stereocentres)
-        return (signs == self._signs.to(signs)).all(dim=-1)
+        if self._signs.device != signs.device:
+            self._signs = self._signs.to(signs)
+        return (signs == self._signs).all(dim=-1)
 
     def at_temperature(self, temperature: unit.Quantity) -> BoltzmannTarget:
         """Return the same target at another temperature, sharing the evaluator."""
         other = copy.copy(self)
         other._set_temperature(temperature)
-        other.n_evaluated = other.n_invalid = 0
+        other.n_evaluated = other._n_invalid = 0
         return other
 
     def record(self) -> dict[str, Any]:
@@ -268,20 +275,20 @@ class BoltzmannTarget:
         full = torch.nn.functional.pad(x, (0, 3 - self.n_dims))
         energies, forces = self._energies(full, gradient=gradient)
         u = energies / self.kT
-        wrong = ~self.in_sector(x)
-        u[wrong] = torch.inf
+        right = self.in_sector(x)
+        u = torch.where(right, u, torch.inf)
         self.n_evaluated += len(u)
-        self.n_invalid += int(torch.isinf(u).sum())
+        # On a GPU the count stays there until it is asked for: no synchronisation.
+        self._n_invalid = self._n_invalid + torch.isinf(u).sum()
         if forces is None:
             return u, None
         du_dx = forces[..., : self.n_dims] / -self.kT
-        du_dx[wrong] = 0.0
-        return u, du_dx
+        return u, torch.where(right[:, None, None], du_dx, 0.0)
 
     def _energies(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Energies and forces in kJ/mol on the device of x."""
         if x.device.type != "cpu" and isinstance(self.evaluator, TorchEnergy):
-            return self.evaluator.to(x.device).energies_and_forces_tensor(x, forces=gradient)
+            return self.evaluator.energies_and_forces_tensor(x, forces=gradient)
         array = x.cpu().numpy()
         if gradient:
             energies, forces = self.evaluator.energies_and_forces(array)

@@ -112,21 +112,26 @@ class ChartGeometry(nn.Module):
         # Atoms in the order in which they are placed, level by level.
         rows = self.zmatrix.rows
         order = [row[0] for row in rows[:3]]
-        self.levels: list[list[int]] = []  # slots of the parents, grandparents, references
-        self.parents: list[list[int]] = [[], [], []]  # the same of all levels
-        self.placed: list[int] = []  # torsions in that order
+        self.sizes: list[int] = []  # atoms of every level
+        slots: list[int] = []  # level by level, of the parents, grandparents, references
+        parents: list[list[int]] = [[], [], []]  # the same of all levels
+        placed: list[int] = []  # torsions in that order
         for level in self.zmatrix.levels():
-            slots = [[order.index(rows[k + 3][c]) for k in level] for c in (1, 2, 3)]
-            self.levels.append([slot for column in slots for slot in column])
-            for total, column in zip(self.parents, slots, strict=True):
+            self.sizes.append(len(level))
+            for total, c in zip(parents, (1, 2, 3), strict=True):
+                column = [order.index(rows[k + 3][c]) for k in level]
                 total += column
-            self.placed += level
+                slots += column
+            placed += level
             order += [rows[k + 3][0] for k in level]
-        self.order = order
-        self.back = [order.index(i) for i in range(n)]
         # Internal coordinates in the order of the recursion: bond, bond, angle, then by atom.
-        self.listed = [0, 1, n - 1]
-        self.listed += [row for k in self.placed for row in (k + 2, k + n, k + 2 * n - 3)]
+        listed = [0, 1, n - 1] + [r for k in placed for r in (k + 2, k + n, k + 2 * n - 3)]
+        back = [order.index(i) for i in range(n)]
+        for name, numbers in (
+            ("slots", slots), ("parents", parents), ("placed", placed), ("order", order),
+            ("back", back), ("listed", listed),
+        ):  # fmt: skip
+            self.register_buffer(name, torch.tensor(numbers, dtype=torch.int64), False)
 
     modes: Tensor
     mean: Tensor
@@ -134,6 +139,12 @@ class ChartGeometry(nn.Module):
     centre: Tensor
     pick: Tensor
     select: Tensor
+    slots: Tensor
+    parents: Tensor
+    placed: Tensor
+    order: Tensor
+    back: Tensor
+    listed: Tensor
 
     @classmethod
     def of(cls, prior: Any) -> ChartGeometry:
@@ -173,14 +184,13 @@ class ChartGeometry(nn.Module):
         second = _outer(along, dq[:, 0])
         third = _outer(out, dq[:, 1]) + _outer(up, dq[:, count - 1])
         v = torch.stack([torch.zeros_like(second), second, third], 1)
-        if self.levels:
+        if self.sizes:
             transfer, frame = self._motion(x[:, self.order], internal)
-            k = torch.tensor(self.placed, device=y.device)
+            k = self.placed
             own = torch.stack([dq[:, k + 2], dq[:, k + count], dq[:, k + 2 * count - 3]], 2)
             local = frame @ own
         offset = 0
-        for slots in self.levels:
-            m = len(slots) // 3
+        for m, slots in zip(self.sizes, self.slots.split([3 * m for m in self.sizes]), strict=True):
             here = slice(offset, offset + m)
             before = v[:, slots].reshape(n, 3, m, 3, -1).transpose(1, 2).flatten(2, 3)
             v = torch.cat([v, transfer[:, here] @ before + local[:, here]], 1)
@@ -192,7 +202,7 @@ class ChartGeometry(nn.Module):
         internal, cos, sin = self._internal(y)
         x, _ = self.zmatrix.from_internal(internal)
         slope, matrices = self._slope(cos, sin)[:, self.listed], None
-        if self.levels:
+        if self.sizes:
             pair = self._motion(x[:, self.order], internal)
             matrices = torch.cat(pair, 3).transpose(2, 3).contiguous()
         return x, ChartMotion(internal, slope, matrices)
@@ -223,8 +233,8 @@ class ChartGeometry(nn.Module):
         acting = gradient[:, self.order]
         own: list[Tensor] = []
         stop = self.n_particles - 3
-        for slots in reversed(self.levels):
-            m = len(slots) // 3
+        levels = self.slots.split([3 * m for m in self.sizes])
+        for m, slots in zip(reversed(self.sizes), reversed(levels), strict=True):
             stop -= m
             acting, last = acting.split([3 + stop, m], 1)
             assert motion.matrices is not None
@@ -232,7 +242,7 @@ class ChartGeometry(nn.Module):
             parents, inner = handed.split([9, 3], 2)
             own.insert(0, inner.flatten(1, 2))
             parents = parents.unflatten(2, (3, 3)).transpose(1, 2).flatten(1, 2)
-            acting = acting.index_add(1, torch.tensor(slots, device=acting.device), parents)
+            acting = acting.index_add(1, slots, parents)
         along, out, up = self._base(motion.internal)
         first = [
             torch.einsum("nc,nch->nh", unit, acting[:, slot])[:, None]
@@ -253,15 +263,15 @@ class ChartGeometry(nn.Module):
     def _base(internal: InternalCoordinates) -> tuple[Tensor, Tensor, Tensor]:
         """Motion of the second atom, and of the third with its bond and its angle, (n, 3) each."""
         b, theta = internal.bonds, internal.angles
-        along = torch.tensor([1.0, 0.0, 0.0]).to(b).expand(len(b), 3)
         c, s = torch.cos(theta[:, 0]), torch.sin(theta[:, 0])
         zero = torch.zeros_like(c)
+        along = torch.stack([torch.ones_like(c), zero, zero], 1)
         out, up = torch.stack([c, s, zero], 1), torch.stack([-s, c, zero], 1)
         return along, out, b[:, 1, None] * up
 
     def _motion(self, x: Tensor, internal: InternalCoordinates) -> tuple[Tensor, Tensor]:
         """Matrices (n, N - 3, 3, 9) of (v_p, v_g, v_r) and (n, N - 3, 3, 3) of (b, theta, phi)."""
-        p, g, r = (x[:, column] for column in self.parents)
+        p, g, r = (x[:, column] for column in self.parents.unbind(0))
         length = torch.linalg.vector_norm(g - p, dim=-1, keepdim=True)
         e1 = (g - p) / length
         c = r - g
@@ -273,7 +283,7 @@ class ChartGeometry(nn.Module):
         twist_r = normal / c2
         twist_p = c1 * normal / (c2 * length)
         arm = -_cross_matrix(x[:, 3:] - p)
-        eye = torch.eye(3).to(x)
+        eye = torch.eye(3, dtype=x.dtype, device=x.device)
         transfer = torch.cat(
             [
                 eye + arm @ (_outer(e1, twist_p) - turn),
@@ -282,8 +292,8 @@ class ChartGeometry(nn.Module):
             ],
             -1,
         )
-        b = internal.bonds[:, [k + 2 for k in self.placed], None]
-        theta = internal.angles[:, [k + 1 for k in self.placed], None]
+        b = internal.bonds[:, self.placed + 2, None]
+        theta = internal.angles[:, self.placed + 1, None]
         phi = self.zmatrix.relative(internal.torsions, +1.0)[:, self.placed, None]
         radial = torch.cos(phi) * e2 - torch.sin(phi) * normal
         across = -torch.sin(phi) * e2 - torch.cos(phi) * normal

@@ -72,6 +72,8 @@ class ContactField(ChartField):
     centres: Tensor
     inverse_widths: Tensor
     incidence: Tensor
+    first: Tensor
+    second: Tensor
     ends: Tensor
     ends_sign: Tensor
 
@@ -98,7 +100,8 @@ class ContactField(ChartField):
         } | options
         self.geometry = geometry
         first, second = [a for a, _ in pairs], [b for _, b in pairs]
-        self.pairs = first, second
+        self.register_buffer("first", torch.tensor(first, dtype=torch.long), False)
+        self.register_buffer("second", torch.tensor(second, dtype=torch.long), False)
         n_pairs = len(pairs)
         incidence = torch.zeros(n_pairs, geometry.n_particles)
         incidence[range(n_pairs), first] += 1
@@ -157,7 +160,7 @@ class ContactField(ChartField):
 
     def _distances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (n, n_pairs, 3), distances in widths from the centres, features of these."""
-        r = x[:, self.pairs[0]] - x[:, self.pairs[1]]
+        r = x[:, self.first] - x[:, self.second]
         d = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
         a = (d - self.centres) * self.inverse_widths
         return r / d, a, torch.exp(-0.5 * a * a)

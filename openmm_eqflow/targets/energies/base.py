@@ -45,7 +45,11 @@ class EnergyEvaluator(Protocol):
     """
 
     n_particles: int
-    n_invalid: int
+
+    @property
+    def n_invalid(self) -> int:
+        """Invalid energies since construction."""
+        ...
 
     def energies(self, x: FloatArray) -> FloatArray:
         """Energies ``(n,)`` in kJ/mol of positions ``(n, n_particles, 3)`` in nm."""

@@ -212,7 +212,7 @@ class _Programs(_Module):
         index = self.get("index")
         inputs = {name: self.get(f"constant{k}") for k, name in enumerate(self._constants)}
         for name, (kind, slots) in self._geometry.items():
-            at = index[:, list(slots)]
+            at = torch.stack([index[:, slot] for slot in slots], 1)
             if kind == "distance":
                 inputs[name] = _distance(x, at[:, 0], at[:, 1])
             elif kind == "angle":
@@ -332,7 +332,8 @@ class TorchEnergy(nn.Module):
     ) -> None:
         super().__init__()
         self.n_particles: int = system.getNumParticles()
-        self.n_invalid = 0
+        self._n_invalid: int | Tensor = 0
+        self._device = torch.device("cpu")  # of the torch modules
         self.n_threads = n_threads or os.cpu_count() or 1
         self._executor: ThreadPoolExecutor | None = None
         self._parts: list[_Part] = []
@@ -343,6 +344,11 @@ class TorchEnergy(nn.Module):
         self._kernels = [p.kernel for p in self._parts if p.kernel is not None]
         self._eager = [m for m, p in zip(self.terms, self._parts, strict=True) if p.kernel is None]
         self._check(system, probe_positions(self.n_particles) if positions is None else positions)
+
+    @property
+    def n_invalid(self) -> int:
+        """Invalid energies since construction."""
+        return int(self._n_invalid)
 
     @property
     def compiled_forces(self) -> tuple[str, ...]:
@@ -360,12 +366,14 @@ class TorchEnergy(nn.Module):
         self, x: Tensor, *, forces: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Masked energies and forces by torch, on the device and in the precision of ``x``."""
+        self._move(x.device)
         energy, force = _differentiate(list(self.terms), x.detach(), forces=forces)
         valid = (energy.abs() < ENERGY_LIMIT) & torch.isfinite(x.detach()).all(-1).all(-1)
         if force is not None:
             valid = valid & torch.isfinite(force).all(-1).all(-1)
             force = torch.where(valid[:, None, None], force, 0.0)
-        self.n_invalid += int((~valid).sum())
+        # On a GPU the count stays there until it is asked for: no synchronisation.
+        self._n_invalid = self._n_invalid + (~valid).sum()
         return torch.where(valid, energy, torch.inf), force
 
     def energies(self, x: FloatArray) -> FloatArray:
@@ -382,6 +390,11 @@ class TorchEnergy(nn.Module):
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None
+
+    def _move(self, device: torch.device) -> None:
+        if self._device != device:
+            self.to(device)
+            self._device = device
 
     def _add(self, index: int, force: openmm.Force, compiled: bool) -> None:
         name = f"{type(force).__name__} (force {index})"
@@ -414,12 +427,13 @@ class TorchEnergy(nn.Module):
         energy = np.concatenate([e for e, _ in results])
         force = np.concatenate([f for _, f in results if f is not None]) if forces else None
         energy, force, n_invalid = mask_invalid(x, energy, force)
-        self.n_invalid += n_invalid
+        self._n_invalid = self._n_invalid + n_invalid
         return energy, force
 
     def _chunk(self, x: FloatArray, forces: bool) -> tuple[FloatArray, FloatArray | None]:
         energy, force = run_kernels(self._kernels, x, forces) if self._kernels else (None, None)
         if self._eager:
+            self._move(torch.device("cpu"))
             e, f = _differentiate(self._eager, torch.from_numpy(x), forces=forces)
             energy = e.numpy() if energy is None else energy + e.numpy()
             if f is not None:
