@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 MAPS = ["dw4", "lj13", "alanine-dipeptide", "alanine-dipeptide-vacuum", "toluene", "ala3"]
-MOLECULES = ["alanine-dipeptide", "toluene", "ala3"]
+MOLECULES = ["alanine-dipeptide", "toluene"]
 
 
 def stream(seed: int, device: str = "cpu") -> torch.Generator:
@@ -40,25 +40,6 @@ def close(gpu: Tensor, cpu: Tensor, *, tolerance: float, share: float = 1.0) -> 
     assert torch.equal(torch.isfinite(gpu), torch.isfinite(cpu))
     off = torch.nan_to_num((gpu - cpu).abs())
     assert float((off <= tolerance).double().mean()) >= share, float(off.max())
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_samples_and_log_prob(name: str) -> None:
-    """Float32 networks in another order of summation: 1e-4 kT and 1e-5 nm."""
-    cpu, gpu = load_flow(name), load_flow(name, device="cuda")
-    x, log_q = cpu.sample_and_log_prob(128, generator=stream(1))
-    y, log_p = gpu.sample_and_log_prob(128, generator=stream(1))
-    assert y.is_cuda
-    assert log_p.is_cuda
-    close(y, x, tolerance=1e-5, share=0.99)
-    close(log_p, log_q, tolerance=2e-3, share=0.99)
-    close(gpu.log_prob(x), cpu.log_prob(x), tolerance=2e-3, share=0.99)
-    # Drawn on the GPU: other numbers, the same density.
-    y, log_p = gpu.sample_and_log_prob(400, generator=stream(1, "cuda"))
-    x, log_q = cpu.sample_and_log_prob(400, generator=stream(2))
-    a, b = log_p.cpu(), log_q
-    error = float((a.var() + b.var()).sqrt()) / 400**0.5
-    assert abs(float(a.mean() - b.mean())) < 5 * error
 
 
 @pytest.mark.parametrize("name", [*MAPS, "lj55"])
@@ -101,7 +82,7 @@ def test_paths_of_molecules(name: str) -> None:
             close(log_p, log_q, tolerance=1e-2, share=0.9)
             close(on_gpu.log_prob(x), on_cpu.log_prob(x), tolerance=1e-2, share=0.9)
             for path, target in ((on_cpu, one), (on_gpu, two)):
-                x, log_q = path.sample_and_log_prob(512, generator=stream(5))
+                x, log_q = path.sample_and_log_prob(256, generator=stream(5))
                 log_w = (-target.reduced_potential(x) - log_q).cpu().numpy()
                 found = log_z(log_w)
                 assert found.error < 0.5
@@ -185,3 +166,23 @@ def test_chunk_fits_into_memory() -> None:
     flow.sample(flow._chunk(), generator=stream(1, "cuda"))
     assert 1000 < flow._chunk() <= 65_536
     assert torch.cuda.max_memory_allocated() < torch.cuda.mem_get_info()[1]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_samples_and_log_prob(name: str) -> None:
+    """Float32 networks in another order of summation: 1e-4 kT and 1e-5 nm."""
+    cpu, gpu = load_flow(name), load_flow(name, device="cuda")
+    few, many = (16, 64) if name == "lj13" else (64, 400)  # of a flow that is slow on the CPU
+    x, log_q = cpu.sample_and_log_prob(few, generator=stream(1))
+    y, log_p = gpu.sample_and_log_prob(few, generator=stream(1))
+    assert y.is_cuda
+    assert log_p.is_cuda
+    close(y, x, tolerance=1e-5, share=0.99)
+    close(log_p, log_q, tolerance=2e-3, share=0.99)
+    close(gpu.log_prob(x), cpu.log_prob(x), tolerance=2e-3, share=0.99)
+    # Drawn on the GPU: other numbers, the same density.
+    y, log_p = gpu.sample_and_log_prob(many, generator=stream(1, "cuda"))
+    x, log_q = cpu.sample_and_log_prob(many, generator=stream(2))
+    a, b = log_p.cpu(), log_q
+    error = float((a.var() + b.var()).sqrt()) / many**0.5
+    assert abs(float(a.mean() - b.mean())) < 5 * error

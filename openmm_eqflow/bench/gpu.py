@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.divergence import CASES, time_case
 from openmm_eqflow.files import write_json
 from openmm_eqflow.flows.path import Path as FlowPath
-from openmm_eqflow.flows.relaxed import anneal, relax
+from openmm_eqflow.flows.relaxed import AnnealedPath, anneal, relax
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.runs.directory import STAGES
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _CPU_CORES = 2
-_N_LEVELS = 20  # of the annealed path
+_N_LEVELS = 10  # of the annealed path
 _BATCH = 4096  # of a training step
 _CPU_SECONDS, _LARGEST = 1.0, 8192
 _ENERGIES = 16_384
@@ -60,6 +61,7 @@ def run_bench(
     seconds: float = 400.0,
     run: str | None = None,
     n: int | None = None,
+    fuse: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every shipped flow.
@@ -78,8 +80,10 @@ def run_bench(
         Also time the stages of ``openmm-eqflow run`` of this system at the budget ``quick``.
     n
         Samples per repeat on ``device``; by default as many as are carried at once.
+    fuse
+        Also measure paths of molecules compiled (a minute more for each).
     report
-        Called with one line per measurement.
+        Called with one line per measurement; printed by default.
 
     Returns
     -------
@@ -89,7 +93,7 @@ def run_bench(
         device's samples and peak memory; ``energies`` per second; ``training`` steps per second;
         ``fields``: ms per configuration; ``run``: seconds of every stage.
     """
-    say = report or (lambda line: None)
+    say = report or (lambda line: print(line, flush=True))
     started = time.monotonic()
     names = systems or [v.name for v in list_systems() if (v.directory / "flow.safetensors").is_file()]
     result: dict[str, Any] = {
@@ -113,7 +117,7 @@ def run_bench(
         entry: dict[str, Any] = {}
         result["systems"][name] = entry
         try:
-            for what, figures in _measured(name, device, n):
+            for what, figures in _measured(name, device, n, fuse):
                 entry[what] = figures
                 say(f"{time.monotonic() - started:5.0f} s  {name} {what}: {figures}")
                 keep()
@@ -131,59 +135,73 @@ def run_bench(
     return result
 
 
-def _measured(name: str, device: str, n: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measured(
+    name: str, device: str, n: int | None, fuse: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     flow, twin = load_flow(name, device=device), load_flow(name)
     with build_target(load_system(name)) as target, build_target(load_system(name)) as other:
+        molecule = len(flow.prior.event_shape) == 1
         kind = "exact" if flow.has_density else "stochastic"
-        yield kind, _samples(flow, twin, target, other, n)
-        if len(flow.prior.event_shape) == 1:
-            relaxed = relax(twin, other)
-            yield "relaxed", _samples(relax(flow, target), relaxed, target, other, n)
-            paths = [
-                anneal(p, t, n_levels=_N_LEVELS, device=d)
-                for p, t, d in ((flow.prior, target, device), (twin.prior, other, "cpu"))
-            ]
-            yield "annealed", _samples(*paths, target, other, n)
+        yield kind, _samples(flow, target, n) | _on_cpu(twin, other)
+        if molecule:
+            relaxed, annealed = relax(flow, target), _annealed(flow, target, device)
+            yield "relaxed", _samples(relaxed, target, n) | _on_cpu(relax(twin, other), other)
+            on_cpu = _on_cpu(_annealed(twin, other, "cpu"), other)
+            yield "annealed", _samples(annealed, target, n) | on_cpu
+            if fuse:
+                # The energies are compiled once for both.
+                for what, path in (("annealed", annealed), ("relaxed", relaxed)):
+                    path.bridge.compile()
+                    begun = time.perf_counter()
+                    figures = _samples(path, target, n)
+                    figures["with_compilation_s"] = time.perf_counter() - begun
+                    yield f"{what}, compiled", figures
             yield "training", _training(flow, target)
         yield "energies", _energies(target, device)
 
 
-def _samples(
-    flow: FlowPath, twin: FlowPath, target: BoltzmannTarget, other: BoltzmannTarget, n: int | None
-) -> dict[str, Any]:
-    """Weighted samples per second: positions, log q-hat and energies."""
+def _annealed(flow: Any, target: BoltzmannTarget, device: str) -> AnnealedPath:
+    return anneal(flow.prior, target, n_levels=_N_LEVELS, device=device)
+
+
+def _draw(path: FlowPath, target: BoltzmannTarget, n: int, seed: int) -> np.ndarray:
+    """Log weights of ``n`` samples: positions, log q-hat and energies."""
+    stream = torch.Generator(path.device).manual_seed(seed)
+    x, log_q = path.sample_and_log_prob(n, generator=stream)
+    log_w: np.ndarray = (-target.reduced_potential(x) - log_q).cpu().numpy()
+    return log_w
+
+
+def _samples(flow: FlowPath, target: BoltzmannTarget, n: int | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    log_w: list[np.ndarray] = []
-
-    def draw(path: FlowPath, on: BoltzmannTarget, m: int, k: int) -> None:
-        stream = torch.Generator(path.device).manual_seed(k)
-        x, log_q = path.sample_and_log_prob(m, generator=stream)
-        log_w.append((-on.reduced_potential(x) - log_q).cpu().numpy())
-
-    if flow.device.type == "cuda":
+    on_gpu = flow.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        m = n or flow._chunk()
-        found["at_once"] = flow._chunk()
-    else:
-        m = n or flow.chunk_size
-    found["per_second"] = _rate(lambda k: draw(flow, target, m, k), m)
+    flow.gpu_chunk_size = n
+    m = flow._chunk()
+    log_w: list[np.ndarray] = []
+    found["at_once"] = m
+    found["per_second"] = _rate(lambda k: log_w.append(_draw(flow, target, m, k)), m, repeats=2)
     weights = np.concatenate(log_w[1:])
     found["relative_ess"], found["n"] = float(relative_ess(weights)), len(weights)
-    if flow.device.type == "cuda":
+    if on_gpu:
         found["peak_memory_GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def _on_cpu(twin: FlowPath, target: BoltzmannTarget) -> dict[str, Any]:
     with _two_cores():
-        draw(twin, other, 16, 0)
-        few = 16 * _CPU_CORES
+        # A cluster's kernels want whole chunks, one for each core.
+        few = 16 * _CPU_CORES if len(twin.prior.event_shape) == 1 else 64 * _CPU_CORES
+        _draw(twin, target, 16, 0)
         while True:
             begun = time.perf_counter()
-            draw(twin, other, few, 1)
+            _draw(twin, target, few, 1)
             spent = time.perf_counter() - begun
             if spent > _CPU_SECONDS or few >= _LARGEST:
                 break
             few *= 4
-    found["per_second_cpu"], found["n_cpu"] = few / spent, few
-    found["ratio"] = found["per_second"] / found["per_second_cpu"]
-    return found
+    return {"per_second_cpu": few / spent, "n_cpu": few}
 
 
 def _rate(work: Callable[[int], object], n: int, *, repeats: int = 3) -> float:
@@ -234,10 +252,14 @@ def _energies(target: BoltzmannTarget, device: str) -> dict[str, Any]:
             continue
         try:
             context = LocalContext(xml, platform)
-            found[f"openmm_{platform}"] = _rate(lambda k: context.compute(x[:256], True), 256)  # noqa: B023
+            found[f"openmm_{platform}"] = _rate(partial(_computed, context, x[:256]), 256)
         except openmm.OpenMMException as error:
             found[f"openmm_{platform}"] = str(error)[:120]
     return found
+
+
+def _computed(context: LocalContext, x: np.ndarray, k: int) -> object:
+    return context.compute(x, True)
 
 
 def _positions(target: BoltzmannTarget) -> np.ndarray:
@@ -289,6 +311,12 @@ def _stages(name: str, device: str) -> dict[str, float]:
     return seconds
 
 
+def _cpu_cells(v: dict[str, Any]) -> str:
+    if "per_second_cpu" not in v:
+        return "|"
+    return f"{v['per_second_cpu']:,.0f} | {v['per_second'] / v['per_second_cpu']:.0f}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The JSON of :func:`run_bench` as tables in Markdown."""
     lines = [
@@ -299,14 +327,12 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, entry in result["systems"].items():
-        for what in ("exact", "relaxed", "annealed", "stochastic"):
-            if what not in entry:
+        for what, v in entry.items():
+            if "per_second" not in v:
                 continue
-            v = entry[what]
             memory = f"{v['peak_memory_GiB']:.1f} GiB" if "peak_memory_GiB" in v else ""
             lines.append(
-                f"| {name} | {what} | {v['per_second']:,.0f} | {v['per_second_cpu']:,.0f} | "
-                f"{v['ratio']:.1f} | {v['relative_ess']:.3f} ({v['n']:,}) | {memory} |"
+                f"| {name} | {what} | {v['per_second']:,.0f} | {_cpu_cells(v)} | {v['relative_ess']:.3f} ({v['n']:,}) | {memory} |"
             )
     lines += [
         "",

@@ -82,7 +82,7 @@ class RelaxedFlow(Path):
         self, flow: EquivariantFlow, target: DifferentiablePotential, relaxation: Relaxation
     ) -> None:
         self.flow, self.target, self.relaxation = flow, target, relaxation
-        bridge = Bridge(flow.prior, _OneAtATime(target))
+        self.bridge = bridge = Bridge(flow.prior, _OneAtATime(target))
         maps = flow.layers
         layers: list[Layer] = [maps[0]]
         for k, size in enumerate(relaxation.step_sizes, 1):
@@ -240,15 +240,15 @@ def anneal(
         Trajectory(bridge, t, size * scales, n_leapfrog)
         for t, size in zip(times, sizes, strict=True)
     ]
-    return AnnealedPath(prior, layers, torch.device(device))
+    return AnnealedPath(bridge, layers, torch.device(device))
 
 
 class AnnealedPath(Path):
     """Trajectories on levels of a bridge. Made by :func:`anneal`."""
 
-    def __init__(self, prior: Prior, layers: Sequence[Layer], device: torch.device) -> None:
-        super().__init__(prior, layers)
-        self._device = device
+    def __init__(self, bridge: Bridge, layers: Sequence[Layer], device: torch.device) -> None:
+        super().__init__(bridge.prior, layers)
+        self.bridge, self._device = bridge, device
 
     @property
     def device(self) -> torch.device:
@@ -317,3 +317,9 @@ class _OneAtATime:
         """U (n,) and du/dx (n, N, D)."""
         with self.lock:
             return self.target.reduced_potential_and_gradient(x)
+
+    def compile(self) -> None:
+        """Fuse the energies, if the target can."""
+        fuse = getattr(self.target, "compile", None)
+        if fuse is not None:
+            fuse()

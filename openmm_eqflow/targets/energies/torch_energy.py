@@ -367,7 +367,7 @@ class TorchEnergy(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Masked energies and forces by torch, on the device and in the precision of ``x``."""
         self._move(x.device)
-        energy, force = _differentiate(list(self.terms), x.detach(), forces=forces)
+        energy, force = _differentiate([self], x.detach(), forces=forces)
         valid = (energy.abs() < ENERGY_LIMIT) & torch.isfinite(x.detach()).all(-1).all(-1)
         if force is not None:
             valid = valid & torch.isfinite(force).all(-1).all(-1)
