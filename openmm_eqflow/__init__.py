@@ -14,10 +14,10 @@ m sigma' . (sum_k U phi') (d_z d_p . W)     div v            vector_fields.conta
 v_p + omega x (x_i - x_p) + dx/dq dq        dx/dy            vector_fields.chart_geometry.ChartGeometry    test_contact_field::test_derivative_of_the_positions
 sum_ij D phi + d phi'                       div v            vector_fields.kernel.KernelField              test_vector_fields::test_divergence_is_the_trace
 sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        test_vector_fields::test_divergence_is_the_trace
--sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.softcore.Batch.forward                  test_stochastic_exact::test_weights_forwards_and_backwards_give_log_z
-log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.RelaxedFlow                     test_relaxed::test_weights_forwards_and_backwards_give_log_z
+-sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               test_path::test_weights_forwards_and_backwards_give_log_z
+log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.RelaxedFlow                     test_path::test_weights_forwards_and_backwards_give_log_z
 du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   test_stochastic::test_regressors_are_divergence_minus_work
-h div v = log|det d(x + h v)/dx|            ladj             flows.audit.path_errors                       test_stochastic::test_map_determinant_and_inverse
+h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
 sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     test_vector_fields::test_divergence_is_the_trace
 -|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2         log p0           priors.gaussian.MeanFreeGaussian              test_gaussian_prior::test_normalised_on_the_mean_free_subspace
 log p(y) - log volume                       log p0           priors.internal.InternalCoordinatePrior       test_internal_prior::test_triatomic_density_integrates_to_one_and_matches_samples
@@ -26,7 +26,7 @@ eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Con
 E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_internal_prior                 test_internal_prior::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              test_liouville::test_exact_field_has_no_residual
 w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 test_annealed::test_weights_give_moments_of_every_time
-exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.path_trajectory                 test_annealed::test_trajectories_leave_the_level_invariant
+exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      test_annealed::test_trajectories_leave_the_level_invariant
 |v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
 -E_data[log q]                              NLL              training.divergences.LikelihoodLoss           test_objectives::test_likelihood_is_the_flows_own
 E_q[log q + u]                              KL(q|p)          training.divergences.ReverseKLLoss            test_objectives::test_reverse_kl_takes_forces_from_openmm

@@ -28,8 +28,9 @@ from openmm_eqflow.analysis.balance import (
     path_weights,
 )
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flows.kernels import PathState, path_trajectory
+from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.storage import load_tensors
+from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.runs import fit as fitting
 from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.reference.data import load_reference
@@ -153,25 +154,25 @@ def exact_points(t: float, n: int, seed: int) -> Tensor:
 
 def test_trajectories_leave_the_level_invariant():
     n, t = 20_000, 0.6
-    prior, target = FlatPrior(), GaussianTarget()
+    bridge = Bridge(FlatPrior(), GaussianTarget())
     times = torch.full((n,), t, dtype=torch.float64)
     mean, variance = level_moments(t)
     # Steps so long that one in three is refused: without refusal, another density.
     step = torch.full((n, 4), 1.45, dtype=torch.float64)
 
     def off_by(refuse: bool, level: float = t) -> float:
-        state = PathState.at(prior, target, exact_points(t, n, 1))
-        generator = stream(2)
+        state = bridge.at(exact_points(t, n, 1))
+        streams = RowStreams.drawn(n, stream(2))
         for _ in range(4):
             before = state
-            state, acceptance = path_trajectory(
-                prior, target, state, times.fill_(level), step=step, n_steps=3, generator=generator
+            state, acceptance = bridge.move(
+                state, times.fill_(level), step=step, n_steps=3, streams=streams
             )
             assert 0.3 < float(acceptance.mean()) < 0.95
             kept = float((state.y == before.y).all(1).double().mean())
             assert kept == pytest.approx(1 - float(acceptance.mean()), abs=0.02)
             if not refuse:
-                state = free_flight(prior, target, before, times, step, stream(3))
+                state = free_flight(bridge, before, times, step, stream(3))
         z = state.y[:, :3]
         first = (z.mean(0) - mean).abs().max() / math.sqrt(variance / n)
         second = (z.var(0) / variance - 1).abs().max() / math.sqrt(2 / n)
@@ -181,22 +182,27 @@ def test_trajectories_leave_the_level_invariant():
     assert off_by(refuse=False) > 20
     assert off_by(refuse=True, level=0.2) > 20
     # Moved states carry the densities and scores of where they are.
-    state = PathState.at(prior, target, exact_points(t, 50, 4))
-    moved, _ = path_trajectory(
-        prior, target, state, times[:50], step=0.3 * step[:50], n_steps=3, generator=stream(5)
+    state = bridge.at(exact_points(t, 50, 4))
+    moved, _ = bridge.move(
+        state,
+        times[:50],
+        step=0.3 * step[:50],
+        n_steps=3,
+        streams=RowStreams.drawn(50, stream(5)),
     )
-    again = PathState.at(prior, target, moved.y)
+    assert bridge.at(moved.y) is moved  # known: nothing is evaluated again
+    again = bridge.at(moved.y.clone())
     assert not torch.equal(moved.y, state.y)
     for one, two in zip(moved, again, strict=True):
         torch.testing.assert_close(one, two)
 
 
-def free_flight(prior, target, state, t, step, generator) -> PathState:
+def free_flight(bridge, state, t, step, generator) -> LevelState:
     """Follow one trajectory without refusal."""
     velocity = torch.randn(state.y.shape, generator=generator, dtype=torch.float64)
     for _ in range(3):
         velocity = velocity + 0.5 * step * state.score(t)
-        state = PathState.at(prior, target, state.y + step * velocity)
+        state = bridge.at(state.y + step * velocity)
         velocity = velocity + 0.5 * step * state.score(t)
     return state
 
@@ -250,8 +256,8 @@ def test_step_sizes_are_tuned_and_scales_suit_the_coordinates():
     torch.testing.assert_close(
         made.scales, torch.tensor([SPREAD] * 3 + [2.0]).double(), rtol=0.05, atol=0
     )
-    state, which = made._start(2_000, stream(9))
-    _, acceptance = made._move(state, which, made.step_sizes, stream(10))
+    state, which, streams = made._start(2_000, stream(9))
+    _, acceptance = made._move(state, which, made.step_sizes, streams)
     assert 0.7 < float(acceptance.mean()) < 0.97
     assert torch.equal(made.step_sizes, sampler(GaussianTarget(), levels=2).step_sizes)
 

@@ -68,7 +68,10 @@ def test_paths_of_molecules(name: str) -> None:
     with build_target(load_system(name)) as one, build_target(load_system(name)) as two:
         pairs = [
             (relax(cpu, one, seed=1), relax(gpu, two, seed=1)),
-            (anneal(cpu.prior, one, n_levels=5), anneal(gpu.prior, two, n_levels=5, device="cuda")),
+            (
+                anneal(cpu.prior, one, n_levels=5),
+                anneal(gpu.prior, two, n_levels=5, device="cuda"),
+            ),
         ]
         for on_cpu, on_gpu in pairs:
             if hasattr(on_cpu, "relaxation"):  # float32 fields: step sizes differ a little
@@ -154,7 +157,7 @@ def test_out_of_memory_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None
         return torch.empty(2**45, device="cuda")
 
     monkeypatch.setattr(flow, "_field", greedy)
-    with pytest.raises(EqFlowError, match="set flow.gpu_chunk_size = 250"):
+    with pytest.raises(EqFlowError, match=r"set flow\.gpu_chunk_size = 250"):
         flow.sample(1000)
     fine.gpu_chunk_size = 250
     assert fine.sample(1000).is_cuda

@@ -1,4 +1,4 @@
-"""Every kind of path through one body: weights and chains are exact, rows alone, lies found out."""
+"""Every kind of path through one body: exact weights and chains, rows alone, lies found out."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def layers_of_a_kind(path: Path) -> dict[type, list[Layer]]:
 
 @pytest.mark.statistical
 def test_without_the_work_of_its_layers_log_z_is_wrong(case: Case) -> None:
-    """Power control: maps without determinants, kernels without heat, either way along the path."""
+    """Power control: maps without determinants, kernels without heat, both ways along the path."""
     for kind in layers_of_a_kind(case.path):
         lying = Path(
             case.path.prior,

@@ -153,7 +153,7 @@ def test_determinants_are_those_of_the_jacobian_by_autograd(lj13_flow: Stochasti
     for k in (20, 100):
         push = map_in_float64(lj13_flow, k)
         jacobian = torch.stack(
-            [torch.autograd.functional.jacobian(lambda v: push(v[None])[0], row) for row in x]
+            [torch.autograd.functional.jacobian(lambda v, f=push: f(v[None])[0], row) for row in x]
         ).reshape(3, 39, 39)
         expected = torch.linalg.slogdet(jacobian)[1]
         found = maps_of(lj13_flow)[k].log_determinant(x)

@@ -36,7 +36,8 @@ def test_trajectories_leave_the_level_invariant(monkeypatch: pytest.MonkeyPatch)
 
 def test_overflow_is_rejected() -> None:
     y = torch.from_numpy(gas(16, 5)).float()
-    moved, change, accepted = SoftCoreTrajectory(torch.from_numpy(END), 1e6, 3).move(y, streams_of(16))
+    layer = SoftCoreTrajectory(torch.from_numpy(END), 1e6, 3)
+    moved, change, accepted = layer.move(y, streams_of(16))
     assert accepted == 0.0
     assert torch.equal(moved, y)
     assert not change.any()

@@ -9,6 +9,7 @@ it has finished. ``bench gpu --device cpu`` goes through the same steps without 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import openmm
 import torch
-from openmm import unit
 
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.divergence import CASES, time_case
@@ -45,6 +45,7 @@ __all__ = [
     "table",
 ]
 
+logger = logging.getLogger("openmm_eqflow")
 _CPU_CORES = 2
 _N_LEVELS = 10  # of the annealed path
 _BATCH = 4096  # of a training step
@@ -83,7 +84,7 @@ def run_bench(
     fuse
         Also measure paths of molecules compiled (a minute more for each).
     report
-        Called with one line per measurement; printed by default.
+        Called with one line per measurement; logged by default.
 
     Returns
     -------
@@ -93,9 +94,10 @@ def run_bench(
         device's samples and peak memory; ``energies`` per second; ``training`` steps per second;
         ``fields``: ms per configuration; ``run``: seconds of every stage.
     """
-    say = report or (lambda line: print(line, flush=True))
+    say = report or logger.info
     started = time.monotonic()
-    names = systems or [v.name for v in list_systems() if (v.directory / "flow.safetensors").is_file()]
+    shipped = [v for v in list_systems() if (v.directory / "flow.safetensors").is_file()]
+    names = systems or [v.name for v in shipped]
     result: dict[str, Any] = {
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else machine_name(),
@@ -263,7 +265,7 @@ def _computed(context: LocalContext, x: np.ndarray, k: int) -> object:
 
 
 def _positions(target: BoltzmannTarget) -> np.ndarray:
-    """Reference positions of a target, or a lattice where it has none."""
+    """Return the reference positions of a target, or a lattice where it has none."""
     if target.positions is not None:
         return np.asarray(target.positions)
     side = int(np.ceil(target.n_particles ** (1 / 3)))
@@ -272,7 +274,7 @@ def _positions(target: BoltzmannTarget) -> np.ndarray:
 
 
 def _training(flow: Any, target: BoltzmannTarget) -> dict[str, Any]:
-    """Steps of the Liouville loss per second, with the backward pass and the optimiser."""
+    """Count steps of the Liouville loss per second, backward pass and optimiser included."""
     generator = torch.Generator().manual_seed(0)
     cpu = flow.prior.to("cpu")
     pool = build_pool(cpu, target, n_prior=2 * _BATCH, generator=generator)
@@ -318,7 +320,7 @@ def _cpu_cells(v: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The JSON of :func:`run_bench` as tables in Markdown."""
+    """Write the JSON of :func:`run_bench` as tables in Markdown."""
     lines = [
         f"{result['device_name']}; {result['cpu']}; torch {result['torch']}, OpenMM "
         f"{result['openmm']}.",
@@ -332,7 +334,8 @@ def table(result: dict[str, Any]) -> str:
                 continue
             memory = f"{v['peak_memory_GiB']:.1f} GiB" if "peak_memory_GiB" in v else ""
             lines.append(
-                f"| {name} | {what} | {v['per_second']:,.0f} | {_cpu_cells(v)} | {v['relative_ess']:.3f} ({v['n']:,}) | {memory} |"
+                f"| {name} | {what} | {v['per_second']:,.0f} | {_cpu_cells(v)} | "
+                f"{v['relative_ess']:.3f} ({v['n']:,}) | {memory} |"
             )
     lines += [
         "",
@@ -346,5 +349,6 @@ def table(result: dict[str, Any]) -> str:
             f"{e[k]:,.0f}" if isinstance(e.get(k), float) else ""
             for k in ("torch", "compiled_two_cores", "openmm_CUDA", "openmm_CPU")
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {'' if steps is None else f'{steps:.1f}'} |")
+        cells.append("" if steps is None else f"{steps:.1f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

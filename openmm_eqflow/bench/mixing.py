@@ -48,8 +48,8 @@ from openmm_eqflow.analysis.chains import autocorrelation_ess
 from openmm_eqflow.analysis.convergence import features, torsion_angles
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import write_json
-from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.flow_moves import FlowMove
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
@@ -72,13 +72,13 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 FlowSampler = Callable[
-    [MolecularSystem, EquivariantFlow, float, int], tuple[FloatArray, float, int]
+    [MolecularSystem, FlowPath, float, int], tuple[FloatArray, float, int]
 ]
 _N_CHAINS, _N_LEAPFROG, _N_FLOW_STEPS = 64, 4, 8
 
 
 def run_on_every_core(
-    sampler: FlowSampler, system: MolecularSystem, flow: EquivariantFlow, seconds: float, seed: int
+    sampler: FlowSampler, system: MolecularSystem, flow: FlowPath, seconds: float, seed: int
 ) -> tuple[list[FloatArray], float, int]:
     """Run a flow sampler in one single-threaded process per core, as the opponents are.
 
@@ -126,7 +126,7 @@ def run_dynamics(
 
 
 def run_many_chains(
-    system: MolecularSystem, flow: EquivariantFlow, seconds: float, seed: int
+    system: MolecularSystem, flow: FlowPath, seconds: float, seed: int
 ) -> tuple[FloatArray, float, int]:
     """Frames (n_chains, n_steps, N, D) of a trajectory, then flow steps, and so on.
 
@@ -156,7 +156,7 @@ def run_many_chains(
 
 
 def run_openmmtools_chain(
-    system: MolecularSystem, flow: EquivariantFlow, seconds: float, seed: int
+    system: MolecularSystem, flow: FlowPath, seconds: float, seed: int
 ) -> tuple[FloatArray, float, int]:
     """Frames (n_steps, N, D) of one MCMCSampler with Langevin dynamics and FlowMove."""
     n_steps = 50
@@ -299,7 +299,7 @@ def _equal_length(parts: list[FloatArray]) -> list[FloatArray]:
     return [part[:, :n_steps] for part in parts]
 
 
-def _setup_seconds(name_or_run: str, flow: EquivariantFlow) -> float | None:
+def _setup_seconds(name_or_run: str, flow: FlowPath) -> float | None:
     """Wall time of reference data and training, if it was recorded."""
     stages = [Path(name_or_run) / "stages" / f"{stage}.json" for stage in ("reference", "train")]
     if all(path.is_file() for path in stages):

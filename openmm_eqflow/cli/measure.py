@@ -68,7 +68,7 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
     if given["relaxed"] and card is not None:
         raise ConfigurationError("a card is about the flow itself: take --card or --relax")
     with build_target(system) as target, stage_progress("evaluate", console) as progress:
-        flow = relax(flow, target) if given["relaxed"] else flow
+        flow = relax(flow.maps, target) if given["relaxed"] else flow
         metrics, _, _ = evaluate_flow(
             flow,
             target,

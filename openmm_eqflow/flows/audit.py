@@ -76,8 +76,8 @@ def audit(
     """
     if not flow.maps.vector_field.exact_divergence:
         raise AuditError(
-            f"{type(flow.maps.vector_field).__name__} estimates its divergence: exp of an unbiased "
-            "log q is biased, so it can't be used for acceptance; use an exact divergence"
+            f"{type(flow.maps.vector_field).__name__} estimates its divergence: exp of an "
+            "unbiased log q is biased, so it can't be used for acceptance; use an exact divergence"
         )
     errors = flow.maps.map_errors(n, x, generator)
     report: dict[str, Any] = {

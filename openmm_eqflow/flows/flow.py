@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torchdiffeq
@@ -75,7 +74,8 @@ def rk4(
     for start, stop in itertools.pairwise(times):
         h = stop - start
         t0, tm, t1 = (
-            torch.full((), t, dtype=y.dtype, device=y.device) for t in (start, start + 0.5 * h, stop)
+            torch.full((), t, dtype=y.dtype, device=y.device)
+            for t in (start, start + 0.5 * h, stop)
         )
         k1, d1 = field(t0, y)
         k2, d2 = field(tm, y + 0.5 * h * k1)
@@ -200,12 +200,12 @@ class FieldStep:
         self.flow, self.interval = flow, interval
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """The map, and minus its log determinant (n,)."""
+        """Apply the map; also minus its log determinant (n,)."""
         y, ladj = rk4(self.flow._field, y, self.interval)
         return y, -ladj
 
     def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """The inverse, and minus the log determinant of the map (n,)."""
+        """Apply the inverse; also minus the log determinant of the map (n,)."""
         y, ladj = rk4_inverse(
             self.flow._field,
             self.flow._velocity,

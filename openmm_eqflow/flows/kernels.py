@@ -124,21 +124,22 @@ def tuned(
     aim: float = 0.85,
     n_rounds: int = 12,
     gain: float = 1.5,
+    n_settled: int = 0,
 ) -> Tensor:
     """Step sizes (k,) at which the mean acceptance is ``aim``: the tuner of every kernel here.
 
     ``move`` takes step sizes, moves its points and returns the mean acceptance of each. In the
-    first half of the rounds a gain that falls from ``gain`` finds the scale, then a small one
-    settles; the geometric mean of the last third is returned. The sizes are then to be frozen: adaptation during production
-    would break detailed balance.
+    first half of the rounds ``gain`` finds the scale, then a smaller one settles; the geometric
+    mean of the last ``n_settled`` rounds (by default half) is returned. The sizes are then to be frozen:
+    adaptation during production would break detailed balance.
     """
     log_size = start.log()
     tried = []
     for k in range(n_rounds):
         tried.append(log_size)
-        rate = max(gain * (1.0 - 2.0 * k / n_rounds), min(gain, 0.5))
+        rate = gain if k <= n_rounds // 2 else min(gain, 0.5)
         log_size = log_size + rate * (move(log_size.exp()) - aim)
-    return torch.stack(tried[-max(n_rounds // 3, 4) :]).mean(0).exp()
+    return torch.stack(tried[-(n_settled or n_rounds // 2) :]).mean(0).exp()
 
 
 # -- in positions ---------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def tune_step_size(
 
     first = torch.tensor([start], dtype=torch.float64)
     # Much gain finds the scale, whatever it is, in a few rounds.
-    return float(tuned(move, first, aim=aim, n_rounds=n_rounds, gain=4.0)), x
+    return float(tuned(move, first, aim=aim, n_rounds=n_rounds, gain=4.0, n_settled=8)), x
 
 
 # -- on the levels of a path ----------------------------------------------------------------------
@@ -338,7 +339,7 @@ class Bridge:
             fuse()
 
     def at(self, y: Tensor) -> LevelState:
-        """Evaluate both ends at points (n, d); where a trajectory has just ended they are known."""
+        """Evaluate both ends at points (n, d), known where a trajectory has just ended."""
         known: LevelState | None = getattr(self._last, "state", None)
         if known is not None and known.y is y:
             return known
@@ -395,7 +396,7 @@ class Trajectory:
         self.bridge, self.t, self.step, self.n_steps = bridge, t, step, n_steps
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        r"""New points, and :math:`l_t(y') - l_t(y)`, (n,)."""
+        r"""Return new points, and :math:`l_t(y') - l_t(y)`, (n,)."""
         start = self.bridge.at(y)
         end, _ = self.bridge.move(
             start, self.t, step=self.step.to(y), n_steps=self.n_steps, streams=streams
@@ -405,6 +406,6 @@ class Trajectory:
         return end.y, torch.where(torch.isfinite(start.log_target), change, 0.0)
 
     def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """The kernel is its own reversal; the change is that of the path forwards."""
+        """Run the kernel, its own reversal; the change is that of the path forwards."""
         before, change = self.forward(y, streams)
         return before, -change

@@ -44,9 +44,9 @@ _SHARE_OF_MEMORY = 0.6
 
 
 class Layer(Protocol):
-    """A map or a reversible kernel in the chart.
+    r"""A map or a reversible kernel in the chart.
 
-    Both directions return the new points and by how much :math:`\\log\\hat q` of the *forward*
+    Both directions return the new points and by how much :math:`\log\hat q` of the *forward*
     step changes, (n,). A row never depends on the others, nor on how many there are.
     """
 
@@ -111,7 +111,7 @@ class Path:
     # -- in the chart, one chunk ------------------------------------------------------------------
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        r"""Ends of the paths from points of the prior (n, ...), and the sum of the changes (n,)."""
+        r"""Carry points of the prior (n, ...) to the end; also the sum of the changes (n,)."""
         total = torch.zeros(len(y), dtype=torch.float64, device=y.device)
         for layer in self.layers:
             y, change = layer.forward(y, streams)
@@ -119,7 +119,7 @@ class Path:
         return y, total
 
     def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """Starts of the paths that end at points (n, ...), and the same sum (n,)."""
+        """Carry points (n, ...) back to the prior; also the same sum (n,)."""
         total = torch.zeros(len(y), dtype=torch.float64, device=y.device)
         for layer in reversed(self.layers):
             y, change = layer.backward(y, streams)

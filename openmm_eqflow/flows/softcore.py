@@ -119,17 +119,17 @@ class SoftCoreTrajectory:
         self.level, self.timestep, self.n_leapfrog = level, timestep, n_leapfrog
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        r"""New points, and :math:`u(y) - u(y')`, (n,)."""
+        r"""Return new points, and :math:`u(y) - u(y')`, (n,)."""
         y, change, _ = self.move(y, streams)
         return y, change
 
     def backward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """The kernel is its own reversal; the change is that of the path forwards."""
+        """Run the kernel, its own reversal; the change is that of the path forwards."""
         y, change, _ = self.move(y, streams)
         return y, -change
 
     def move(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor, float]:
-        """New points, change and share accepted."""
+        """Return new points, change and share accepted."""
         if y.device.type != "cpu":
             return on_gpu.trajectory(y, self.level, self.timestep, self.n_leapfrog, streams)
         n, level = len(y), self.level.numpy()
@@ -171,7 +171,7 @@ class SoftCoreMap:
         self.table, self.spacing, self.exact = table, spacing, exact
 
     def forward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
-        """The map, and minus its log determinant (n,)."""
+        """Apply the map; also minus its log determinant (n,)."""
         if y.device.type != "cpu":
             image, ladj = on_gpu.transport(y, self.table, self.spacing)
         else:
@@ -182,7 +182,7 @@ class SoftCoreMap:
         return image, -(self.log_determinant(y) if self.exact else ladj)
 
     def backward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
-        """The inverse, and minus the log determinant of the map (n,)."""
+        """Apply the inverse; also minus the log determinant of the map (n,)."""
         if y.device.type != "cpu":
             before, ladj = on_gpu.transport_back(
                 y, self.table, self.spacing, _BACK_TOLERANCE, _BACK_ITERATIONS
@@ -198,7 +198,7 @@ class SoftCoreMap:
         return before, -(self.log_determinant(before) if self.exact else ladj)
 
     def log_determinant(self, y: Tensor) -> Tensor:
-        """That of the Jacobian at points (n, N, 3), float64, (n,)."""
+        """Return that of the Jacobian at points (n, N, 3), float64, (n,)."""
         table = self.table.double()
         found = []
         for part in y.double().split(64):

@@ -9,6 +9,7 @@ kernels to rounding.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -92,9 +93,7 @@ def _compiled() -> dict[str, Callable[..., Any]]:
         "leapfrog": _leapfrog,
         "midpoint": _midpoint,
     }
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return plain
     return {name: torch.compile(f, dynamic=True) for name, f in plain.items()}
 
@@ -108,7 +107,7 @@ def _functions(x: Tensor) -> dict[str, Callable[..., Any]]:
 def trajectory(
     y: Tensor, level: Tensor, timestep: float, n_leapfrog: int, streams: RowStreams
 ) -> tuple[Tensor, Tensor, float]:
-    """New points, u(y) - u(y') (n,) float64, and the share accepted."""
+    """Return new points, u(y) - u(y') (n,) float64, and the share accepted."""
     x = y.float()
     act = _functions(x)
     v = streams.normal(*x.shape[1:], dtype=torch.float32)
@@ -131,7 +130,7 @@ def trajectory(
 
 
 def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
-    """The midpoint step and its log determinant (n,), float64."""
+    """Apply the midpoint step; also its log determinant (n,), float64."""
     x = y.float()
     velocity, divergence = _functions(x)["midpoint"](x, table, 1.0 / spacing)
     return x + velocity, divergence.double()
@@ -140,7 +139,7 @@ def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]
 def transport_back(
     y: Tensor, table: Tensor, spacing: float, tolerance: float, most: int
 ) -> tuple[Tensor, Tensor]:
-    """The inverse by fixed-point iteration, row by row, and the log determinant of the map."""
+    """Invert by fixed-point iteration, row by row; also the log determinant of the map."""
     y = y.float()
     act = _functions(y)["midpoint"]
     x, moving = y, torch.ones(len(y), dtype=torch.bool, device=y.device)

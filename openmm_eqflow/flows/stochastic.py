@@ -175,17 +175,15 @@ class StochasticFlow(Path):
             middles = torch.from_numpy(0.5 * (grid[1:] + grid[:-1])).float().to(self.device)
             weights = field.coefficients(middles)[:, :-3].double().cpu().numpy()
         tables = spline_tables(weights * np.diff(grid)[:, None])
-        tables, levels = (
-            torch.from_numpy(array).to(self.device).unbind()
-            for array in (tables, self.path.levels(grid))
-        )
-        maps: list[Layer] = [SoftCoreMap(v, field.spacing, exact=exact) for v in tables]
+        on = [torch.from_numpy(v).to(self.device) for v in (tables, self.path.levels(grid))]
+        maps: list[Layer] = [SoftCoreMap(v, field.spacing, exact=exact) for v in on[0].unbind()]
         kernels: list[Layer] = [
             SoftCoreTrajectory(level, float(timestep), self.n_leapfrog)
-            for level, timestep in zip(levels, self.timesteps, strict=True)
+            for level, timestep in zip(on[1].unbind(), self.timesteps, strict=True)
         ]
         # The first step, from the prior, has no map: there is next to nothing to move.
-        return (kernels[0], *itertools.chain(*zip(maps, kernels[1:], strict=True)))
+        pairs = zip(maps, kernels[1:], strict=True)
+        return (kernels[0], *itertools.chain.from_iterable(pairs))
 
     @property
     def maps(self) -> StochasticFlow:
@@ -210,7 +208,7 @@ class StochasticFlow(Path):
         return self.vector_field.weight.device
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
-        """As for any path; the layers compute in float32, and their rounding moves the centroid."""
+        """As for any path; rounding of the layers, which are float32, moves the centroid."""
         y, change = super().forward(y, streams)
         return remove_mean(y.double()), change
 

@@ -77,7 +77,7 @@ class RowStreams:
     def drawn(
         cls, n: int, generator: torch.Generator | None, device: torch.device | str = "cpu"
     ) -> RowStreams:
-        """New keys from ``generator``."""
+        """Draw new keys from ``generator``."""
         source = "cpu" if generator is None else generator.device
         keys = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator, device=source)
         return cls(keys.to(device))
@@ -93,7 +93,7 @@ class RowStreams:
         return cls((a | (b << 32)).sum(1))
 
     def skip(self) -> int:
-        """Number of the next draw, for whoever computes it elsewhere."""
+        """Return the number of the next draw, for whoever computes it elsewhere."""
         self.n_drawn += 1
         return self.n_drawn - 1
 
@@ -106,7 +106,7 @@ class RowStreams:
         return philox((place, draw, zero, zero), (k0, k1))
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Standard normals (n, *shape); from 32 bits each, so none beyond 6.7."""
+        """Draw standard normals (n, *shape), from 32 bits each: none beyond 6.7."""
         size = math.prod(shape)
         w0, w1, w2, w3 = (word.double() for word in self._take(-(-size // 4)))
         pairs = []
@@ -118,6 +118,6 @@ class RowStreams:
         return flat.reshape(-1, *shape).to(dtype)
 
     def uniform(self) -> Tensor:
-        """Uniform numbers (n,) in (0, 1), from 53 bits, float64."""
+        """Draw uniform numbers (n,) in (0, 1), from 53 bits, float64."""
         w0, w1, _, _ = (word[:, 0] for word in self._take(1))
         return (((w0 >> 5) << 26 | (w1 >> 6)).double() + 0.5) * 2.0**-53

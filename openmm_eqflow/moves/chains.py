@@ -17,8 +17,8 @@ from torch import Tensor
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.files import write_npz
 from openmm_eqflow.flows.audit import require_passed_audit
-from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.moves.steps import (
     ProposalBuffer,
     Proposals,

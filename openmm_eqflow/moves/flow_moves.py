@@ -84,10 +84,9 @@ class FlowMoveBase(MCMCMove):
         self, flow: FlowPath | str | Path, seed: int | None, **settings: int | float | str
     ) -> None:
         super().__init__()
-        if not isinstance(flow, FlowPath):
-            flow = load_flow(flow)
-        require_passed_audit(flow)
-        self._flow, self._path, self._sha256 = register_flow(flow)
+        found = flow if isinstance(flow, FlowPath) else load_flow(flow)
+        require_passed_audit(found)
+        self._flow, self._path, self._sha256 = register_flow(found)
         self._seed = int(np.random.SeedSequence().entropy % 2**53) if seed is None else int(seed)  # type: ignore[operator]
         self._settings = settings
         self._statistics = dict(self._statistics_zero)
@@ -349,7 +348,7 @@ class AnnealedMove(FlowMoveBase):
 def _kernel(move: FlowMoveBase, target: BoltzmannTarget) -> LatentKernel:
     settings = move._settings
     kind = cast(KernelKind, settings["kernel"])
-    return LatentKernel(move.flow, target, float(settings["step"]), kind)
+    return LatentKernel(move.flow.maps, target, float(settings["step"]), kind)
 
 
 class FlowMove(FlowMoveBase):

@@ -129,7 +129,7 @@ class InternalCoordinatePrior:
 
     def sample_latent(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, n_stiff + n_soft)`` latent points, float64."""
-        place = {"dtype": torch.float64, "device": where_drawn(generator)}
+        place: Any = {"dtype": torch.float64, "device": where_drawn(generator)}
         z = torch.randn(n, self.n_stiff, generator=generator, **place)
         wide = torch.rand(n, 1, generator=generator, **place) < self.tail_share
         z = torch.where(wide, self.tail_scale * z, z)

@@ -32,6 +32,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -392,7 +393,7 @@ class TorsionDensity:
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``(n, n_torsions)`` torsions in [-pi, pi), float64."""
-        place = {"dtype": torch.float64, "device": where_drawn(generator)}
+        place: Any = {"dtype": torch.float64, "device": where_drawn(generator)}
         on = place["device"]
         centres = self.centres.to(on)
         tau = torch.empty(n, self.n_torsions, **place)

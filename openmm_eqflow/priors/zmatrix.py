@@ -257,7 +257,7 @@ class _Plan(NamedTuple):
 
     @classmethod
     def of(cls, zmatrix: ZMatrix, device: torch.device) -> _Plan:
-        def on(numbers: list[int]) -> Tensor:
+        def on(numbers: Sequence[Any]) -> Tensor:
             return torch.tensor(numbers, dtype=torch.int64, device=device)
 
         follower = [k for k, lead in enumerate(zmatrix.lead) if lead not in (-1, k)]
@@ -270,7 +270,7 @@ class _Plan(NamedTuple):
             for row in rows:
                 slot[row[0]] = len(slot)
         return cls(
-            on([list(row) for row in zmatrix.rows]).unbind(1),  # type: ignore[arg-type]
+            on(zmatrix.rows).unbind(1),
             on(follower),
             on([zmatrix.lead[k] for k in follower]),
             levels,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
 from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.training.schedule import SIMULATING, Schedule
 from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
 from openmm_eqflow.parallel import available_threads, one_torch_thread
@@ -267,7 +268,7 @@ def train_flow(
     device: str = "cpu",
     log: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[EquivariantFlow, TrainingResult]:
+) -> tuple[FlowPath, TrainingResult]:
     """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``.
 
     ``log`` is the CSV file of the history; that of a fine-tuning is beside it. Under torchrun

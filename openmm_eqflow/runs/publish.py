@@ -133,7 +133,7 @@ def _card(
     config, system = run.config, run.load_system()
     reference, train = facts["reference"], facts["train"]
     temperatures = reference["temperatures_kelvin"]
-    n_weights = sum(p.numel() for p in flow.maps.vector_field.parameters())  # type: ignore[attr-defined]
+    n_weights = sum(p.numel() for p in flow.maps.vector_field.parameters())
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
     ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"

@@ -123,7 +123,9 @@ class ChartTarget:
         ``energy_high`` is not finite.
     """
 
-    def __init__(self, prior: Prior, target: DifferentiablePotential, *, energy_high: float) -> None:
+    def __init__(
+        self, prior: Prior, target: DifferentiablePotential, *, energy_high: float
+    ) -> None:
         if not math.isfinite(energy_high):
             raise ValueError(f"energy_high is {energy_high}, expected a finite number of kT")
         self.prior, self.target, self.energy_high = prior, target, energy_high

@@ -190,7 +190,8 @@ class ChartGeometry(nn.Module):
             own = torch.stack([dq[:, k + 2], dq[:, k + count], dq[:, k + 2 * count - 3]], 2)
             local = frame @ own
         offset = 0
-        for m, slots in zip(self.sizes, self.slots.split([3 * m for m in self.sizes]), strict=True):
+        levels = self.slots.split([3 * m for m in self.sizes])
+        for m, slots in zip(self.sizes, levels, strict=True):
             here = slice(offset, offset + m)
             before = v[:, slots].reshape(n, 3, m, 3, -1).transpose(1, 2).flatten(2, 3)
             v = torch.cat([v, transfer[:, here] @ before + local[:, here]], 1)
