@@ -190,7 +190,11 @@ _bench_command(
     "gpu",
     "Samples, energies, fields and training steps per second on a GPU and on two CPU cores.",
     click.option(
-        "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True
+        "--device",
+        type=click.Choice(["cuda", "cpu"]),
+        default="cuda",
+        show_default=True,
+        help="What is compared with two CPU cores.",
     ),
     click.option("--system", "systems", multiple=True, help="Repeat for several (default all)."),
     click.option("--seconds", type=float, help="Begin nothing later than this (default 400)."),

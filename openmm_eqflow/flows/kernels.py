@@ -130,8 +130,8 @@ def tuned(
 
     ``move`` takes step sizes, moves its points and returns the mean acceptance of each. In the
     first half of the rounds ``gain`` finds the scale, then a smaller one settles; the geometric
-    mean of the last ``n_settled`` rounds (by default half) is returned. The sizes are then to be frozen:
-    adaptation during production would break detailed balance.
+    mean of the last ``n_settled`` rounds (by default half) is returned. The sizes are then to be
+    frozen: adaptation during production would break detailed balance.
     """
     log_size = start.log()
     tried = []
