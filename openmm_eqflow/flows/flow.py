@@ -253,7 +253,9 @@ class EquivariantFlow(Path):
                 f"{tuple(vector_field.event_shape)}: build the field with the prior's event_shape"
             )
         self.vector_field = vector_field
-        super().__init__(prior.to(self.device), (), chunk_size=chunk_size)
+        # A prior of one's own need not know of devices as long as there is but one.
+        there = prior if self.device.type == "cpu" else prior.to(self.device)
+        super().__init__(there, (), chunk_size=chunk_size)
         self.grid = tuple(float(t) for t in grid)
         self.inverse_corrections = inverse_corrections
 
