@@ -40,6 +40,7 @@ from openmm_eqflow.moves.registry import register_flow, restore_flow, stream_for
 from openmm_eqflow.moves.steps import (
     FlowStepInfo,
     KernelKind,
+    LatentFlow,
     LatentKernel,
     ProposalBuffer,
     StateMemory,
@@ -348,7 +349,7 @@ class AnnealedMove(FlowMoveBase):
 def _kernel(move: FlowMoveBase, target: BoltzmannTarget) -> LatentKernel:
     settings = move._settings
     kind = cast(KernelKind, settings["kernel"])
-    return LatentKernel(move.flow.maps, target, float(settings["step"]), kind)
+    return LatentKernel(cast(LatentFlow, move.flow), target, float(settings["step"]), kind)
 
 
 class FlowMove(FlowMoveBase):
