@@ -238,6 +238,8 @@ class EquivariantFlow(Path):
         If prior and field describe different spaces.
     """
 
+    has_density = True
+
     def __init__(
         self,
         prior: Prior,
@@ -258,8 +260,6 @@ class EquivariantFlow(Path):
         super().__init__(there, (), chunk_size=chunk_size)
         self.grid = tuple(float(t) for t in grid)
         self.inverse_corrections = inverse_corrections
-
-    has_density = True
 
     @property
     def maps(self) -> EquivariantFlow:
@@ -310,19 +310,11 @@ class EquivariantFlow(Path):
 
         Positions are in the chart's own frame; log q does not depend on the frame.
         """
-        y, ladj = rk4(self._field, z, self.grid)
-        x, log_volume = self.prior.to_cartesian(y)
-        log_q = self.prior.latent_log_prob(z) - ladj - log_volume
-        # Outside the chart there is no configuration: log q = +inf makes the weight zero.
-        return x, torch.where(torch.isfinite(log_q), log_q, torch.inf)
+        return self.ends(z, RowStreams.none(z))
 
     def latent_and_log_prob(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, D), any centroid and orientation, to latent points and log q."""
-        y, log_volume = self.prior.from_cartesian(x)
-        z, ladj = rk4_inverse(
-            self._field, self._velocity, y, self.grid, corrections=self.inverse_corrections
-        )
-        return z, self.prior.latent_log_prob(z) - ladj - log_volume
+        return self.starts(x, RowStreams.none(x))
 
     def rsample_and_log_prob(
         self, n: int, *, generator: torch.Generator | None = None

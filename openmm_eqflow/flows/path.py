@@ -126,6 +126,23 @@ class Path:
             total = total + change
         return y, total
 
+    def ends(self, z: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        r"""Mean-free positions (n, N, D) of the paths from points of the prior, and log q-hat.
+
+        Positions are in the chart's own frame; log q does not depend on the frame.
+        """
+        y, change = self.forward(z, streams)
+        x, log_volume = self.prior.to_cartesian(y)
+        log_q = self.prior.latent_log_prob(z) + change - log_volume
+        # Outside the chart there is no configuration: log q = +inf makes the weight zero.
+        return x, torch.where(torch.isfinite(log_q), log_q, torch.inf)
+
+    def starts(self, x: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
+        """Points of the prior of the paths that end at positions (n, N, D), and log q-hat."""
+        y, log_volume = self.prior.from_cartesian(x)
+        z, change = self.backward(y, streams)
+        return z, self.prior.latent_log_prob(z) + change - log_volume
+
     # -- chunked, without gradients ---------------------------------------------------------------
 
     def sample_and_log_prob(
@@ -141,16 +158,18 @@ class Path:
             m = min(size, n - start)
             z = self.prior.sample_latent(m, generator=generator)
             turn = random_rotations(m, self.n_dims, generator=generator)
-            draws.append((z, turn, self._streams(m, generator)))
+            # Maps draw nothing.
+            streams = (
+                RowStreams.none(z.to(self.device))
+                if self.has_density
+                else RowStreams.drawn(m, generator, self.device)
+            )
+            draws.append((z, turn, streams))
 
         def run(draw: tuple[Tensor, Tensor, RowStreams]) -> tuple[Tensor, Tensor]:
             z, turn, streams = draw
-            z = z.to(self.device)
-            y, change = self.forward(z, streams)
-            x, log_volume = self.prior.to_cartesian(y)
-            log_q = self.prior.latent_log_prob(z) + change - log_volume
-            # Outside the chart there is no configuration: log q = +inf makes the weight zero.
-            return rotate(x, turn.to(x)), torch.where(torch.isfinite(log_q), log_q, torch.inf)
+            x, log_q = self.ends(z.to(self.device), streams)
+            return rotate(x, turn.to(x)), log_q
 
         xs, log_qs = zip(*self._carried(run, draws, size), strict=True)
         return torch.cat(xs), torch.cat(log_qs)
@@ -169,20 +188,14 @@ class Path:
         """
 
         def run(part: Tensor) -> Tensor:
-            y, log_volume = self.prior.from_cartesian(part)
-            z, change = self.backward(y, RowStreams.of(part))
-            log_q = self.prior.latent_log_prob(z) + change - log_volume
+            streams = RowStreams.none(part) if self.has_density else RowStreams.of(part)
+            _, log_q = self.starts(part, streams)
             return torch.where(torch.isfinite(log_q), log_q, -torch.inf)
 
         x, size = x.detach().to(device=self.device, dtype=torch.float64), self._chunk()
         return torch.cat(self._carried(run, x.split(size), size))
 
     # -- what a class of paths says of itself -----------------------------------------------------
-
-    def _streams(self, n: int, generator: torch.Generator | None) -> RowStreams:
-        if self.has_density:  # maps draw nothing
-            return RowStreams(torch.zeros(n, dtype=torch.int64, device=self.device))
-        return RowStreams.drawn(n, generator, self.device)
 
     def _chunk(self) -> int:
         if self.device.type != "cuda":

@@ -92,6 +92,11 @@ class RowStreams:
         a, b, _, _ = philox((low, high, place.expand_as(low), zero), (zero, zero))
         return cls((a | (b << 32)).sum(1))
 
+    @classmethod
+    def none(cls, x: Tensor) -> RowStreams:
+        """Streams for rows of ``x`` from which nothing will be drawn."""
+        return cls(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
     def skip(self) -> int:
         """Return the number of the next draw, for whoever computes it elsewhere."""
         self.n_drawn += 1
