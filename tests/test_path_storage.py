@@ -57,9 +57,10 @@ def test_a_fresh_process_reads_the_same_path(stored: Path, tmp_path: Path) -> No
     files = [str(stored), str(tmp_path / "x.npy"), str(tmp_path / "out.npz")]
     subprocess.run([sys.executable, "-c", READ, *files], check=True, timeout=200)
     with np.load(tmp_path / "out.npz", allow_pickle=False) as found:
-        np.testing.assert_array_equal(found["x"], x.numpy())
-        np.testing.assert_array_equal(found["log_q"], log_q.numpy())
-        np.testing.assert_array_equal(found["of_given"], flow.log_prob(x).numpy())
+        # Sums of another process may round in another order; a path would differ by far more.
+        np.testing.assert_allclose(found["x"], x.numpy(), atol=1e-9)
+        np.testing.assert_allclose(found["log_q"], log_q.numpy(), atol=1e-6)
+        np.testing.assert_allclose(found["of_given"], flow.log_prob(x).numpy(), atol=1e-6)
     plain = load_flow("toluene").log_prob(x).numpy()  # power: without the trajectories, another
     assert np.abs(plain - log_q.numpy()).max() > 0.05
 
