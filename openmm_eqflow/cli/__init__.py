@@ -190,11 +190,11 @@ def init(
     more_forcefields: tuple[str, ...],
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
+    from openmm_eqflow.targets.library import check_temperature
     from openmm_eqflow.targets.own_system import init_system
     from openmm_eqflow.units import temperature_quantity
 
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigurationError(f"temperature is {temperature} K, expected a positive one")
+    check_temperature(temperature, "temperature")
     init_system(
         folder,
         pdb=pdb,
