@@ -118,10 +118,10 @@ def init_system(
         system = build_from_forcefield(topology, list(forcefield))
     else:
         system = load_system_xml(inputs[1])
-    _check_same_atoms(topology, system, pdb)
     complete_bonds(topology, system)
     check_molecule(topology, str(pdb))
     check_system(system)
+    _check_same_atoms(topology, system, pdb)
     _check_lengths(topology, system, positions_in_nm(positions), pdb)
     _check_energy(system, positions, pdb)
     # What a run would refuse is refused here.
@@ -135,10 +135,9 @@ def init_system(
         "coordinates": pdb.name,
         "temperature_kelvin": degrees,
     }
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         if add_hydrogens:
             with (temporary / pdb.name).open("w", encoding="utf-8") as handle:
                 app.PDBFile.writeFile(topology, positions, handle, keepIds=True)
@@ -153,6 +152,10 @@ def init_system(
         (temporary / SYSTEM_FILE).write_text(text, encoding="utf-8")
         load_system(temporary)
         os.rename(temporary, directory)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{directory} cannot be written ({error.strerror}): choose a folder in which you may"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_system(directory)
