@@ -5,6 +5,7 @@ import pytest
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
+from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
 
@@ -140,7 +141,7 @@ def lines_of_dipeptide():
     return [x for x in DIPEPTIDE.read_text().splitlines() if x.startswith(("ATOM", "HETATM"))]
 
 
-def write_pdb(path, lines):
+def pdb_of_lines(path, lines):
     path.write_text("\n".join([*lines, "END", ""]))
     return path
 
@@ -189,7 +190,7 @@ def test_two_molecules(tmp_path):
     for line in lines_of_dipeptide():
         moved = float(line[30:38]) + 20.0
         second.append(f"{line[:21]}B{line[22:30]}{moved:8.3f}{line[38:]}")
-    pdb = write_pdb(tmp_path / "two.pdb", [*lines_of_dipeptide(), "TER", *second])
+    pdb = pdb_of_lines(tmp_path / "two.pdb", [*lines_of_dipeptide(), "TER", *second])
     with pytest.raises(UnsupportedSystemError, match=r"2 molecules \(22 \+ 22 atoms\)"):
         init_system(tmp_path / "mol", pdb=pdb, forcefield=AMBER[:1])
     assert nothing_left(tmp_path)
@@ -203,7 +204,7 @@ def test_bonds_come_from_the_system_where_the_pdb_has_none(tmp_path):
         for line in (toluene.directory / "toluene.pdb").read_text().splitlines()
         if line.startswith(("ATOM", "HETATM"))
     ]
-    pdb = write_pdb(tmp_path / "bare.pdb", bare)
+    pdb = pdb_of_lines(tmp_path / "bare.pdb", bare)
     assert app.PDBFile(str(pdb)).topology.getNumBonds() == 0
     system = openmm.XmlSerializer.clone(toluene.system)
     angles = next(f for f in system.getForces() if isinstance(f, openmm.HarmonicAngleForce))
@@ -232,7 +233,7 @@ def test_bonds_come_from_the_system_where_the_pdb_has_none(tmp_path):
 def test_an_atom_at_the_origin(tmp_path):
     lines = lines_of_dipeptide()
     lines[5] = f"{lines[5][:30]}{0.0:8.3f}{0.0:8.3f}{0.0:8.3f}{lines[5][54:]}"
-    pdb = write_pdb(tmp_path / "zero.pdb", lines)
+    pdb = pdb_of_lines(tmp_path / "zero.pdb", lines)
     with pytest.raises(UnsupportedSystemError, match=r"bonded and .* atom 6 lies at the origin"):
         init_system(tmp_path / "mol", pdb=pdb, forcefield=AMBER)
     assert nothing_left(tmp_path)
@@ -303,7 +304,7 @@ def test_several_templates_and_massless_sites(tmp_path):
         "HETATM    2  H1  HOH A   1       0.957   0.000   0.000  1.00  0.00           H",
         "HETATM    3  H2  HOH A   1      -0.240   0.927   0.000  1.00  0.00           H",
     ]
-    pdb = write_pdb(tmp_path / "water.pdb", water)
+    pdb = pdb_of_lines(tmp_path / "water.pdb", water)
     with pytest.raises(ConfigurationError, match="the model has massless sites"):
         init_system(tmp_path / "mol", pdb=pdb, forcefield=["amber14/tip4pew.xml"])
     with pytest.raises(ConfigurationError, match=r"water has its own file"):
@@ -314,21 +315,21 @@ def test_several_templates_and_massless_sites(tmp_path):
 def test_what_is_not_used_is_told(tmp_path, caplog):
     lines = lines_of_dipeptide()
     other = [f"{line[:16]}{place}{line[17:]}" for line in lines[10:12] for place in "AB"]
-    alternate = write_pdb(tmp_path / "alt.pdb", [*lines[:10], *other, *lines[12:]])
-    models = write_pdb(
+    alternate = pdb_of_lines(tmp_path / "alt.pdb", [*lines[:10], *other, *lines[12:]])
+    models = pdb_of_lines(
         tmp_path / "models.pdb",
         ["MODEL        1", *lines, "ENDMDL", "MODEL        2", *lines, "ENDMDL"],
     )
     box = "CRYST1   30.000   30.000   30.000  90.00  90.00  90.00 P 1           1"
-    boxed = write_pdb(tmp_path / "box.pdb", [box, *lines])
+    boxed = pdb_of_lines(tmp_path / "box.pdb", [box, *lines])
     none = box.replace("30.000", " 1.000")
     for k, (pdb, told) in enumerate(
         [
             (alternate, ["alt.pdb has alternate locations A, B: the first of every atom"]),
             (models, ["models.pdb has 2 models: the first is taken"]),
             (boxed, ["box.pdb has a box (CRYST1): it is not used"]),
-            (write_pdb(tmp_path / "unit.pdb", [none, *lines]), []),
-            (write_pdb(tmp_path / "plain.pdb", lines), []),
+            (pdb_of_lines(tmp_path / "unit.pdb", [none, *lines]), []),
+            (pdb_of_lines(tmp_path / "plain.pdb", lines), []),
         ]
     ):
         caplog.clear()
@@ -347,3 +348,22 @@ def test_a_cutoff_without_a_box_is_accepted_and_told(tmp_path):
     )
     with pytest.warns(UserWarning, match="falling back to OpenMM Contexts.*with a cutoff"):
         init_system(tmp_path / "mol", pdb=DIPEPTIDE, system_xml=tmp_path / "in.xml")
+
+
+@pytest.mark.parametrize("name", ["ala3", "toluene", "harmonic"])
+def test_written_pdb_files_say_every_bond(tmp_path, name):
+    """Standard residues too, which OpenMM leaves out."""
+    molecule = load_system(name)
+    write_pdb(tmp_path / "all.pdb", molecule.topology, molecule.positions)
+    lines = (tmp_path / "all.pdb").read_text().splitlines()
+    serials = [int(line[6:11]) for line in lines if line.startswith(("ATOM", "HETATM"))]
+    found = set()
+    for line in lines:
+        if line.startswith("CONECT"):
+            first, *others = (serials.index(int(word)) for word in line.split()[1:])
+            found |= {frozenset((first, other)) for other in others}
+    bonds = {frozenset((a.index, b.index)) for a, b in molecule.topology.bonds()}
+    assert found == bonds
+    again = app.PDBFile(str(tmp_path / "all.pdb"))
+    assert {frozenset((a.index, b.index)) for a, b in again.topology.bonds()} == bonds
+    assert again.topology.getNumBonds() == len(bonds)

@@ -149,5 +149,5 @@ def test_the_search_ends_on_many_equal_molecules():
         bonds.addBond(3 * k, 3 * k + 1, 0.1, 1e5)
         bonds.addBond(3 * k, 3 * k + 2, 0.1, 1e5)
     system.addForce(bonds)
-    with pytest.raises(UnsupportedSystemError, match="search for symmetries of 900 .* given up"):
+    with pytest.raises(UnsupportedSystemError, match=r"search for symmetries of 900 .* given up"):
         find_symmetry(system)

@@ -23,7 +23,7 @@ from openmm_eqflow.cli import measure
 from openmm_eqflow.cli.measure import device_option, seed_option
 from openmm_eqflow.cli.memory import keep_freed_memory
 from openmm_eqflow.cli.progress import stage_progress
-from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.errors import EqFlowError
 from openmm_eqflow.training.recipes import BUDGETS
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import mdtraj
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from openmm import app
 from openmm_eqflow import units as thermo
 from openmm_eqflow.files import atomic_path, write_npz
 from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
 from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.moves.chains import ChainSamples
 from openmm_eqflow.flows.storage import load_flow, save_flow
@@ -79,10 +79,8 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
     with atomic_path(path / "samples.dcd") as temporary:
         trajectory.save_dcd(str(temporary))
-    with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
-        app.PDBFile.writeFile(
-            system.topology, thermo.positions_quantity(frames[0]), handle, keepIds=True
-        )
+    with atomic_path(path / "topology.pdb") as temporary:
+        write_pdb(temporary, system.topology, thermo.positions_quantity(frames[0]))
 
     def flat(values: np.ndarray) -> np.ndarray:
         return values.swapaxes(0, 1).reshape(-1)

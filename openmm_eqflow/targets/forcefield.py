@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ __all__ = [
     "build_from_forcefield",
     "load_pdb",
     "load_system_xml",
+    "write_pdb",
 ]
 
 
@@ -81,6 +83,27 @@ def load_pdb(path: Path) -> tuple[app.Topology, unit.Quantity]:
             f"{path} holds no ATOM or HETATM record: give a PDB file with all atoms"
         )
     return pdb.topology, pdb.getPositions(asNumpy=True)
+
+
+def write_pdb(path: Path, topology: app.Topology, positions: unit.Quantity) -> None:
+    """Write a PDB file with CONECT records for every bond.
+
+    OpenMM leaves out those of standard residues, which few other programs can make up for.
+    """
+    plain = io.StringIO()
+    app.PDBFile.writeFile(topology, positions, plain, keepIds=True)
+    lines = plain.getvalue().splitlines()
+    serial = [line[6:11] for line in lines if line.startswith(("ATOM  ", "HETATM"))]
+    partners: dict[int, list[int]] = {}
+    for first, second in topology.bonds():
+        partners.setdefault(first.index, []).append(second.index)
+        partners.setdefault(second.index, []).append(first.index)
+    kept = [line for line in lines if not line.startswith(("CONECT", "END"))]
+    for atom, others in sorted(partners.items()):
+        for start in range(0, len(others), 4):  # four to a record
+            bonded = [serial[k] for k in sorted(others)[start : start + 4]]
+            kept.append("CONECT" + serial[atom] + "".join(bonded))
+    path.write_text("\n".join([*kept, "END", ""]), encoding="utf-8")
 
 
 def _told(error: BaseException) -> str:

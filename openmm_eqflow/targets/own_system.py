@@ -15,8 +15,13 @@ import yaml
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.targets.forcefield import build_from_forcefield, load_pdb, load_system_xml
 from openmm_eqflow.targets.energies.base import FloatArray
+from openmm_eqflow.targets.forcefield import (
+    build_from_forcefield,
+    load_pdb,
+    load_system_xml,
+    write_pdb,
+)
 from openmm_eqflow.targets.library import (
     SYSTEM_FILE,
     MolecularSystem,
@@ -139,8 +144,7 @@ def init_system(
     try:
         temporary.mkdir(parents=True)
         if add_hydrogens:
-            with (temporary / pdb.name).open("w", encoding="utf-8") as handle:
-                app.PDBFile.writeFile(topology, positions, handle, keepIds=True)
+            write_pdb(temporary / pdb.name, topology, positions)
         else:
             shutil.copyfile(pdb, temporary / pdb.name)
         if forcefield is not None:

@@ -132,25 +132,6 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
             )
 
 
-def complete_bonds(topology: app.Topology, system: openmm.System) -> None:
-    """Add the System's bonds to a topology that is in pieces (a PDB file without CONECT records).
-
-    Forces whose every bond spans an angle are Urey-Bradley terms, no bonds.
-    """
-    atoms = list(topology.atoms())
-    graph = _bonds_of(topology)
-    if len(atoms) != system.getNumParticles() or nx.is_connected(graph):
-        return
-    spans = {frozenset((a, c)) for a, _, c in _listed(system, "Angle", 3)}
-    for force in system.getForces():
-        pairs = {frozenset(pair) for pair in _listed_of(force, "Bond", 2)}
-        if pairs <= spans:
-            continue
-        for pair in sorted(tuple(sorted(pair)) for pair in pairs):
-            if not graph.has_edge(*pair):
-                topology.addBond(*(atoms[index] for index in pair))
-
-
 def check_solvent(topology: app.Topology, name: str) -> None:
     """Refuse explicit solvent: water beside anything else; needs no bonds and no System.
 

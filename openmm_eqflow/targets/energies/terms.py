@@ -138,7 +138,8 @@ def _plain(values: Any) -> list[float]:
 
 def particle_parameters(force: Any) -> FloatArray:
     """Per-particle parameters ``(n_particles, n_parameters)`` in md units."""
-    return as_rows([_plain(force.getParticleParameters(i)) for i in range(force.getNumParticles())])
+    n = force.getNumParticles()
+    return as_rows([_plain(force.getParticleParameters(i)) for i in range(n)])
 
 
 def as_rows(rows: Sequence[Sequence[float]]) -> FloatArray:
