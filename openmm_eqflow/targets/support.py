@@ -70,8 +70,9 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
     In the plane (``n_dims`` 2) also one whose energy is not a sum of a part in x, y and one in z:
     the density at z = 0 is then not that of x and y.
 
-    Every force is probed on its own (on the Reference platform) at two configurations: the given
-    one and a distorted one, each translated and rotated, in the first ``n_dims`` dimensions.
+    Every force is probed on its own (on the Reference platform) at two configurations: beside the
+    given one (atoms in line have no torsion) and a distorted one, each translated and rotated, in
+    the first ``n_dims`` dimensions.
 
     Raises
     ------
@@ -85,8 +86,10 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
     integrator = openmm.VerletIntegrator(1e-3)
     context = openmm.Context(probe, integrator, openmm.Platform.getPlatformByName("Reference"))
     rng = np.random.default_rng(0)
-    distorted = positions.copy()
-    distorted[:, :n_dims] += 0.01 * rng.normal(size=(len(positions), n_dims))
+    beside, distorted = positions.copy(), positions.copy()
+    noise = rng.normal(size=(len(positions), n_dims))
+    beside[:, :n_dims] += 1e-4 * noise
+    distorted[:, :n_dims] += 0.01 * noise
     moves: list[tuple[FloatArray, FloatArray, str]] = []
     shift, turn = np.zeros(3), np.eye(3)
     shift[:n_dims] = [0.731, -0.467, 0.293][:n_dims]
@@ -103,7 +106,7 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
             for g in groups
         ]
 
-    for x in (positions, distorted):
+    for x in (beside, distorted):
         before = energies(x)
         for offset, rotation, word in moves:
             after = energies(x @ rotation.T + offset)
