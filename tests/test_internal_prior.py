@@ -433,7 +433,7 @@ def test_every_latent_point_of_a_bend_is_in_the_chart_and_comes_back():
     back, again = prior.from_cartesian(x)
     torch.testing.assert_close(back[7:], y[7:], atol=1e-7, rtol=1e-7)
     torch.testing.assert_close(again[7:], log_volume[7:], atol=1e-7, rtol=1e-7)
-    torch.testing.assert_close(back[:7], y[:7], atol=0.02, rtol=0.0)  # 1e-7 rad from a straight line
+    torch.testing.assert_close(back[:7], y[:7], atol=0.02, rtol=0.0)  # 1e-7 rad from pi
     # The volume element against the derivative of the angle by the coordinate.
     s = torch.linspace(-4.0, 4.0, 9, dtype=torch.float64, requires_grad=True)
     stiff = torch.stack([torch.full_like(s, LENGTH)] * 2 + [s], 1)

@@ -16,6 +16,7 @@ import numpy as np
 import openmm
 import pytest
 from interruptible import hear_interrupts
+from openmm import app
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
@@ -368,3 +369,73 @@ def test_bad_arguments(tmp_path):
         run_reference(load_system("harmonic"), tmp_path, seconds=0.0)
     with pytest.raises(ValueError, match="n_walkers"):
         run_reference(load_system("harmonic"), tmp_path, seconds=1.0, max_frames=1)
+
+
+def acetylene(torsion):
+    """H-C-C-H in line, harmonic but for a torsion, which there has no direction."""
+    topology, system = app.Topology(), openmm.System()
+    residue = topology.addResidue("ACE", topology.addChain("A"))
+    symbols, places = "HCCH", (-0.166, -0.06, 0.06, 0.166)
+    atoms = [topology.addAtom(s, app.Element.getBySymbol(s), residue) for s in symbols]
+    bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+    for k, length in enumerate((0.106, 0.12, 0.106)):
+        topology.addBond(atoms[k], atoms[k + 1])
+        bonds.addBond(k, k + 1, length, 3e5)
+    for k in (0, 1):
+        angles.addAngle(k, k + 1, k + 2, np.pi - 3e-6, 400.0)  # as files are rounded
+    torsions = openmm.PeriodicTorsionForce()
+    torsions.addTorsion(0, 1, 2, 3, 3, 0.0, torsion)
+    for atom in atoms:
+        system.addParticle(atom.element.mass)
+    for force in (bonds, angles, torsions):
+        system.addForce(force)
+    positions = np.zeros((4, 3))
+    positions[:, 0] = places
+    positions[:, 1] = [0.0, 0.002, -0.001, 0.003]
+    return dataclasses.replace(
+        load_system("toluene"),
+        name="acetylene",
+        system=system,
+        topology=topology,
+        positions=positions_quantity(positions),
+        settings={"reference": {"max_temperature_ratio": 1.0}},
+    )
+
+
+def mean_energy(molecule, tmp_path):
+    """Mean of u over frames, its error, and the largest."""
+    data = run_reference(molecule, tmp_path, seconds=30.0, max_frames=8000, seed=4)
+    chains = np.stack([data.reduced_energies[data.walker == w][:3500] for w in (0, 1)])
+    return mean_with_error(chains), data
+
+
+@pytest.mark.statistical
+def test_atoms_in_line_are_sampled_with_the_right_energy(tmp_path, caplog, monkeypatch):
+    """Three stretches of 1/2 kT, two bends of 1 kT each, and the torsion's own energy."""
+    torsion = 0.65
+    molecule = acetylene(torsion)
+    exact = 1.5 + 2.0 + torsion / kt_in_kj_mol(molecule.temperature)
+    mean, data = mean_energy(molecule, tmp_path / "aside")
+    assert "the torsions 1-2-3-4 turn about atoms in line" in caplog.text
+    plan = SamplingPlan.read(tmp_path / "aside" / "reference" / "plan.json")
+    assert 0.5 < plan.timestep_fs < 5.0
+    assert mean.error < 0.1
+    assert abs(mean.value - exact) < 5 * mean.error + 0.03  # cubic terms of the bends
+    assert data.reduced_energies.max() < 30.0
+    # Power control: with the torsion in the dynamics its force heats the molecule.
+    name = "openmm_eqflow.runs.reference.calibration.set_aside_singular_torsions"
+    monkeypatch.setattr(name, lambda *_: [])
+    hot, _ = mean_energy(molecule, tmp_path / "full")
+    assert hot.value > exact + 1.0
+
+
+def test_a_torsion_without_force_constant_is_no_reason_to_warn(caplog):
+    plan_and_engine(acetylene(0.0))
+    assert "in line" not in caplog.text
+
+
+def test_a_time_step_in_which_nothing_moves_is_refused():
+    molecule = acetylene(0.0)
+    molecule.system.getForce(0).setBondParameters(1, 1, 2, 0.12, 3e10)
+    with pytest.raises(EnergyError, match=r"asks for a time step of .* wrong force"):
+        plan_and_engine(molecule)

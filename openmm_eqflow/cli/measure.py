@@ -22,7 +22,7 @@ __all__ = [
 console = Console()
 
 
-class _Seed(click.ParamType):
+class _Seed(click.ParamType[int]):
     """A whole number that every random stream takes."""
 
     name = "integer"

@@ -50,6 +50,7 @@ from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.runs.reference.plan import (
     ReferenceSettings,
     SamplingPlan,
+    atoms_in_line,
     make_context,
     sampling_system,
     set_aside_singular_torsions,
@@ -151,7 +152,6 @@ def choose_ladder(
 _HYDROGEN_MASS = 6.0
 _STEP_TIMES_FREQUENCY = {"molecule": 0.9, "cluster": 0.66, "harmonic": 0.66}
 _BESIDE = 1e-3  # nm
-_SINGULAR = 1e4  # kJ/mol/nm, a hundred times what a bad end of a minimisation leaves
 _LEAST_STEP = 0.02  # fs; that of H2 is 0.9
 _CALIBRATION_TEMPERATURES = 5
 _CALIBRATION_SAMPLES = 200
@@ -198,6 +198,10 @@ def make_plan(
         )
     copy = with_compiled_solvent(copy, start)
     x = _minimise(copy, start)
+    if atoms_in_line(system.topology, x):
+        # A singular point of angles and torsions, where the differences of forces that give the
+        # time step mean nothing, and initial velocities feel what is left of them: start beside.
+        x = x + np.random.default_rng(0).normal(scale=_BESIDE, size=x.shape)
     timestep = settings.timestep_fs or (
         _STEP_TIMES_FREQUENCY[system.kind] * _frequency_period(copy, x, masses, hottest)
     )
@@ -240,7 +244,7 @@ def _minimise(system: openmm.System, x: FloatArray) -> FloatArray:
     )
     context.setPositions(x)
     openmm.LocalEnergyMinimizer.minimize(context, 1.0, 1000)
-    state = context.getState(positions=True, energy=True, forces=True)
+    state = context.getState(positions=True, energy=True)
     energy = energy_in_kj_mol(state.getPotentialEnergy())
     if not np.isfinite(energy):
         raise EnergyError(
@@ -248,10 +252,6 @@ def _minimise(system: openmm.System, x: FloatArray) -> FloatArray:
             "check for overlapping atoms in the coordinates file"
         )
     minimum = positions_in_nm(state.getPositions(asNumpy=True))
-    if np.abs(state.getForces(asNumpy=True)._value).max() > _SINGULAR:
-        # A torsion about atoms in line has no direction and an endless force, which initial
-        # velocities would feel: start beside.
-        minimum = minimum + np.random.default_rng(0).normal(scale=_BESIDE, size=minimum.shape)
     result: FloatArray = minimum - minimum.mean(axis=0)
     return result
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from openmm import unit
+from openmm import app, unit
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 
 __all__ = [
     "ReferenceSettings",
     "SamplingPlan",
+    "atoms_in_line",
     "make_context",
     "sampling_system",
     "set_aside_singular_torsions",
@@ -169,6 +171,19 @@ def set_aside_singular_torsions(system: openmm.System, positions: FloatArray) ->
         if kept.getNumTorsions():
             system.addForce(kept)
     return aside
+
+
+def atoms_in_line(topology: app.Topology, positions: FloatArray) -> bool:
+    """Whether three atoms bonded in a row lie nearly on a line."""
+    around: dict[int, list[int]] = {}
+    for first, second in topology.bonds():
+        around.setdefault(first.index, []).append(second.index)
+        around.setdefault(second.index, []).append(first.index)
+    return any(
+        _angle(positions[[a, centre, c]]) > _IN_LINE
+        for centre, ends in around.items()
+        for a, c in itertools.combinations(ends, 2)
+    )
 
 
 def _angle(x: FloatArray) -> float:
