@@ -165,8 +165,8 @@ def fit_internal_prior(
         torsions=density,
         tail_share=tail_share,
         tail_scale=tail_scale,
-        bends=_nearly_linear(internal.angles),
     )
+    prior.bends = _nearly_linear(internal.angles)
     s = prior.stiff_vector(internal)
     features = prior.features(tau)
     penalty = ridge_penalty(modes)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,8 +56,12 @@ class InternalCoordinatePrior:
         Density of the soft torsions.
     tail_share, tail_scale
         Weight and standard deviation of the wide component of rho.
+
+    Attributes
+    ----------
     bends
-        :math:`\kappa` of every angle that is described as nearly linear, by its index.
+        :math:`\kappa` of every angle that is described as nearly linear, by its index; none until
+        a fit finds one.
     """
 
     n_dims = 3
@@ -75,9 +78,8 @@ class InternalCoordinatePrior:
         torsions: TorsionDensity | None,
         tail_share: float = 0.1,
         tail_scale: float = 1.2,
-        bends: Mapping[int, float] | None = None,
     ) -> None:
-        self.bends = dict(bends or {})
+        self.bends: dict[int, float] = {}
         self.zmatrix = zmatrix
         self.n_particles = zmatrix.n_particles
         self.soft = list(soft)
@@ -291,7 +293,7 @@ class InternalCoordinatePrior:
             if groups
             else None
         )
-        return cls(
+        made = cls(
             ZMatrix.from_config(config["zmatrix"]),
             soft=list(config["soft"]),
             centre=tensors["centre"],
@@ -301,8 +303,9 @@ class InternalCoordinatePrior:
             torsions=density,
             tail_share=config["tail_share"],
             tail_scale=config["tail_scale"],
-            bends={int(k): float(kappa) for k, kappa in config.get("bends", ())},
         )
+        made.bends = {int(k): float(kappa) for k, kappa in config.get("bends", ())}
+        return made
 
 
 def _normal_of_bend(a: Tensor) -> Tensor:

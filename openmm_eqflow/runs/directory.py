@@ -199,8 +199,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the folder against other processes; within this object it can be nested.
 
-        The lock is the kernel's, on the file ``.lock``: it ends with the process, however that
-        ends, and the file says who holds it. Under torchrun rank 0 holds it for all.
+        The lock is the kernel's, on the file ``.lock``, which says who holds it: it ends with the
+        process, however that ends, and a file left over locks nothing. Under torchrun rank 0
+        holds it for all.
 
         Raises
         ------
@@ -212,15 +213,22 @@ class RunDirectory:
             return
         import fcntl
 
-        with (self.path / ".lock").open("a+", encoding="utf-8") as handle:
+        file = self.path / ".lock"
+        with file.open("a+", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+                # The holder before may have taken the file away between the two lines above.
+                stale = not file.exists() or not os.path.samestat(
+                    os.fstat(handle.fileno()), file.stat()
+                )
+            except BlockingIOError:
+                stale = True
+            if stale:
                 handle.seek(0)
                 raise ConfigurationError(
                     f"{self.path} is in use by {handle.read() or 'another process'}; wait for it, "
                     "stop it, or choose another --out"
-                ) from error
+                )
             handle.truncate(0)
             started = datetime.now().isoformat(" ", "seconds")
             handle.write(f"process {os.getpid()} on {platform.node()} since {started}")
@@ -230,7 +238,7 @@ class RunDirectory:
                 yield
             finally:
                 self._held = False
-                handle.truncate(0)
+                file.unlink(missing_ok=True)
 
     def metrics(self) -> dict[str, Any]:
         """All figures of the report (metrics.json of the sampling stage)."""
