@@ -16,7 +16,7 @@ import numpy as np
 import openmm
 import pytest
 from interruptible import hear_interrupts
-from openmm import app
+from tiny_molecule import chain_molecule
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
@@ -373,31 +373,14 @@ def test_bad_arguments(tmp_path):
 
 def acetylene(torsion):
     """H-C-C-H in line, harmonic but for a torsion, which there has no direction."""
-    topology, system = app.Topology(), openmm.System()
-    residue = topology.addResidue("ACE", topology.addChain("A"))
-    symbols, places = "HCCH", (-0.166, -0.06, 0.06, 0.166)
-    atoms = [topology.addAtom(s, app.Element.getBySymbol(s), residue) for s in symbols]
-    bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
-    for k, length in enumerate((0.106, 0.12, 0.106)):
-        topology.addBond(atoms[k], atoms[k + 1])
-        bonds.addBond(k, k + 1, length, 3e5)
-    for k in (0, 1):
-        angles.addAngle(k, k + 1, k + 2, np.pi - 3e-6, 400.0)  # as files are rounded
-    torsions = openmm.PeriodicTorsionForce()
-    torsions.addTorsion(0, 1, 2, 3, 3, 0.0, torsion)
-    for atom in atoms:
-        system.addParticle(atom.element.mass)
-    for force in (bonds, angles, torsions):
-        system.addForce(force)
-    positions = np.zeros((4, 3))
-    positions[:, 0] = places
-    positions[:, 1] = [0.0, 0.002, -0.001, 0.003]
+    topology, system, positions = chain_molecule(4)
+    system.getForce(2).setTorsionParameters(0, 0, 1, 2, 3, 3, 0.0, torsion)
     return dataclasses.replace(
         load_system("toluene"),
         name="acetylene",
         system=system,
         topology=topology,
-        positions=positions_quantity(positions),
+        positions=positions,
         settings={"reference": {"max_temperature_ratio": 1.0}},
     )
 
