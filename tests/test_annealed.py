@@ -27,7 +27,7 @@ from openmm_eqflow.analysis.balance import (
     path_free_energies,
     path_weights,
 )
-from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.storage import load_tensors
 from openmm_eqflow.flows.streams import RowStreams
@@ -398,3 +398,9 @@ def test_an_unknown_entry_of_annealed_is_an_error(molecule, tmp_path):
     recipe = replace(run.config.recipe, annealed={"levles": 3})
     with pytest.raises(ConfigurationError, match=r"annealed: .*'levles'.*did you mean 'levels'"):
         fitting.train_flow(recipe, target, data, seed=0, folder=tmp_path)
+
+
+def test_without_a_prior_sample_the_next_action_is_told() -> None:
+    log_w = torch.zeros(5, dtype=torch.float64)
+    with pytest.raises(TrainingError, match=r"none of 5 points is a sample .*--budget"):
+        path_weights(log_w, torch.ones(5), torch.tensor([0.0, 1.0]).double())

@@ -73,6 +73,39 @@ def test_init_as_the_documentation_writes_it(shell, tmp_path):
     assert load_system(tmp_path / "hooh").n_particles == 4
 
 
+def test_printed_commands_quote_paths_with_spaces(shell, tmp_path):
+    write_inputs(tmp_path / "in")
+    outcome = shell("init", "my mol", "--system", "in/system.xml", "--pdb", "in/mol.pdb")
+    assert outcome.code == 0, outcome
+    assert outcome.out.endswith("next: openmm-eqflow run 'my mol'\n")
+    assert "openmm-eqflow run 'my mol'" in shell.refuses("evaluate", "my mol")
+
+
+@pytest.mark.parametrize("folder", ["file/mol", "in/closed/mol"])
+def test_folders_that_cannot_be_written(shell, tmp_path, monkeypatch, folder):
+    """A file in the way, and a folder of another person's (which root may write to: played)."""
+    write_inputs(tmp_path / "in")
+    (tmp_path / "file").write_text("x")
+
+    make = Path.mkdir
+
+    def mkdir(self, *arguments, **options):
+        if "closed" in str(self):
+            raise PermissionError(13, "Permission denied", str(self))
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    line = shell.refuses("init", folder, "--system", "in/system.xml", "--pdb", "in/mol.pdb")
+    assert f"{folder} cannot be written" in line
+    assert "Errno" not in line
+    assert ".tmp" not in line
+    write_system(tmp_path / "hooh")
+    line = shell.refuses("run", "hooh", "--out", folder)
+    assert "Errno" not in line
+    assert line.startswith(f"error: {folder.rpartition('/')[0]}")
+    assert "choose another file or folder" in line
+
+
 def test_help(shell):
     for arguments in (["--help"], ["run", "--help"], ["init", "-h"]):
         outcome = shell(*arguments)
@@ -101,8 +134,12 @@ def test_help(shell):
         ("init mol", "Missing option '--pdb'"),
         ("init mol --pdb none.pdb --forcefield amber14-all.xml", "none.pdb is not a file"),
         ("init mol --pdb none.pdb", "give either force-field files"),
-        ("init mol --pdb none.pdb --temperature -3", "temperature is -3.0 K"),
+        ("init mol --pdb none.pdb --temperature -3", "temperature is -3 K"),
         ("init mol --pdb none.pdb --temperature nan", "temperature is nan K"),
+        ("init mol --pdb none.pdb --temperature 1e6", "temperature is 1e+06 K"),
+        ("init mol --pdb none.pdb --temperature 1e-3", "kelvin from 1 to 10000"),
+        ("run dw4 --seed -1", "-1 is not in the range from 0 to 2^32 - 1"),
+        ("evaluate dw4 --seed 99999999999", "99999999999 is not in the range"),
     ],
 )
 def test_usage_errors(shell, tmp_path, arguments, message):
@@ -127,7 +164,7 @@ def test_no_gpu(shell, tmp_path, monkeypatch):
     [
         ({"temperature_kelvin": None}, "key 'temperature_kelvin' is missing"),
         ({"temperature_kelvin": "warm"}, "key 'temperature_kelvin' is 'warm' (str)"),
-        ({"temperature_kelvin": -5}, "expected a positive number"),
+        ({"temperature_kelvin": -5}, "expected a number of kelvin from 1"),
         ({"temprature_kelvin": 300}, "did you mean 'temperature_kelvin'"),
         ({"coordinates": "other.pdb"}, "names 'other.pdb', which is not a file"),
         ({"kind": "polymer"}, "key 'kind' is 'polymer'"),

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import numpy as np
 import openmm
 import pytest
 import torch
 from energy_systems import assert_agree, empty_system, phe_system, reference
-from openmm import unit
+from openmm import app, unit
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.energies.choose import choose_evaluator
@@ -17,6 +20,7 @@ from openmm_eqflow.targets.library import list_systems, load_system
 NAMES = [info.name for info in list_systems()]
 AMBER_OBC1 = ("amber14-all.xml", "implicit/obc1.xml")
 AMBER_GBN2 = ("amber14-all.xml", "implicit/gbn2.xml")
+NMA = Path(__file__).parents[1] / "examples" / "n-methylacetamide.pdb"
 
 
 def configurations(system, positions, n, thermal):
@@ -258,3 +262,106 @@ def test_kernels_are_cached_under_the_hash_of_their_sources():
     bonded = load_kernels()[0]
     assert numba.config.CACHE_DIR == before
     assert "kernels-" in str(bonded.bond_kernel.stats.cache_path)
+
+
+def forces_without_terms():
+    """One of every class that lists its terms, with parameters and tables but no term."""
+    bond = openmm.CustomBondForce("k*r")
+    bond.addPerBondParameter("k")
+    angle = openmm.CustomAngleForce("k*theta")
+    angle.addPerAngleParameter("k")
+    torsion = openmm.CustomTorsionForce("k*theta")
+    torsion.addPerTorsionParameter("k")
+    compound = openmm.CustomCompoundBondForce(2, "k*distance(p1,p2)")
+    compound.addPerBondParameter("k")
+    cmap = openmm.CMAPTorsionForce()
+    cmap.addMap(4, [1.0] * 16)
+    excluded, empty_group = (openmm.CustomNonbondedForce("q1*q2/r") for _ in range(2))
+    for pairs in (excluded, empty_group):
+        pairs.addPerParticleParameter("q")
+        for k in range(4):
+            pairs.addParticle([k + 1.0])
+    for k in range(4):
+        for j in range(k):
+            excluded.addExclusion(j, k)
+    empty_group.addInteractionGroup([], [0, 1, 2, 3])
+    standard = [
+        openmm.HarmonicBondForce(),
+        openmm.HarmonicAngleForce(),
+        openmm.PeriodicTorsionForce(),
+        openmm.RBTorsionForce(),
+        openmm.CustomExternalForce("x"),
+        openmm.CustomCentroidBondForce(1, "x1"),
+    ]
+    return [*standard, cmap, bond, angle, torsion, compound, excluded, empty_group]
+
+
+@pytest.mark.parametrize("k", range(13))
+def test_a_force_without_terms_is_skipped(k):
+    """Alone, and beside a force that has an energy."""
+    x = np.random.default_rng(k).normal(size=(6, 4, 3)) * 0.2
+    for with_energy in (False, True):
+        system = empty_system(4)
+        system.addForce(forces_without_terms()[k])
+        if with_energy:
+            bond = openmm.HarmonicBondForce()
+            bond.addBond(0, 1, 0.1, 2000.0)
+            system.addForce(bond)
+        for compiled in (True, False):
+            evaluator = TorchEnergy(system, positions=x[0], compiled=compiled)
+            assert_agree(evaluator, system, x)
+            assert (np.abs(evaluator.energies(x)).min() > 0.0) == with_energy
+
+
+def test_general_born_without_pairs():
+    """Every pair excluded: the single-particle energies are left."""
+    gb = openmm.CustomGBForce()
+    gb.addPerParticleParameter("q")
+    for k in range(3):
+        gb.addParticle([k + 1.0])
+        for j in range(k):
+            gb.addExclusion(j, k)
+    gb.addComputedValue("I", "q1*r", openmm.CustomGBForce.ParticlePair)
+    gb.addEnergyTerm("3*q + I", openmm.CustomGBForce.SingleParticle)
+    gb.addEnergyTerm("I1*q2/r", openmm.CustomGBForce.ParticlePair)
+    system = empty_system(3)
+    system.addForce(gb)
+    x = np.random.default_rng(3).normal(size=(6, 3, 3)) * 0.2
+    for compiled in (True, False):
+        evaluator = TorchEnergy(system, positions=x[0], compiled=compiled)
+        assert_agree(evaluator, system, x)
+        np.testing.assert_allclose(evaluator.energies(x), 18.0)
+
+
+@pytest.mark.parametrize("force_field", ["charmm36.xml", "amber19-all.xml"])
+def test_force_fields_with_maps_on_a_molecule_without_any(force_field):
+    """N-methylacetamide has no torsion pair of a backbone: the map force is there and empty."""
+    pdb = app.PDBFile(str(NMA))
+    system = app.ForceField(force_field).createSystem(pdb.topology, constraints=None)
+    assert any(isinstance(f, openmm.CMAPTorsionForce) for f in system.getForces())
+    positions = np.array(pdb.positions.value_in_unit(unit.nanometer))
+    evaluator = choose_evaluator(system, positions=positions)
+    assert isinstance(evaluator, TorchEnergy)
+    assert_agree(evaluator, system, configurations(system, positions, 16, False))
+
+
+def test_what_cannot_be_read_falls_back_and_is_told_once(monkeypatch):
+    def broken(force):
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr("openmm_eqflow.targets.energies.torch_energy.read_standard", broken)
+    system = empty_system(2)
+    bond = openmm.HarmonicBondForce()
+    bond.addBond(0, 1, 0.1, 2000.0)
+    system.addForce(bond)
+    x = np.random.default_rng(0).normal(size=(5, 2, 3))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        pools = [choose_evaluator(system, n_workers=1, positions=x[0]) for _ in range(3)]
+    assert [str(w.message) for w in heard] == [
+        "falling back to OpenMM Contexts: HarmonicBondForce (force 0) cannot be read "
+        "(IndexError: tuple index out of range)"
+    ]
+    for pool in pools:
+        np.testing.assert_allclose(pool.energies(x), reference(system, x)[0], rtol=1e-5)
+        pool.close()

@@ -354,3 +354,121 @@ def test_few_frames_still_give_a_proper_density():
         assert len(fitted.modes) <= 30 / 12 or len(fitted.modes) <= 4
         log_p = fitted.log_prob(truth.sample(500, generator=stream(17)))
         assert bool(torch.isfinite(log_p).all())
+
+
+# -- two atoms, and atoms in line -----------------------------------------------------------------
+
+STRETCH, LENGTH = 4.0e4, 0.12  # kT/nm^2, nm
+BEND = 60.0  # u = BEND (1 + cos theta): harmonic about atoms in line
+
+
+def bond_mass():
+    """Integral of b^2 exp(-STRETCH (b - LENGTH)^2 / 2)."""
+    return math.sqrt(2 * math.pi / STRETCH) * (LENGTH**2 + 1 / STRETCH)
+
+
+def stretches(x, pairs):
+    lengths = torch.stack([(x[:, a] - x[:, b]).norm(dim=-1) for a, b in pairs], 1)
+    return 0.5 * STRETCH * (lengths - LENGTH).square().sum(1)
+
+
+def linear_energy(x):
+    a, b = x[:, 0] - x[:, 1], x[:, 2] - x[:, 1]
+    cosine = (a * b).sum(1) / a.norm(dim=1) / b.norm(dim=1)
+    return stretches(x, [(0, 1), (1, 2)]) + BEND * (1 + cosine)
+
+
+def linear_frames(n):
+    """Exact draws but for the weight b^2, which hardly varies."""
+    generator = stream(3)
+    b = LENGTH + torch.randn(n, 2, generator=generator, dtype=torch.float64) / STRETCH**0.5
+    c = -torch.rand(n, generator=generator, dtype=torch.float64).log() / BEND
+    theta = math.pi - 2 * torch.asin((c / 2).sqrt())
+    x = torch.zeros(n, 3, 3, dtype=torch.float64)
+    x[:, 0, 0] = b[:, 0]
+    x[:, 2, 0], x[:, 2, 1] = b[:, 1] * torch.cos(theta), b[:, 1] * torch.sin(theta)
+    return remove_mean(x)
+
+
+def weighted(prior, energy, n=20_000):
+    x = prior.sample(n, generator=stream(5))
+    log_w = -energy(x) - prior.log_prob(x)
+    weights = (log_w - log_w.max()).exp()
+    relative = float(weights.sum() ** 2 / weights.square().sum() / n)
+    log_z = float(log_w.max() + weights.mean().log())
+    return log_z, float(weights.std() / weights.mean()) / n**0.5, relative
+
+
+def test_atoms_in_line_have_their_normalisation(monkeypatch):
+    """The angle's density ends at pi, where the Gaussian of a bent angle has half its mass."""
+    frames = linear_frames(4000)
+    leaf = frames.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(linear_energy(leaf).sum(), leaf)
+    exact = math.log(8 * math.pi**2 * 3**-1.5 * bond_mass() ** 2 * -math.expm1(-2 * BEND) / BEND)
+    masses = [16.0, 12.0, 16.0]
+    for given in ({}, {"gradient": gradient}):
+        prior = fit_internal_prior(frames, [(0, 1), (1, 2)], masses, **given)
+        assert list(prior.bends) == [0]
+        assert prior.bends[0] == pytest.approx(BEND, rel=0.1)
+        y, _ = prior.from_cartesian(frames)
+        assert float(y.std(0).max()) == pytest.approx(1.0, abs=0.1)
+        log_z, error, relative = weighted(prior, linear_energy)
+        assert relative > 0.95
+        assert abs(log_z - exact) < 5 * error
+    config, tensors = prior.state()
+    again = InternalCoordinatePrior.from_state(json.loads(json.dumps(config)), tensors)
+    assert torch.equal(again.log_prob(frames), prior.log_prob(frames))
+    # Power control: the volume of sin(theta) alone is not that of the coordinate.
+    monkeypatch.setattr(InternalCoordinatePrior, "_bend_volume", lambda *_: 0.0)
+    log_z, error, _ = weighted(prior, linear_energy)
+    assert abs(log_z - exact) > 20 * error
+
+
+def test_every_latent_point_of_a_bend_is_in_the_chart_and_comes_back():
+    prior = fit_internal_prior(linear_frames(500), [(0, 1), (1, 2)], [16.0, 12.0, 16.0])
+    y = prior.sample_latent(2000, generator=stream(6))
+    y[:7, 2] = torch.tensor([-7.0, -5.0, -3.0, 0.0, 3.0, 5.0, 7.0])
+    x, log_volume = prior.to_cartesian(y)
+    assert bool(torch.isfinite(log_volume).all())
+    back, again = prior.from_cartesian(x)
+    torch.testing.assert_close(back[7:], y[7:], atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(again[7:], log_volume[7:], atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(back[:7], y[:7], atol=0.02, rtol=0.0)  # 1e-7 rad from pi
+    # The volume element against the derivative of the angle by the coordinate.
+    s = torch.linspace(-4.0, 4.0, 9, dtype=torch.float64, requires_grad=True)
+    stiff = torch.stack([torch.full_like(s, LENGTH)] * 2 + [s], 1)
+    internal = prior.internal_from_stiff(stiff, stiff[:, :0])
+    (slope,) = torch.autograd.grad(internal.angles.sum(), s)
+    torch.testing.assert_close(
+        prior._bend_volume(stiff, internal).detach(), slope.abs().log(), atol=1e-9, rtol=1e-9
+    )
+
+
+def test_bent_angles_are_left_as_they_were():
+    assert water_prior().bends == {}
+    config, _ = water_prior().state()
+    assert "bends" not in config
+
+
+def test_two_atoms_have_their_normalisation():
+    generator = stream(8)
+    b = LENGTH + torch.randn(2000, generator=generator, dtype=torch.float64) / STRETCH**0.5
+    x = torch.zeros(2000, 2, 3, dtype=torch.float64)
+    x[:, 1, 0] = b
+    x = rotate(remove_mean(x), random_rotations(2000, generator=generator))
+    leaf = x.clone().requires_grad_(True)
+
+    def energy(y):
+        return stretches(y, [(0, 1)])
+
+    (gradient,) = torch.autograd.grad(energy(leaf).sum(), leaf)
+    exact = math.log(4 * math.pi * 2**-1.5 * bond_mass())
+    for given in ({}, {"gradient": gradient}):
+        prior = fit_internal_prior(x, [(0, 1)], [1.0, 1.0], **given)
+        log_z, error, relative = weighted(prior, energy)
+        assert relative > 0.95
+        assert abs(log_z - exact) < 5 * error
+        # Power control: with the orientations of three atoms, 8 pi^2 of them, it is far off.
+        assert abs(log_z + math.log(2 * math.pi) - exact) > 100 * error
+        y = prior.sample_latent(50, generator=stream(1))
+        torch.testing.assert_close(prior.from_cartesian(prior.to_cartesian(y)[0])[0], y)

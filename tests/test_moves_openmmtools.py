@@ -509,3 +509,25 @@ def test_steps_of_other_processes_count(flow_path: Path) -> None:
     move = FlowMove(load_flow(flow_path), seed=62)
     move.statistics = {"n_proposed": 30}
     assert move.__getstate__()["n_consumed"] == 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "per_move"),
+    [
+        (FlowMove, {"n_proposals": 4}, 1),
+        (LatentMove, {"n_repeats": 3}, 3),
+        (AnnealedMove, {"n_proposals": 2, "n_bridge": 1}, 1),
+    ],
+)
+def test_counts_have_the_names_of_openmmtools_moves(system, flow_path, kind, settings, per_move):
+    from openmmtools.mcmc import MCDisplacementMove
+
+    thermodynamic, sampler = states(system)
+    move = kind(load_flow(flow_path), seed=1, **settings)
+    assert (move.n_proposed, move.n_accepted) == (0, 0)
+    for _ in range(5):
+        move.apply(thermodynamic, sampler)
+    assert move.n_proposed == 5 * per_move
+    assert 0 < move.n_accepted == move.statistics["n_accepted"] <= move.n_proposed
+    theirs = MCDisplacementMove()
+    assert {"n_proposed", "n_accepted"} <= set(vars(theirs)) & set(dir(move))

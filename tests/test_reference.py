@@ -16,6 +16,7 @@ import numpy as np
 import openmm
 import pytest
 from interruptible import hear_interrupts
+from tiny_molecule import chain_molecule
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
@@ -368,3 +369,56 @@ def test_bad_arguments(tmp_path):
         run_reference(load_system("harmonic"), tmp_path, seconds=0.0)
     with pytest.raises(ValueError, match="n_walkers"):
         run_reference(load_system("harmonic"), tmp_path, seconds=1.0, max_frames=1)
+
+
+def acetylene(torsion):
+    """H-C-C-H in line, harmonic but for a torsion, which there has no direction."""
+    topology, system, positions = chain_molecule(4)
+    system.getForce(2).setTorsionParameters(0, 0, 1, 2, 3, 3, 0.0, torsion)
+    return dataclasses.replace(
+        load_system("toluene"),
+        name="acetylene",
+        system=system,
+        topology=topology,
+        positions=positions,
+        settings={"reference": {"max_temperature_ratio": 1.0}},
+    )
+
+
+def mean_energy(molecule, tmp_path):
+    """Mean of u over frames, its error, and the largest."""
+    data = run_reference(molecule, tmp_path, seconds=30.0, max_frames=8000, seed=4)
+    chains = np.stack([data.reduced_energies[data.walker == w][:3500] for w in (0, 1)])
+    return mean_with_error(chains), data
+
+
+@pytest.mark.statistical
+def test_atoms_in_line_are_sampled_with_the_right_energy(tmp_path, caplog, monkeypatch):
+    """Three stretches of 1/2 kT, two bends of 1 kT each, and the torsion's own energy."""
+    torsion = 0.65
+    molecule = acetylene(torsion)
+    exact = 1.5 + 2.0 + torsion / kt_in_kj_mol(molecule.temperature)
+    mean, data = mean_energy(molecule, tmp_path / "aside")
+    assert "the torsions 1-2-3-4 turn about atoms in line" in caplog.text
+    plan = SamplingPlan.read(tmp_path / "aside" / "reference" / "plan.json")
+    assert 0.5 < plan.timestep_fs < 5.0
+    assert mean.error < 0.1
+    assert abs(mean.value - exact) < 5 * mean.error + 0.03  # cubic terms of the bends
+    assert data.reduced_energies.max() < 30.0
+    # Power control: with the torsion in the dynamics its force heats the molecule.
+    name = "openmm_eqflow.runs.reference.calibration.set_aside_singular_torsions"
+    monkeypatch.setattr(name, lambda *_: [])
+    hot, _ = mean_energy(molecule, tmp_path / "full")
+    assert hot.value > exact + 1.0
+
+
+def test_a_torsion_without_force_constant_is_no_reason_to_warn(caplog):
+    plan_and_engine(acetylene(0.0))
+    assert "in line" not in caplog.text
+
+
+def test_a_time_step_in_which_nothing_moves_is_refused():
+    molecule = acetylene(0.0)
+    molecule.system.getForce(0).setBondParameters(1, 1, 2, 0.12, 3e10)
+    with pytest.raises(EnergyError, match=r"asks for a time step of .* wrong force"):
+        plan_and_engine(molecule)

@@ -31,7 +31,7 @@ def flow(tmp_path: Path) -> EquivariantFlow:
     return load_flow(save_flow(harmonic_flow(), tmp_path / "flow"))
 
 
-def simulation() -> app.Simulation:
+def simulation(*, placed: bool = True) -> app.Simulation:
     system = load_system("harmonic")
     integrator = openmm.LangevinMiddleIntegrator(
         300 * unit.kelvin, 10 / unit.picosecond, 20 * unit.femtosecond
@@ -39,8 +39,9 @@ def simulation() -> app.Simulation:
     integrator.setRandomNumberSeed(3)
     platform = openmm.Platform.getPlatformByName("Reference")
     result = app.Simulation(system.topology, system.system, integrator, platform)
-    result.context.setPositions(system.positions)
-    result.context.setVelocitiesToTemperature(300 * unit.kelvin, 4)
+    if placed:
+        result.context.setPositions(system.positions)
+        result.context.setVelocitiesToTemperature(300 * unit.kelvin, 4)
     return result
 
 
@@ -175,3 +176,30 @@ def test_a_resumed_run_draws_anew(flow: EquivariantFlow) -> None:
     assert first
     assert not first & second
     assert first == again  # power control: the same stream is recognised
+
+
+def test_positions_may_come_from_the_checkpoints_of_a_reporter(
+    flow: EquivariantFlow, tmp_path: Path
+) -> None:
+    """OpenMM's own way to resume: a new simulation, whose reporter brings everything."""
+    states = [{"temperature": t * unit.kelvin} for t in TEMPERATURES]
+    folder = str(tmp_path / "run")
+    first = sampler(flow)
+    first.reporters.append(app.ReplicaExchangeReporter(folder, 1, first, checkpoints=True))
+    first.simulate(3)
+    kept = [positions_in_nm(c.getPositions(asNumpy=True)) for c in first.replicaConformation]
+    del first.reporters[:]
+
+    resumed = FlowReplicaExchangeSampler(states, simulation(placed=False), 5, flow, seed=5)
+    with pytest.raises(ConfigurationError, match=r"has no positions: call .*setPos"):
+        resumed.simulate(1)
+    resumed = FlowReplicaExchangeSampler(states, simulation(placed=False), 5, flow, seed=5)
+    reporter = app.ReplicaExchangeReporter(folder, 1, resumed, checkpoints=True, resume=True)
+    resumed.reporters.append(reporter)
+    np.testing.assert_array_equal(
+        positions_in_nm(resumed.replicaConformation[1].getPositions(asNumpy=True)), kept[1]
+    )
+    resumed.simulate(4)
+    assert resumed.currentIteration == 7
+    assert resumed.flow_statistics[0]["n_proposed"] == 4
+    np.testing.assert_array_equal(resumed._targets[0].positions, kept[0])

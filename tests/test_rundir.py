@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -10,7 +13,7 @@ from tiny_molecule import write_system
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
-from openmm_eqflow.runs.stages import build_target, open_run
+from openmm_eqflow.runs.stages import build_target, open_run, run_stage
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.training.recipes import BUDGETS, Recipe, make_recipe
 
@@ -221,3 +224,46 @@ def test_metrics_need_the_sampling_stage(tmp_path, system):
     run = create(tmp_path / "run", system)
     with pytest.raises(CheckpointError, match="no complete 'sample' stage"):
         run.metrics()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from openmm_eqflow.runs.directory import RunDirectory
+with RunDirectory.open(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_directory_in_use_is_refused_until_its_process_is_gone(tmp_path, system):
+    """Whatever ends the holder, kill -9 included, ends the lock."""
+    run = create(tmp_path / "run", system, budget="quick")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = {p.name for p in run.path.iterdir()}
+        with pytest.raises(ConfigurationError, match=f"in use by process {holder.pid} on "):
+            run_stage(run, "reference")
+        assert {p.name for p in run.path.iterdir()} == before
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with run.locked(), run.locked():  # free again, and nested use is one use
+        text = (run.path / ".lock").read_text()
+        assert text.startswith(f"process {os.getpid()} on ")
+        other = RunDirectory.open(run.path)
+        with pytest.raises(ConfigurationError, match=f"in use by process {os.getpid()}"):
+            with other.locked():
+                pass
+    with RunDirectory.open(run.path).locked():
+        pass
+
+
+def test_a_seed_is_not_negative(tmp_path, system):
+    with pytest.raises(ConfigurationError, match="seed is -1, expected 0 to"):
+        create(tmp_path / "run", system, seed=-1)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ import torch
 from energy_systems import empty_system, phe_system, reference
 from openmm import unit
 
+from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.symmetry import bond_graph, chirality_signs, find_symmetry
 
@@ -138,3 +139,15 @@ def test_chirality_signs():
         warnings.simplefilter("error")
         bad = torch.full_like(x, torch.nan)
         assert chirality_signs(bad, symmetry.stereocentres).abs().max() == 0
+
+
+def test_the_search_ends_on_many_equal_molecules():
+    """Three hundred waters: no end in sight without a bound on the work."""
+    system = empty_system(900)
+    bonds = openmm.HarmonicBondForce()
+    for k in range(300):
+        bonds.addBond(3 * k, 3 * k + 1, 0.1, 1e5)
+        bonds.addBond(3 * k, 3 * k + 2, 0.1, 1e5)
+    system.addForce(bonds)
+    with pytest.raises(UnsupportedSystemError, match=r"search for symmetries of 900 .* given up"):
+        find_symmetry(system)

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import mdtraj
 import numpy as np
+import openmm
 import pytest
 import torch
 import yaml
 from command_line import Shell
-from tiny_molecule import write_system
+from openmm import unit
+from scipy.integrate import quad
+from scipy.special import i0e
+from tiny_molecule import QUICK, chain_molecule, write_system
 
 from openmm_eqflow.bench.prior import run_bench
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
 from openmm_eqflow.runs.publish import publish
-from openmm_eqflow.runs.stages import _starting_points, build_target, flow_of, run_stage
+from openmm_eqflow.runs.stages import (
+    _starting_points,
+    build_target,
+    flow_of,
+    run,
+    run_stage,
+)
+from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.training.precision import resolve_device
+from openmm_eqflow.units import kt_in_kj_mol
 
 CONTRACT = {
     "system",
@@ -344,3 +358,32 @@ def test_publish_refuses_an_unfinished_run(finished: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="no complete 'sample' stage"):
         publish(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def exact_log_z(n: int) -> float:
+    """Of ``chain_molecule(n)`` at 300 K: bonds, bends and the torsion are independent."""
+    kt = kt_in_kj_mol(300 * unit.kelvin)
+    lengths = {2: (0.074,), 4: (0.106, 0.12, 0.106)}[n]
+    z = {2: 4 * math.pi, 4: 8 * math.pi**2}[n] * n**-1.5
+    for length in lengths:
+        z *= math.sqrt(2 * math.pi * kt / 3e5) * (length**2 + kt / 3e5)
+    for _ in range(n - 2):
+        z *= quad(lambda t: math.sin(t) * math.exp(-200 * (t - math.pi) ** 2 / kt), 2, math.pi)[0]
+    return math.log(z) + (math.log(2 * math.pi * i0e(0.65 / kt)) if n == 4 else 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_molecules_of_two_atoms_and_in_line_run_to_the_right_log_z(tmp_path, n):
+    structure, system, positions = chain_molecule(n)
+    write_pdb(tmp_path / "mol.pdb", structure, positions)
+    (tmp_path / "in.xml").write_text(openmm.XmlSerializer.serialize(system))
+    folder = tmp_path / "mol"
+    init_system(folder, pdb=tmp_path / "mol.pdb", system_xml=tmp_path / "in.xml")
+    content = yaml.safe_load((folder / "system.yaml").read_text())
+    content["settings"] = {"recipe": QUICK | {"reference_seconds": 4, "n_evaluate": 4000}}
+    (folder / "system.yaml").write_text(yaml.safe_dump(content))
+    metrics = run(folder, tmp_path / "run", budget="quick", device="cpu").metrics()
+    assert metrics["relative_ess"] > 0.8
+    assert metrics["log_z_error"] < 0.02
+    assert abs(metrics["log_z"] - exact_log_z(n)) < 5 * metrics["log_z_error"] + 1e-4
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -196,7 +196,7 @@ def test_shipped_molecules_round_trip(name):
 
 @pytest.mark.parametrize(
     ("n", "bonds", "pieces"),
-    [(4, [(0, 1), (2, 3)], 2), (2, [(0, 1)], 1), (5, [(0, 1), (1, 2), (2, 3)], 2)],
+    [(4, [(0, 1), (2, 3)], 2), (1, [], 1), (5, [(0, 1), (1, 2), (2, 3)], 2)],
 )
 def test_disconnected_or_tiny_is_refused_with_the_next_action(n, bonds, pieces):
     with pytest.raises(UnsupportedSystemError, match=rf"{pieces} pieces.*gaussian"):

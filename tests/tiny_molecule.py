@@ -56,6 +56,37 @@ def system(stiffness: float = 300_000.0) -> openmm.System:
     return made
 
 
+def chain_molecule(n: int) -> tuple[app.Topology, openmm.System, Any]:
+    """H2 (n = 2) or HCCH in line (n = 4), harmonic, with a torsion that has no direction."""
+    symbols = {2: "HH", 4: "HCCH"}[n]
+    lengths = {2: (0.074,), 4: (0.106, 0.12, 0.106)}[n]
+    made, structure = openmm.System(), app.Topology()
+    residue = structure.addResidue("LIN", structure.addChain("A"))
+    atoms = [
+        structure.addAtom(f"{s}{k}", app.Element.getBySymbol(s), residue)
+        for k, s in enumerate(symbols)
+    ]
+    bonds, angles, torsions = (
+        openmm.HarmonicBondForce(),
+        openmm.HarmonicAngleForce(),
+        openmm.PeriodicTorsionForce(),
+    )
+    places = [openmm.Vec3(0, 0, 0)]
+    for k, length in enumerate(lengths):
+        structure.addBond(atoms[k], atoms[k + 1])
+        bonds.addBond(k, k + 1, length, 300_000.0)
+        places.append(places[-1] + openmm.Vec3(length, 0.001 * (-1) ** k, 0))
+    for k in range(n - 2):
+        angles.addAngle(k, k + 1, k + 2, math.pi, 400.0)
+    if n == 4:
+        torsions.addTorsion(0, 1, 2, 3, 3, 0.0, 0.65)
+    for atom in atoms:
+        made.addParticle(atom.element.mass)
+    for force in (bonds, angles, torsions):
+        made.addForce(force)
+    return structure, made, places * unit.nanometer
+
+
 def write_inputs(folder: Path, made: openmm.System | None = None) -> tuple[Path, Path]:
     """Write mol.pdb and system.xml."""
     folder.mkdir(parents=True, exist_ok=True)

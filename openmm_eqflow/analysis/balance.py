@@ -26,6 +26,8 @@ import math
 import torch
 from torch import Tensor
 
+from openmm_eqflow.errors import TrainingError
+
 __all__ = [
     "balance_log_weights",
     "bennett_log_z",
@@ -46,7 +48,18 @@ def bennett_log_z(log_weight: Tensor, from_prior: Tensor) -> Tensor:
         :math:`\log w`, (n,); -inf is a weight of zero.
     from_prior
         True where the sample came from p_0, (n,). Without others this is plain averaging.
+
+    Raises
+    ------
+    TrainingError
+        No sample came from p_0.
     """
+    if not bool(from_prior.any()):
+        raise TrainingError(
+            f"none of {len(log_weight)} points is a sample of the prior: all that were drawn lie "
+            "far from the reference frames, to too few of which the prior was fitted; give the "
+            "reference stage more time (a larger --budget)"
+        )
     forward, backward = log_weight[from_prior], log_weight[~from_prior]
     log_z = torch.logsumexp(forward, 0) - math.log(len(forward))
     if not len(backward):

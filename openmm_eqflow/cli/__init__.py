@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from openmm_eqflow.cli import measure
 from openmm_eqflow.cli.measure import device_option, seed_option
 from openmm_eqflow.cli.memory import keep_freed_memory
 from openmm_eqflow.cli.progress import stage_progress
-from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.errors import EqFlowError
 from openmm_eqflow.training.recipes import BUDGETS
 
 if TYPE_CHECKING:
@@ -65,12 +66,13 @@ def _run_stages(run: RunDirectory, stages: tuple[str, ...]) -> None:
     from openmm_eqflow.runs.stages import run_stage
 
     started = time.monotonic()
-    for stage in stages:
-        if run.is_complete(stage):
-            console.print(f"{stage:<10} complete", highlight=False)
-            continue
-        with stage_progress(stage, console) as progress:
-            run_stage(run, stage, progress=progress)
+    with run.locked():
+        for stage in stages:
+            if run.is_complete(stage):
+                console.print(f"{stage:<10} complete", highlight=False)
+                continue
+            with stage_progress(stage, console) as progress:
+                run_stage(run, stage, progress=progress)
     console.print(f"{', '.join(stages)}: {time.monotonic() - started:.0f} s", highlight=False)
 
 
@@ -190,11 +192,11 @@ def init(
     more_forcefields: tuple[str, ...],
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
+    from openmm_eqflow.targets.library import check_temperature
     from openmm_eqflow.targets.own_system import init_system
     from openmm_eqflow.units import temperature_quantity
 
-    if not 0.0 < temperature < float("inf"):
-        raise ConfigurationError(f"temperature is {temperature} K, expected a positive one")
+    check_temperature(temperature, "temperature")
     init_system(
         folder,
         pdb=pdb,
@@ -203,7 +205,7 @@ def init(
         temperature=temperature_quantity(temperature),
         add_hydrogens=add_hydrogens,
     )
-    text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {folder}"
+    text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {quote(str(folder))}"
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -275,5 +277,11 @@ def main() -> None:
     except (EqFlowError, OSError) as error:
         if debug:
             raise
-        _complain(str(error))
+        if isinstance(error, OSError) and error.filename is not None:
+            _complain(
+                f"{error.filename}: {(error.strerror or type(error).__name__).lower()}; choose "
+                "another file or folder, or change what you may do with this one"
+            )
+        else:
+            _complain(str(error))
         sys.exit(2)

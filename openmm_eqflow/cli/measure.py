@@ -20,7 +20,22 @@ __all__ = [
 ]
 
 console = Console()
-seed_option = click.option("--seed", type=int, help="Random seed (default 0).")
+
+
+class _Seed(click.ParamType[int]):
+    """A whole number that every random stream takes."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return it, or complain."""
+        seed: int = click.INT.convert(value, param, ctx)
+        if not 0 <= seed < 2**32:
+            self.fail(f"{seed} is not in the range from 0 to 2^32 - 1.", param, ctx)
+        return seed
+
+
+seed_option = click.option("--seed", type=_Seed(), help="Random seed (default 0).")
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

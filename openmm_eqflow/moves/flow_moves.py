@@ -107,6 +107,16 @@ class FlowMoveBase(MCMCMove):
     def statistics(self, value: dict[str, int | float]) -> None:
         self._statistics = {**self._statistics_zero, **value}
 
+    @property
+    def n_proposed(self) -> int:
+        """Moves (steps of a :class:`LatentMove`) proposed; openmmtools' own moves have both."""
+        return int(self._statistics["n_proposed"])
+
+    @property
+    def n_accepted(self) -> int:
+        """Of these accepted."""
+        return int(self._statistics["n_accepted"])
+
     def reset_statistics(self) -> None:
         """Forget all counts."""
         self._statistics = dict(self._statistics_zero)

@@ -30,6 +30,7 @@ from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
+from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import positions_in_nm, temperature_quantity
 
@@ -121,7 +122,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
     Parameters
     ----------
     states, simulation, stepsPerIteration, reinitializeVelocities
-        As for ``openmm.app.ReplicaExchangeSampler``; the simulation's positions must be set.
+        As for ``openmm.app.ReplicaExchangeSampler``. Positions may also come later, before the
+        first step, from the checkpoints of a reporter that resumes a run.
     flow
         A saved and audited flow, or its path.
     flow_states
@@ -162,34 +164,48 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         self._generator = torch.Generator()
         self._seed = int(self._generator.seed()) if seed is None else seed
         self._seeded = False
-        initial = self.replicaConformation[0]
-        positions = positions_in_nm(initial.getPositions(asNumpy=True))
-        self._targets = {
-            i: BoltzmannTarget(
-                simulation.system,
-                simulation.topology,
+        self._flow_states = tuple(flow_states)
+        self._draws = (n_proposals, n_predraw)
+        self._targets: dict[int, BoltzmannTarget] = {}
+        self._buffers: dict[int, ProposalBuffer] = {}
+        self._memories = {i: StateMemory() for i in self._flow_states}
+        self.flow_statistics: dict[int, dict[str, int]] = {
+            i: {"n_proposed": 0, "n_accepted": 0, "n_invalid": 0} for i in self._flow_states
+        }
+        self._log_weights: dict[int, list[float]] = {i: [] for i in self._flow_states}
+        check_system(simulation.system)
+        if self._positions().any():  # else a reporter may still bring them
+            self._prepare()
+
+    def _positions(self) -> FloatArray:
+        return positions_in_nm(self.replicaConformation[0].getPositions(asNumpy=True))
+
+    def _prepare(self) -> None:
+        """Make the targets: their chirality, and what is checked of the System, need positions."""
+        positions = self._positions()
+        if not positions.any():
+            raise ConfigurationError(
+                "the simulation has no positions: call simulation.context.setPositions before the "
+                "sampler is made, or resume from checkpoints (ReplicaExchangeReporter with "
+                "resume=True) before it runs"
+            )
+        n_proposals, n_predraw = self._draws
+        for i in self._flow_states:
+            target = self._targets[i] = BoltzmannTarget(
+                self.simulation.system,
+                self.simulation.topology,
                 self._temperature(i),
                 positions,
                 n_dims=self.flow.n_dims,
-                evaluator=_StateEvaluator(self._sampler, i, n_particles),
+                evaluator=_StateEvaluator(self._sampler, i, self.flow.n_particles),
             )
-            for i in flow_states
-        }
-        self._buffers = {
-            i: ProposalBuffer(
+            self._buffers[i] = ProposalBuffer(
                 self.flow,
                 target,
                 n_proposals=n_proposals,
                 n_predraw=n_predraw,
                 generator=self._generator,
             )
-            for i, target in self._targets.items()
-        }
-        self._memories = {i: StateMemory() for i in self._targets}
-        self.flow_statistics: dict[int, dict[str, int]] = {
-            i: {"n_proposed": 0, "n_accepted": 0, "n_invalid": 0} for i in self._targets
-        }
-        self._log_weights: dict[int, list[float]] = {i: [] for i in self._targets}
 
     def _temperature(self, index: int) -> unit.Quantity:
         state = self.states[index]
@@ -200,6 +216,8 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
 
     def simulateReplica(self, index: int, steps: int | None = None) -> None:
         """Run the replica's dynamics, then offer it flow samples if its state has the flow."""
+        if not self._targets:
+            self._prepare()
         if not self._seeded:
             # Not before: a reporter that resumes a run restores the iteration after construction,
             # and the second part of a run must not repeat the draws of the first.

@@ -55,6 +55,7 @@ __all__ = [
 
 _MAX_MISS = 4.0  # standard deviations between a hot frame's controlled target and the fit
 _FORCES_NEED = 1.2  # frames per stiff coordinate and feature
+_NEAR = 4.0  # standard deviations from its mean within which an angle that reaches pi is a bend
 _SOFT_SPREAD = 0.4  # rad: circular spread above which a torsion is described by its own density
 
 
@@ -165,6 +166,7 @@ def fit_internal_prior(
         tail_share=tail_share,
         tail_scale=tail_scale,
     )
+    prior.bends = _nearly_linear(internal.angles)
     s = prior.stiff_vector(internal)
     features = prior.features(tau)
     penalty = ridge_penalty(modes)
@@ -183,6 +185,15 @@ def fit_internal_prior(
     return prior
 
 
+def _nearly_linear(angles: Tensor) -> dict[int, float]:
+    r"""Angles whose distribution reaches :math:`\pi`, with the :math:`\kappa` of each."""
+    if len(angles) < 2 or not angles.shape[1]:
+        return {}
+    reach = angles.mean(0) + _NEAR * angles.std(0)
+    kappa = 1 / (2 * torch.cos(angles / 2).square()).mean(0)
+    return {k: float(kappa[k]) for k in torch.nonzero(reach > torch.pi).flatten().tolist()}
+
+
 class _Extra(NamedTuple):
     """Hot frames: torsion features, stiff coordinates and scores."""
 
@@ -199,6 +210,8 @@ class _Extra(NamedTuple):
         internal = prior.zmatrix.to_internal(x.double())
         tau = internal.torsions[:, prior.soft]
         s = prior.stiff_vector(internal)
+        usable = torch.isfinite(s).all(1) & torch.isfinite(gradient).flatten(1).all(1)
+        s, tau, x, gradient = s[usable], tau[usable], x[usable], gradient[usable]
         score = stiff_score(prior, s, tau, gradient.double(), x.double())
         return cls(prior.features(tau), s, score)
 
@@ -244,7 +257,7 @@ def stiff_score(
     scores = []
     for sc, tc, gc, xc in zip(*(v.split(4096) for v in (s, tau, gradient, x)), strict=True):
         point = sc.detach().requires_grad_(True)
-        y, log_volume = prior.zmatrix.from_internal(prior.internal_from_stiff(point, tc))
+        y, log_volume, _ = prior.place(point, tc)
         # Forces come in the frame of the simulation, the chart in its own: rotate.
         rotation = align_rotations(remove_mean(xc), y.detach())
         pulled = (y * rotate(gc, rotation)).sum() - log_volume.sum()

@@ -7,10 +7,14 @@ soft torsions tau. With s = (b, theta, tau_stiff),
           \log p(x) = \log p(y) - \log|\det L| - \sum 2\log b - \sum\log\sin\theta - const,
 
 where :math:`\mu` is a Fourier series in the soft torsions and :math:`\rho` a mixture of two
-isotropic Gaussians (the wider one is the defensive tail). The density is with respect to Lebesgue
-measure on the mean-free subspace, Haar-distributed orientation included. It is invariant by
-construction (any invariant prior will do: Köhler, Klein, Noé 2020, theorem 1), carries chirality
-and topology, and involves no ODE.
+isotropic Gaussians (the wider one is the defensive tail). An angle that comes close to
+:math:`\pi` (at a triple bond, say) is no Gaussian: there :math:`\sin\theta\,d\theta = dc` with
+:math:`c = 1 + \cos\theta`, and a harmonic bend has :math:`p(c) \propto e^{-\kappa c}`. Its stiff
+coordinate is :math:`\Phi^{-1}(1 - e^{-\kappa c})`, which then is a Gaussian and has no end.
+
+The density is with respect to Lebesgue measure on the mean-free subspace, Haar-distributed
+orientation included. It is invariant by construction (any invariant prior will do: Köhler, Klein,
+Noé 2020, theorem 1), carries chirality and topology, and involves no ODE.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ __all__ = [
 
 
 class InternalCoordinatePrior:
-    """See the module docstring; made by :func:`openmm_eqflow.priors.fit.fit_internal_prior`.
+    r"""See the module docstring; made by :func:`openmm_eqflow.priors.fit.fit_internal_prior`.
 
     Parameters
     ----------
@@ -52,6 +56,12 @@ class InternalCoordinatePrior:
         Density of the soft torsions.
     tail_share, tail_scale
         Weight and standard deviation of the wide component of rho.
+
+    Attributes
+    ----------
+    bends
+        :math:`\kappa` of every angle that is described as nearly linear, by its index; none until
+        a fit finds one.
     """
 
     n_dims = 3
@@ -69,6 +79,7 @@ class InternalCoordinatePrior:
         tail_share: float = 0.1,
         tail_scale: float = 1.2,
     ) -> None:
+        self.bends: dict[int, float] = {}
         self.zmatrix = zmatrix
         self.n_particles = zmatrix.n_particles
         self.soft = list(soft)
@@ -109,9 +120,14 @@ class InternalCoordinatePrior:
 
     def stiff_vector(self, internal: InternalCoordinates) -> Tensor:
         """Concatenate bonds, angles and centred stiff torsions, (n, n_stiff)."""
-        stiff = self._places.to(internal.bonds.device)[: len(self.stiff)]
-        torsion = wrap_angle(internal.torsions[:, stiff] - self.centre.to(internal.bonds))
-        return torch.cat([internal.bonds, internal.angles, torsion], 1)
+        angles = internal.angles
+        if self.bends:
+            index, kappa = self._bends(angles)
+            own = _normal_of_bend(kappa * 2 * torch.cos(angles[:, index] / 2).square())
+            angles = angles.index_copy(1, index, own)
+        stiff = self._places.to(angles.device)[: len(self.stiff)]
+        torsion = wrap_angle(internal.torsions[:, stiff] - self.centre.to(angles))
+        return torch.cat([internal.bonds, angles, torsion], 1)
 
     def internal_from_stiff(self, s: Tensor, tau: Tensor) -> InternalCoordinates:
         """Inverse of :meth:`stiff_vector`."""
@@ -119,7 +135,33 @@ class InternalCoordinatePrior:
         na = self.n_particles - 2
         stiff = s[:, nb + na :] + self.centre.to(s)
         torsions = torch.cat([stiff, tau], 1)[:, self._back.to(s.device)]
-        return InternalCoordinates(s[:, :nb], s[:, nb : nb + na], torsions)
+        angles = s[:, nb : nb + na]
+        if self.bends:
+            index, kappa = self._bends(s)
+            c = -torch.special.log_ndtr(-angles[:, index]) / kappa
+            bent = 2 * torch.acos(torch.sqrt(c.clamp(max=2.0) / 2))
+            angles = angles.index_copy(1, index, bent)
+        return InternalCoordinates(s[:, :nb], angles, torsions)
+
+    def place(self, s: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, InternalCoordinates]:
+        """Positions (n, N, 3), their log volume by (s, tau), and internal coordinates."""
+        internal = self.internal_from_stiff(s, tau)
+        x, log_volume = self.zmatrix.from_internal(internal)
+        return x, log_volume + self._bend_volume(s, internal), internal
+
+    def _bends(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(list(self.bends), dtype=torch.long, device=like.device)
+        return index, torch.tensor(list(self.bends.values())).to(like)
+
+    def _bend_volume(self, s: Tensor, internal: InternalCoordinates) -> Tensor | float:
+        r"""Return the sum of :math:`\log|d\theta/ds|` over nearly linear angles, (n,)."""
+        if not self.bends:
+            return 0.0
+        index, kappa = self._bends(s)
+        own = s[:, self.n_particles - 1 + index]
+        log_dc = -0.5 * own.square() - 0.5 * math.log(2 * math.pi)
+        log_dc = log_dc - torch.special.log_ndtr(-own) - torch.log(kappa)
+        return (log_dc - torch.log(torch.sin(internal.angles[:, index]))).sum(1)
 
     # -- Prior protocol -----------------------------------------------------------------------
 
@@ -160,9 +202,8 @@ class InternalCoordinatePrior:
         """
         z, tau = self.split(y)
         s = self.features(tau) @ self.coefficients.to(y) + z @ self.cholesky.to(y).T
-        x, log_volume = self.zmatrix.from_internal(self.internal_from_stiff(s, tau))
-        n = self.n_particles
-        bonds, angles, turns = s.split([n - 1, n - 2, len(self.stiff)], 1)
+        x, log_volume, (bonds, angles, _) = self.place(s, tau)
+        turns = s[:, 2 * self.n_particles - 3 :]
         # Further out sin(theta) is positive again, so a nan of its logarithm would not tell.
         outside = (
             (bonds <= 0).any(1)
@@ -178,9 +219,11 @@ class InternalCoordinatePrior:
         """Latent points (n, n_stiff + n_soft) of positions and ``log_volume`` (n,)."""
         internal = self.zmatrix.to_internal(x)
         tau = internal.torsions[:, self._places.to(x.device)[len(self.stiff) :]]
-        residual = self.stiff_vector(internal) - self.features(tau) @ self.coefficients.to(x)
+        s = self.stiff_vector(internal)
+        residual = s - self.features(tau) @ self.coefficients.to(x)
         z = torch.linalg.solve_triangular(self.cholesky.to(x), residual.T, upper=False).T
-        log_volume = self.zmatrix.log_volume(internal) + self._log_det().to(x)
+        log_volume = self.zmatrix.log_volume(internal) + self._bend_volume(s, internal)
+        log_volume = log_volume + self._log_det().to(x)
         return torch.cat([z, tau], 1), log_volume
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -228,6 +271,8 @@ class InternalCoordinatePrior:
             "tail_scale": self.tail_scale,
             "groups": groups,
         }
+        if self.bends:  # absent where there are none: the flows that ship know no such key
+            config["bends"] = [[k, kappa] for k, kappa in self.bends.items()]
         if self.torsions is not None and self.torsions.conformers is not None:
             config["conformers"], coupling = self.torsions.conformers.state()
             tensors |= coupling
@@ -252,7 +297,7 @@ class InternalCoordinatePrior:
             if groups
             else None
         )
-        return cls(
+        made = cls(
             ZMatrix.from_config(config["zmatrix"]),
             soft=list(config["soft"]),
             centre=tensors["centre"],
@@ -263,3 +308,12 @@ class InternalCoordinatePrior:
             tail_share=config["tail_share"],
             tail_scale=config["tail_scale"],
         )
+        made.bends = {int(k): float(kappa) for k, kappa in config.get("bends", ())}
+        return made
+
+
+def _normal_of_bend(a: Tensor) -> Tensor:
+    r"""Map :math:`a = \kappa c > 0` to :math:`\Phi^{-1}(1 - e^{-a})`, accurate at both ends."""
+    half = math.log(2.0)
+    low = torch.special.ndtri(-torch.expm1(-a.clamp(max=half)))
+    return torch.where(a < half, low, -torch.special.ndtri(torch.exp(-a.clamp(min=half))))

@@ -10,7 +10,8 @@ The volume element (derived from spherical coordinates about each parent) is
 
 .. math:: dx = N^{-3/2}\, dR\; \prod_{bonds} b^2 \prod_{angles} \sin\theta \; db\,d\theta\,d\tau
 
-for positions x on the mean-free subspace, with dR of total volume :math:`8\pi^2`.
+for positions x on the mean-free subspace, with dR of total volume :math:`8\pi^2`; two atoms have
+directions only, :math:`4\pi`.
 """
 
 from __future__ import annotations
@@ -109,17 +110,19 @@ class ZMatrix:
         Raises
         ------
         UnsupportedSystemError
-            If the molecule is not one bonded piece of at least three atoms.
+            If the molecule is not one bonded piece of at least two atoms.
         """
         graph = nx.Graph()
         graph.add_nodes_from(range(n_particles))
         graph.add_edges_from(bonds)
-        if n_particles < 3 or not nx.is_connected(graph):
+        if n_particles < 2 or not nx.is_connected(graph):
             raise UnsupportedSystemError(
-                f"internal coordinates need one bonded molecule of at least 3 atoms, got "
+                f"internal coordinates need one bonded molecule of at least 2 atoms, got "
                 f"{n_particles} atoms in {nx.number_connected_components(graph)} pieces; "
                 "use the Gaussian prior (prior: gaussian) or split the system"
             )
+        if n_particles == 2:
+            return cls(((0, -1, -1, -1), (1, 0, -1, -1)), (), ())
         weight = [-float(m) for m in masses]
         roots = _choose_roots(graph, weight)
         order: list[tuple[int, int, int, int]] = [
@@ -197,7 +200,8 @@ class ZMatrix:
 
     def log_volume(self, internal: InternalCoordinates) -> Tensor:
         r""":math:`\log |dx/d(b,\theta,\tau)|` with the orientation integrated out, ``(n,)``."""
-        const = math.log(8 * math.pi**2) - 1.5 * math.log(self.n_particles)
+        turns = 4 * math.pi if self.n_particles == 2 else 8 * math.pi**2
+        const = math.log(turns) - 1.5 * math.log(self.n_particles)
         return (
             2 * torch.log(internal.bonds).sum(1)
             + torch.log(torch.sin(internal.angles)).sum(1)
@@ -222,10 +226,11 @@ class ZMatrix:
         absolute = self.relative(torsions, +1.0)
         zero = torch.zeros_like(bonds[:, 0])
         first = torch.stack([bonds[:, 0], zero, zero], -1)
-        second = bonds[:, 1, None] * torch.stack(
-            [torch.cos(angles[:, 0]), torch.sin(angles[:, 0]), zero], -1
-        )
-        placed = torch.stack([torch.zeros_like(first), first, second], 1)
+        root = [torch.zeros_like(first), first]
+        if self.n_particles > 2:
+            turned = [torch.cos(angles[:, 0]), torch.sin(angles[:, 0]), zero]
+            root.append(bonds[:, 1, None] * torch.stack(turned, -1))
+        placed = torch.stack(root, 1)
         plan = self._plan(bonds.device)
         for par, grand, ref, level in plan.levels:
             p, g, r = placed[:, par], placed[:, grand], placed[:, ref]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 import yaml
 from openmm import unit
@@ -72,6 +77,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
+        self._held = False
 
     @classmethod
     def create(
@@ -91,8 +97,11 @@ class RunDirectory:
         Raises
         ------
         ConfigurationError
-            The folder belongs to another system, temperature, budget or seed.
+            The folder belongs to another system, temperature, budget or seed, or the seed is no
+            seed.
         """
+        if seed is not None and not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed is {seed}, expected 0 to 2^32 - 1")
         kelvin = float(system.temperature.value_in_unit(unit.kelvin))
         shipped = system.directory.parent == systems_directory()
         source = system.name if shipped else str(system.directory.resolve())
@@ -186,6 +195,51 @@ class RunDirectory:
             content = yaml.safe_load(file.read_text(encoding="utf-8")) | {"device": chosen}
             write_text(file, yaml.safe_dump(content, sort_keys=False))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against other processes; within this object it can be nested.
+
+        The lock is the kernel's, on the file ``.lock``, which says who holds it: it ends with the
+        process, however that ends, and a file left over locks nothing. Under torchrun rank 0
+        holds it for all.
+
+        Raises
+        ------
+        ConfigurationError
+            Another process works here; the message names it.
+        """
+        if self._held or not is_main():
+            yield
+            return
+        import fcntl
+
+        file = self.path / ".lock"
+        with file.open("a+", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The holder before may have taken the file away between the two lines above.
+                stale = not file.exists() or not os.path.samestat(
+                    os.fstat(handle.fileno()), file.stat()
+                )
+            except BlockingIOError:
+                stale = True
+            if stale:
+                handle.seek(0)
+                raise ConfigurationError(
+                    f"{self.path} is in use by {handle.read() or 'another process'}; wait for it, "
+                    "stop it, or choose another --out"
+                )
+            handle.truncate(0)
+            started = datetime.now().isoformat(" ", "seconds")
+            handle.write(f"process {os.getpid()} on {platform.node()} since {started}")
+            handle.flush()
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+                file.unlink(missing_ok=True)
+
     def metrics(self) -> dict[str, Any]:
         """All figures of the report (metrics.json of the sampling stage)."""
         self.require("sample")
@@ -235,7 +289,7 @@ class RunDirectory:
         if not self.is_complete(stage):
             raise CheckpointError(
                 f"{self.path} has no complete {stage!r} stage; run: openmm-eqflow {stage} "
-                f"{self.path}"
+                f"{quote(str(self.path))}"
             )
 
     def log_to_file(self) -> logging.Handler:

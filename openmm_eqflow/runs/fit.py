@@ -43,6 +43,7 @@ from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.runs.reference.data import ReferenceData
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
 from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
+from openmm_eqflow.vector_fields.contact import CONTACT_OPTIONS
 
 __all__ = [
     "build_field",
@@ -234,6 +235,9 @@ def build_field(
 ) -> nn.Module:
     """Untrained field of the recipe; its weights come from torch's global random stream."""
     options: dict[str, Any] = dict(recipe.field or {})
+    # Contacts need the chart's Jacobian, which has no nearly linear angles and three atoms or more.
+    if isinstance(prior, InternalCoordinatePrior) and (prior.bends or prior.n_particles < 3):
+        options = {k: v for k, v in options.items() if k not in CONTACT_OPTIONS}
     if recipe.prior == "internal" and "contacts" in options:
         return ContactField.fit(prior, **options)
     if recipe.prior == "internal":

@@ -10,6 +10,7 @@ What ships in ``systems/NAME`` is written by this; ``evaluate --card`` renews th
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from openmm_eqflow.files import write_text
 from openmm_eqflow.flows.path import Path as FlowPath
@@ -30,7 +31,7 @@ __all__ = [
 
 def card_text(title: str, name: str, rows: dict[str, str], metrics: dict[str, Any]) -> str:
     """Markdown of the card of the system in folder ``name``; empty rows are left out."""
-    command = f"openmm-eqflow evaluate {name} --n-samples {metrics['n_samples']}"
+    command = f"openmm-eqflow evaluate {quote(name)} --n-samples {metrics['n_samples']}"
     lines = [title, "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in rows.items() if value]
     lines += [
@@ -143,7 +144,7 @@ def _card(
         else f"Langevin dynamics at {temperatures[0]:.0f} K"
     )
     rows = {
-        "made by": f"`openmm-eqflow run {name} --budget {config.budget} --seed {config.seed}`",
+        "made by": f"`openmm-eqflow run {quote(name)} --budget {config.budget} --seed {config.seed}`",
         "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
         f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.maps.vector_field).__name__} "

@@ -12,16 +12,17 @@ The main job in one call: what ``openmm-eqflow run`` does, for scripts and noteb
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 import mdtraj
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from openmm import app
 from openmm_eqflow import units as thermo
 from openmm_eqflow.files import atomic_path, write_npz
 from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
 from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.moves.chains import ChainSamples
 from openmm_eqflow.flows.storage import load_flow, save_flow
@@ -78,10 +79,8 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
     with atomic_path(path / "samples.dcd") as temporary:
         trajectory.save_dcd(str(temporary))
-    with atomic_path(path / "topology.pdb") as temporary, temporary.open("w") as handle:
-        app.PDBFile.writeFile(
-            system.topology, thermo.positions_quantity(frames[0]), handle, keepIds=True
-        )
+    with atomic_path(path / "topology.pdb") as temporary:
+        write_pdb(temporary, system.topology, thermo.positions_quantity(frames[0]))
 
     def flat(values: np.ndarray) -> np.ndarray:
         return values.swapaxes(0, 1).reshape(-1)
@@ -147,11 +146,13 @@ def adopt_shipped_flow(run: RunDirectory) -> None:
     system = run.load_system()
     if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one: openmm-eqflow run {run.config.system}"
+            f"no flow ships with {system.name!r}; train one: openmm-eqflow run "
+            f"{quote(run.config.system)}"
         )
     flow = load_flow(source)
-    save_flow(flow, run.path / "flow", flow.metadata)
-    run.finish("train", {"adopted": system.name})
+    with run.locked():
+        save_flow(flow, run.path / "flow", flow.metadata)
+        run.finish("train", {"adopted": system.name})
 
 
 def flow_of(
@@ -169,7 +170,8 @@ def flow_of(
     system = load_system(name_or_run)
     if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run {name_or_run}"
+            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run "
+            f"{quote(name_or_run)}"
         )
     return system, own_flow(source, system_sha256(system.system), where), None
 
@@ -184,12 +186,14 @@ def card_of(name: str) -> Path:
     """
     if (Path(name) / "config.yaml").is_file():
         raise ConfigurationError(
-            f"{name} is a run and has no card; write one: openmm-eqflow publish {name} --out DIR"
+            f"{name} is a run and has no card; write one: openmm-eqflow publish "
+            f"{quote(name)} --out DIR"
         )
     card = load_system(name).directory / "card.md"
     if not card.is_file():
         raise ConfigurationError(
-            f"{card} does not exist; write one: openmm-eqflow publish RUN --out {card.parent}"
+            f"{card} does not exist; write one: openmm-eqflow publish RUN --out "
+            f"{quote(str(card.parent))}"
         )
     return card
 
@@ -229,12 +233,17 @@ def run_stage(
     if share(run.is_complete(stage)):
         logger.info("stage %s is complete, skipped", stage)
         return None
+    with run.locked():
+        return _run_stage(run, stage, progress or (lambda fraction, text: None))
+
+
+def _run_stage(run: RunDirectory, stage: str, progress: Progress) -> dict[str, Any]:
     handler = run.log_to_file()
     started = time.monotonic()
     try:
         logger.info("stage %s starts", stage)
         work = _RUNNERS[stage] if is_main() or stage in _TOGETHER else (lambda *_: {})
-        facts = work(run, progress or (lambda fraction, text: None))
+        facts = work(run, progress)
         facts["seconds"] = time.monotonic() - started
         if is_main():
             run.finish(stage, facts)
@@ -487,8 +496,9 @@ def run(
     >>> made.metrics()["relative_ess"]  # doctest: +SKIP
     """
     directory = open_run(system, out, budget=budget, seed=seed, device=device)
-    for stage in STAGES:
-        run_stage(directory, stage, progress=_named(stage, progress))
+    with directory.locked():
+        for stage in STAGES:
+            run_stage(directory, stage, progress=_named(stage, progress))
     return directory
 
 

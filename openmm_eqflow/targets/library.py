@@ -25,18 +25,21 @@ from openmm import app, unit
 from openmm_eqflow.errors import ConfigurationError, UnknownSystemError
 from openmm_eqflow.targets.forcefield import build_from_forcefield, load_pdb, load_system_xml
 from openmm_eqflow.targets.model_systems import MODEL_DIMENSIONS, build_model
+from openmm_eqflow.targets.support import complete_bonds
 from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
 
 __all__ = [
     "SYSTEM_FILE",
     "MolecularSystem",
     "SystemInfo",
+    "check_temperature",
     "list_systems",
     "load_system",
     "systems_directory",
 ]
 
 SYSTEM_FILE = "system.yaml"
+_TEMPERATURES = (1.0, 10_000.0)  # kelvin
 Kind = Literal["molecule", "cluster", "harmonic"]
 _POTENTIALS = ("forcefield", "system_xml", "model")
 _REQUIRED: dict[str, tuple[type, ...]] = {
@@ -192,11 +195,7 @@ def _check_values(content: Mapping[str, Any], path: Path) -> None:
         raise ConfigurationError(
             f"{path}: key 'kind' is {content['kind']!r}, expected one of {get_args(Kind)}"
         )
-    if not 0.0 < content["temperature_kelvin"] < 1e6:
-        raise ConfigurationError(
-            f"{path}: key 'temperature_kelvin' is {content['temperature_kelvin']}, "
-            "expected a positive number of kelvin"
-        )
+    check_temperature(content["temperature_kelvin"], f"{path}: key 'temperature_kelvin'")
     given = [key for key in _POTENTIALS if key in content]
     if len(given) != 1:
         raise ConfigurationError(
@@ -224,6 +223,21 @@ def _check_values(content: Mapping[str, Any], path: Path) -> None:
             raise ConfigurationError(
                 f"{path}: key 'settings.{stage}' is {options!r}, expected a mapping of options"
             )
+
+
+def check_temperature(degrees: float, name: str) -> None:
+    """Refuse temperatures at which a molecule is no molecule, or does not move; ``name`` it.
+
+    Raises
+    ------
+    ConfigurationError
+        With the range.
+    """
+    low, high = _TEMPERATURES
+    if not low <= degrees <= high:
+        raise ConfigurationError(
+            f"{name} is {degrees:g} K, expected a number of kelvin from {low:g} to {high:g}"
+        )
 
 
 def _info(content: Mapping[str, Any], directory: Path) -> SystemInfo:
@@ -262,6 +276,8 @@ def _build(content: Mapping[str, Any], directory: Path) -> MolecularSystem:
             f"{directory / content['coordinates']} has {n_atoms} atoms but the System has "
             f"{n_particles} particles; both must describe the same molecule in the same order"
         )
+    if info.kind == "molecule":
+        complete_bonds(topology, system)
     return MolecularSystem(
         name=info.name,
         kind=info.kind,

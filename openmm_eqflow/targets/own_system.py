@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,9 +15,26 @@ import yaml
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.targets.forcefield import build_from_forcefield, load_pdb, load_system_xml
-from openmm_eqflow.targets.library import SYSTEM_FILE, MolecularSystem, load_system
-from openmm_eqflow.targets.support import check_invariance, check_system
+from openmm_eqflow.targets.energies.base import FloatArray
+from openmm_eqflow.targets.forcefield import (
+    build_from_forcefield,
+    load_pdb,
+    load_system_xml,
+    write_pdb,
+)
+from openmm_eqflow.targets.library import (
+    SYSTEM_FILE,
+    MolecularSystem,
+    check_temperature,
+    load_system,
+)
+from openmm_eqflow.targets.support import (
+    check_molecule,
+    check_solvent,
+    check_system,
+    complete_bonds,
+)
+from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import (
     energy_in_kj_mol,
     kelvin,
@@ -29,6 +47,7 @@ __all__ = [
     "init_system",
 ]
 
+logger = logging.getLogger(__name__)
 _ROOM_TEMPERATURE = temperature_quantity(300.0)
 _HEADER = """\
 # A system of openmm-eqflow: edit freely, every key is checked when it is loaded.
@@ -65,8 +84,8 @@ def init_system(
         The folder exists, a file cannot be read, a residue has no template, or PDB and System do
         not describe the same atoms.
     UnsupportedSystemError
-        The System has constraints, a box, a barostat, virtual sites, Drude particles or an
-        external force; the message names it.
+        The structure is not one molecule, or the System has no energy, constraints, a box, a
+        barostat, virtual sites, Drude particles or an external force; the message names it.
 
     Examples
     --------
@@ -90,22 +109,29 @@ def init_system(
         degrees = kelvin(temperature)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
+    check_temperature(degrees, "temperature")
     inputs = [pdb, *([] if system_xml is None else [Path(system_xml)])]
     for path in inputs:
         if not path.is_file():
             raise ConfigurationError(f"{path} is not a file")
 
     topology, positions = load_pdb(pdb)
+    check_solvent(topology, str(pdb))
     if forcefield is not None:
         if add_hydrogens:
             topology, positions = _with_hydrogens(topology, positions, list(forcefield))
         system = build_from_forcefield(topology, list(forcefield))
     else:
         system = load_system_xml(inputs[1])
+    complete_bonds(topology, system)
+    check_molecule(topology, str(pdb))
     check_system(system)
     _check_same_atoms(topology, system, pdb)
+    _check_lengths(topology, system, positions_in_nm(positions), pdb)
     _check_energy(system, positions, pdb)
-    check_invariance(system, positions_in_nm(positions), 3)
+    # What a run would refuse is refused here.
+    BoltzmannTarget(system, topology, temperature, positions, n_workers=1).close()
+    _tell(pdb)
 
     content: dict[str, Any] = {
         "name": directory.name,
@@ -114,13 +140,11 @@ def init_system(
         "coordinates": pdb.name,
         "temperature_kelvin": degrees,
     }
-    directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         if add_hydrogens:
-            with (temporary / pdb.name).open("w", encoding="utf-8") as handle:
-                app.PDBFile.writeFile(topology, positions, handle, keepIds=True)
+            write_pdb(temporary / pdb.name, topology, positions)
         else:
             shutil.copyfile(pdb, temporary / pdb.name)
         if forcefield is not None:
@@ -132,6 +156,10 @@ def init_system(
         (temporary / SYSTEM_FILE).write_text(text, encoding="utf-8")
         load_system(temporary)
         os.rename(temporary, directory)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{directory} cannot be written ({error.strerror}): choose a folder in which you may"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_system(directory)
@@ -204,12 +232,59 @@ def _check_same_atoms(topology: app.Topology, system: openmm.System, pdb: Path) 
         )
 
 
+def _check_lengths(
+    topology: app.Topology, system: openmm.System, positions: FloatArray, pdb: Path
+) -> None:
+    """Refuse bonds far from the System's length: an atom without coordinates, or broken ones."""
+    atoms = list(topology.atoms())
+    lengths = {
+        frozenset(pair): length.value_in_unit(unit.nanometer)
+        for force in system.getForces()
+        if isinstance(force, openmm.HarmonicBondForce)
+        for *pair, length, _ in map(force.getBondParameters, range(force.getNumBonds()))
+    }
+    for first, second in topology.bonds():
+        a, b = sorted((first.index, second.index))
+        found = float(np.linalg.norm(positions[a] - positions[b]))
+        usual = lengths.get(frozenset((a, b)), found)
+        if not 0.6 * usual <= found <= 1.4 * usual:
+            lost = [f"; atom {k + 1} lies at the origin" for k in (a, b) if not positions[k].any()]
+            raise UnsupportedSystemError(
+                f"{pdb}: atoms {a + 1} ({atoms[a].name}) and {b + 1} ({atoms[b].name}) are bonded "
+                f"and {found:.3f} nm apart, the System says {usual:.3f} nm{''.join(lost)}: "
+                "coordinates are missing or wrong, repair or minimise the structure"
+            )
+
+
+def _tell(pdb: Path) -> None:
+    """Warn of what a PDB file holds and is not used."""
+    lines = pdb.read_text(encoding="utf-8").splitlines()
+    places = {line[16] for line in lines if line.startswith(("ATOM", "HETATM"))} - {" "}
+    if len(places) > 1:
+        logger.warning(
+            "%s has alternate locations %s: the first of every atom is taken",
+            pdb,
+            ", ".join(sorted(places)),
+        )
+    if (models := sum(line.startswith("MODEL ") for line in lines)) > 1:
+        logger.warning("%s has %d models: the first is taken", pdb, models)
+    boxes = [line.split()[1:4] for line in lines if line.startswith("CRYST1")]
+    if any(edge.replace(".", "").strip("0") not in ("", "1") for box in boxes for edge in box):
+        logger.warning("%s has a box (CRYST1): it is not used, the molecule is alone", pdb)
+
+
 def _check_energy(system: openmm.System, positions: unit.Quantity, pdb: Path) -> None:
     context = openmm.Context(
         system, openmm.VerletIntegrator(1e-3), openmm.Platform.getPlatformByName("Reference")
     )
     context.setPositions(positions)
-    energy = energy_in_kj_mol(context.getState(energy=True).getPotentialEnergy())
+    state = context.getState(energy=True, forces=True)
+    energy = energy_in_kj_mol(state.getPotentialEnergy())
+    if energy == 0.0 and not state.getForces(asNumpy=True)._value.any():
+        raise UnsupportedSystemError(
+            "the System has no energy: none of its forces has a term, give the System with the "
+            "force field in it"
+        )
     if not np.isfinite(energy):
         raise UnsupportedSystemError(
             f"the potential energy of {pdb} is {energy} kJ/mol; atoms overlap or coordinates are "

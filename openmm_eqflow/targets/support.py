@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import networkx as nx
 import numpy as np
 import openmm
+from openmm import app
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.energies.base import FloatArray
 
 __all__ = [
     "check_invariance",
+    "check_molecule",
+    "check_solvent",
     "check_system",
+    "complete_bonds",
 ]
 
 _BAROSTATS = (
@@ -65,8 +70,9 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
     In the plane (``n_dims`` 2) also one whose energy is not a sum of a part in x, y and one in z:
     the density at z = 0 is then not that of x and y.
 
-    Every force is probed on its own (on the Reference platform) at two configurations: the given
-    one and a distorted one, each translated and rotated, in the first ``n_dims`` dimensions.
+    Every force is probed on its own (on the Reference platform) at two configurations: beside the
+    given one (atoms in line have no torsion) and a distorted one, each translated and rotated, in
+    the first ``n_dims`` dimensions.
 
     Raises
     ------
@@ -80,8 +86,10 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
     integrator = openmm.VerletIntegrator(1e-3)
     context = openmm.Context(probe, integrator, openmm.Platform.getPlatformByName("Reference"))
     rng = np.random.default_rng(0)
-    distorted = positions.copy()
-    distorted[:, :n_dims] += 0.01 * rng.normal(size=(len(positions), n_dims))
+    beside, distorted = positions.copy(), positions.copy()
+    noise = rng.normal(size=(len(positions), n_dims))
+    beside[:, :n_dims] += 1e-4 * noise
+    distorted[:, :n_dims] += 0.01 * noise
     moves: list[tuple[FloatArray, FloatArray, str]] = []
     shift, turn = np.zeros(3), np.eye(3)
     shift[:n_dims] = [0.731, -0.467, 0.293][:n_dims]
@@ -98,7 +106,7 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
             for g in groups
         ]
 
-    for x in (positions, distorted):
+    for x in (beside, distorted):
         before = energies(x)
         for offset, rotation, word in moves:
             after = energies(x @ rotation.T + offset)
@@ -125,6 +133,101 @@ def check_invariance(system: openmm.System, positions: FloatArray, n_dims: int) 
                 f"by {far:.6g} in another: z does not separate from x and y, so this System has "
                 "no density in the plane; use n_dims=3"
             )
+
+
+def check_solvent(topology: app.Topology, name: str) -> None:
+    """Refuse explicit solvent: water beside anything else; needs no bonds and no System.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        With the number of waters and what to do.
+    """
+    residues = list(topology.residues())
+    waters = sum(_is_water(residue) for residue in residues)
+    if waters and len(residues) > 1:
+        _refuse(
+            f"{name} has explicit solvent ({waters} water molecules): remove it and use an "
+            "implicit solvent such as implicit/obc2.xml, flows are for one molecule"
+        )
+
+
+def _is_water(residue: app.Residue) -> bool:
+    elements = [atom.element for atom in residue.atoms()]
+    symbols = sorted(element.symbol for element in elements if element is not None)
+    return symbols in (["H", "H", "O"], ["O"]) and len(elements) < 6
+
+
+def check_molecule(topology: app.Topology, name: str) -> None:
+    """Refuse anything but one bonded molecule of two atoms or more.
+
+    Parameters
+    ----------
+    topology
+        With its bonds.
+    name
+        Of its file, for the message.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        With the atoms that are meant, counted from 1, and what to do.
+    """
+    if topology.getNumAtoms() < 2:
+        _refuse(f"{name} has one atom: a flow needs a molecule of at least two")
+    pieces = sorted(nx.connected_components(_bonds_of(topology)), key=min)
+    if len(pieces) == 1:
+        return
+    where = {index: k for k, piece in enumerate(pieces) for index in piece}
+    for residue in topology.residues():
+        first, *others = residue.atoms()
+        for atom in others:
+            if where[atom.index] != where[first.index]:
+                _refuse(
+                    f"{name} lists no bonds that lead from atom {first.index + 1} ({first.name}) "
+                    f"to atom {atom.index + 1} ({atom.name}) of residue {residue.name}: add "
+                    "CONECT records"
+                )
+    sizes = " + ".join(str(len(piece)) for piece in pieces[:4])
+    more = " + ..." if len(pieces) > 4 else ""
+    _refuse(
+        f"{name} holds {len(pieces)} molecules ({sizes}{more} atoms): flows are for one, remove "
+        "the others; if they are bonded, add CONECT records"
+    )
+
+
+def complete_bonds(topology: app.Topology, system: openmm.System) -> None:
+    """Add the System's bonds to a topology in pieces (a PDB file without CONECT records).
+
+    A force whose every bond spans an angle holds Urey-Bradley terms, not bonds.
+    """
+    atoms = list(topology.atoms())
+    graph = _bonds_of(topology)
+    if len(atoms) != system.getNumParticles() or not atoms or nx.is_connected(graph):
+        return
+    spans = {
+        frozenset(parameters[0:3:2])
+        for force in system.getForces()
+        if isinstance(force, openmm.HarmonicAngleForce | openmm.CustomAngleForce)
+        for parameters in map(force.getAngleParameters, range(force.getNumAngles()))
+    }
+    for force in system.getForces():
+        if not isinstance(force, openmm.HarmonicBondForce | openmm.CustomBondForce):
+            continue
+        pairs = [force.getBondParameters(k)[:2] for k in range(force.getNumBonds())]
+        if all(frozenset(pair) in spans for pair in pairs):
+            continue
+        for a, b in pairs:
+            if not graph.has_edge(a, b):
+                graph.add_edge(a, b)
+                topology.addBond(atoms[a], atoms[b])
+
+
+def _bonds_of(topology: app.Topology) -> nx.Graph:
+    graph: nx.Graph = nx.Graph()
+    graph.add_nodes_from(range(topology.getNumAtoms()))
+    graph.add_edges_from((a.index, b.index) for a, b in topology.bonds())
+    return graph
 
 
 def _refuse(message: str) -> None:

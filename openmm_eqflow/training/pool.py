@@ -100,7 +100,7 @@ def build_pool(
             rows.append((y, g0, g1, log_p1 - log_p0, torch.full_like(log_p0, level)))
     y, g0, g1, log_w, levels = (torch.cat(column) for column in zip(*rows, strict=True))
     keep = torch.isfinite(log_w) & torch.isfinite(g1).all(1) & torch.isfinite(g0).all(1)
-    median = log_w[keep].median()
+    median = log_w[keep].median() if bool(keep.any()) else torch.zeros(())
     keep &= (log_w > median + window[0]) & (log_w < median + window[1])
     return Pool(
         y[keep].float(), g0[keep].float(), g1[keep].float(), log_w[keep].double(), levels[keep]

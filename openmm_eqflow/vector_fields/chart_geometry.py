@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix
 
 __all__ = [
@@ -148,7 +149,18 @@ class ChartGeometry(nn.Module):
 
     @classmethod
     def of(cls, prior: Any) -> ChartGeometry:
-        """Geometry of an internal-coordinate prior."""
+        """Geometry of an internal-coordinate prior.
+
+        Raises
+        ------
+        UnsupportedSystemError
+            The prior has nearly linear angles, or two atoms.
+        """
+        if prior.bends or prior.n_particles < 3:
+            raise UnsupportedSystemError(
+                "distances in the chart are for molecules of three atoms or more without nearly "
+                "linear angles: use a ChartField"
+            )
         made = cls(prior.zmatrix.config(), prior.soft, len(prior.modes))
         made.modes.copy_(prior.modes)
         made.mean.copy_(prior.coefficients)

@@ -32,11 +32,14 @@ from openmm_eqflow.vector_fields.chart import ChartField, silu_with_derivative
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry, ChartMotion
 
 __all__ = [
+    "CONTACT_OPTIONS",
     "ContactField",
 ]
 
 _STIFF = 0.012  # nm; pairs whose distance varies less say nothing that bonds and angles do not
 _MANY = 250  # pairs from which on sums are arranged by atom (42 atoms, 718 pairs: twice as quick)
+#: Options of :meth:`ContactField.fit` that a plain chart field does not have.
+CONTACT_OPTIONS = ("contacts", "n_rbf", "n_samples", "reach")
 _REACH = 0.55  # nm; pairs that hardly ever come closer have no contact
 
 

@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
 from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
+import logging
 import time
 import openmm
 from openmm import unit
@@ -49,8 +50,10 @@ from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.runs.reference.plan import (
     ReferenceSettings,
     SamplingPlan,
+    atoms_in_line,
     make_context,
     sampling_system,
+    set_aside_singular_torsions,
 )
 from openmm_eqflow.units import energy_in_kj_mol, kelvin, masses_in_dalton, positions_in_nm
 
@@ -61,6 +64,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+logger = logging.getLogger(__name__)
 
 
 def exchange_rate(
@@ -147,6 +151,8 @@ def choose_ladder(
     return tuple(climb(n, low)), low
 _HYDROGEN_MASS = 6.0
 _STEP_TIMES_FREQUENCY = {"molecule": 0.9, "cluster": 0.66, "harmonic": 0.66}
+_BESIDE = 1e-3  # nm
+_LEAST_STEP = 0.02  # fs; that of H2 is 0.9
 _CALIBRATION_TEMPERATURES = 5
 _CALIBRATION_SAMPLES = 200
 # Slow potentials get fewer samples rather than a long wait before the first frame.
@@ -183,11 +189,28 @@ def make_plan(
         if atom.element is not None and atom.element.atomic_number == 1:
             masses[index] = _HYDROGEN_MASS
     start = positions_in_nm(system.positions)
-    copy = with_compiled_solvent(sampling_system(system.system, masses), start)
+    copy = sampling_system(system.system, masses)
+    if aside := set_aside_singular_torsions(copy, start):
+        logger.warning(
+            "the torsions %s turn about atoms in line, where their force has no bound: the "
+            "dynamics of the reference leaves them out, energies and weights have them",
+            ", ".join(aside),
+        )
+    copy = with_compiled_solvent(copy, start)
     x = _minimise(copy, start)
+    if atoms_in_line(system.topology, x):
+        # A singular point of angles and torsions, where the differences of forces that give the
+        # time step mean nothing, and initial velocities feel what is left of them: start beside.
+        x = x + np.random.default_rng(0).normal(scale=_BESIDE, size=x.shape)
     timestep = settings.timestep_fs or (
         _STEP_TIMES_FREQUENCY[system.kind] * _frequency_period(copy, x, masses, hottest)
     )
+    if system.kind == "molecule" and timestep < _LEAST_STEP and settings.timestep_fs is None:
+        raise EnergyError(
+            f"the fastest vibration of {system.name} asks for a time step of {timestep:.1e} fs, "
+            "in which nothing would move: look for a wrong force constant, or set reference: "
+            "timestep_fs in the settings of system.yaml"
+        )
     platform, rate = _fastest_platform(copy, x, target, timestep)
     temperatures, starts, swap_rate = _calibrate(
         copy, x, platform, timestep, settings, target, hottest
@@ -239,7 +262,8 @@ def _largest_frequency(context: openmm.Context, x: FloatArray, masses: FloatArra
 
     def forces(shifted: FloatArray) -> FloatArray:
         context.setPositions(shifted)
-        raw = context.getState(forces=True).getForces(asNumpy=True)
+        groups = context.getIntegrator().getIntegrationForceGroups()
+        raw = context.getState(forces=True, groups=groups).getForces(asNumpy=True)
         value: FloatArray = raw.value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
         return value.ravel()
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from openmm import unit
+from openmm import app, unit
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 
 __all__ = [
     "ReferenceSettings",
     "SamplingPlan",
+    "atoms_in_line",
     "make_context",
     "sampling_system",
+    "set_aside_singular_torsions",
 ]
 
 FloatArray = NDArray[np.float64]
+_ASIDE = 31  # force group that is not integrated
+_IN_LINE = np.radians(165.0)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,52 @@ def sampling_system(
     return copy
 
 
+def set_aside_singular_torsions(system: openmm.System, positions: FloatArray) -> list[str]:
+    """Take torsions about three atoms in line out of the dynamics, and say which (from 1).
+
+    Such a torsion has an energy of a few kJ/mol and no direction: its force grows without bound as
+    the atoms come into line, and heats any dynamics. The energy keeps it (force group 31, which
+    :func:`make_context` does not integrate), so frames are weighted as the target says.
+    """
+    kinds: tuple[Any, ...] = (openmm.PeriodicTorsionForce, openmm.RBTorsionForce)
+    aside: list[str] = []
+    for force in [f for f in system.getForces() if isinstance(f, kinds)]:
+        kept = type(force)()
+        kept.setForceGroup(_ASIDE)
+        for k in range(force.getNumTorsions()):
+            parameters = force.getTorsionParameters(k)
+            particles, last = list(parameters[:4]), list(parameters[4:])
+            strength = last[2:] if isinstance(force, openmm.PeriodicTorsionForce) else last
+            straight = max(_angle(positions[particles[:3]]), _angle(positions[particles[1:]]))
+            if straight < _IN_LINE or all(value._value == 0.0 for value in strength):
+                continue
+            kept.addTorsion(*particles, *last)
+            nothing = [0.0 * value for value in strength]
+            force.setTorsionParameters(k, *particles, *last[: len(last) - len(nothing)], *nothing)
+            aside.append("-".join(str(p + 1) for p in particles))
+        if kept.getNumTorsions():
+            system.addForce(kept)
+    return aside
+
+
+def atoms_in_line(topology: app.Topology, positions: FloatArray) -> bool:
+    """Whether three atoms bonded in a row lie nearly on a line."""
+    around: dict[int, list[int]] = {}
+    for first, second in topology.bonds():
+        around.setdefault(first.index, []).append(second.index)
+        around.setdefault(second.index, []).append(first.index)
+    return any(
+        _angle(positions[[a, centre, c]]) > _IN_LINE
+        for centre, ends in around.items()
+        for a, c in itertools.combinations(ends, 2)
+    )
+
+
+def _angle(x: FloatArray) -> float:
+    a, b = x[0] - x[1], x[2] - x[1]
+    return float(np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b))
+
+
 def make_context(
     system: openmm.System,
     platform: str,
@@ -154,6 +205,8 @@ def make_context(
         friction_per_ps / unit.picosecond,
         timestep_fs * unit.femtosecond,
     )
+    if any(force.getForceGroup() == _ASIDE for force in system.getForces()):
+        integrator.setIntegrationForceGroups(set(range(_ASIDE)))
     properties = {"Threads": "1", "DeterministicForces": "true"} if platform == "CPU" else {}
     return openmm.Context(
         system, integrator, openmm.Platform.getPlatformByName(platform), properties

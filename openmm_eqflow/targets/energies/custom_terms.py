@@ -13,7 +13,12 @@ import openmm
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.energies.base import FloatArray
 from openmm_eqflow.targets.energies.expressions import OPERATIONS, Program, parse, specialise
-from openmm_eqflow.targets.energies.terms import IndexArray, ProgramTerm, particle_parameters
+from openmm_eqflow.targets.energies.terms import (
+    IndexArray,
+    ProgramTerm,
+    as_rows,
+    particle_parameters,
+)
 
 __all__ = [
     "GBStage",
@@ -125,7 +130,7 @@ def _bonded(force: Any) -> ProgramTerm:
         *particles, own = getattr(force, f"get{what}Parameters")(i)
         index.append(particles)
         parameters.append(own)
-    array = np.array(parameters, dtype=float).reshape(len(index), -1)
+    array = as_rows(parameters)
     for k in range(getattr(force, f"getNumPer{what}Parameters")()):
         values[getattr(force, f"getPer{what}ParameterName")(k)] = array[:, k]
     program, constants = specialise(parse(force.getEnergyFunction()), values)
@@ -144,7 +149,7 @@ def _compound(force: Any) -> ProgramTerm:
         particles, own = force.getBondParameters(i)
         index.append(particles)
         parameters.append(own)
-    array = np.array(parameters, dtype=float).reshape(len(index), -1)
+    array = as_rows(parameters)
     for k in range(force.getNumPerBondParameters()):
         values[force.getPerBondParameterName(k)] = array[:, k]
     program = parse(force.getEnergyFunction(), tables=arity, points=n)

@@ -120,7 +120,7 @@ def specialise(
     def emit(index: int) -> int:
         if index in known and index not in place:
             value = known[index]
-            if value.ndim == 0 or (value == value.flat[0]).all():
+            if value.ndim == 0 or (value.size and (value == value.flat[0]).all()):
                 place[index] = out.add("constant", value=float(value.flat[0]))
             else:
                 name = next((n for n, a in arrays.items() if np.array_equal(a, value)), None)

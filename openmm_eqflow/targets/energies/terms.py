@@ -9,7 +9,7 @@ Ryckaert-Bellemans polynomials too, so torsions cost no inverse trigonometric fu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ __all__ = [
     "PairTerm",
     "ProgramTerm",
     "StandardTerm",
+    "as_rows",
     "particle_parameters",
     "read_standard",
 ]
@@ -138,14 +139,19 @@ def _plain(values: Any) -> list[float]:
 def particle_parameters(force: Any) -> FloatArray:
     """Per-particle parameters ``(n_particles, n_parameters)`` in md units."""
     n = force.getNumParticles()
-    return np.array([_plain(force.getParticleParameters(i)) for i in range(n)]).reshape(n, -1)
+    return as_rows([_plain(force.getParticleParameters(i)) for i in range(n)])
+
+
+def as_rows(rows: Sequence[Sequence[float]]) -> FloatArray:
+    """Rows of equal length as ``(n, k)``; also without rows, or without columns."""
+    return np.array(rows, dtype=float).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def _listed(force: Any, what: str, n: int) -> tuple[IndexArray, FloatArray]:
     count = getattr(force, f"getNum{what}s")()
     rows = [getattr(force, f"get{what}Parameters")(i) for i in range(count)]
     index = np.array([row[:n] for row in rows], dtype=np.int64).reshape(-1, n)
-    return index, np.array([_plain(row[n:]) for row in rows]).reshape(len(rows), -1)
+    return index, as_rows([_plain(row[n:]) for row in rows])
 
 
 def read_standard(force: openmm.Force) -> StandardTerm | None:

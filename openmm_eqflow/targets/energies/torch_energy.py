@@ -279,6 +279,9 @@ def torch_term(term: AnyTerm) -> nn.Module:
     return _GeneralGB(term)
 
 _WITHOUT_ENERGY = (openmm.CMMotionRemover, openmm.AndersenThermostat)
+#: A force none of whose lists has an entry has no terms.
+_COUNTERS = ("getNumBonds", "getNumAngles", "getNumTorsions", "getNumParticles", "getNumDonors")
+_UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError, openmm.OpenMMException)
 _TOLERANCE = 1e-8
 #: Configurations per pass over the kernels: positions and forces stay in the second-level cache.
 _CHUNK = 256
@@ -398,14 +401,22 @@ class TorchEnergy(nn.Module):
 
     def _add(self, index: int, force: openmm.Force, compiled: bool) -> None:
         name = f"{type(force).__name__} (force {index})"
+        counts = [getattr(force, counter)() for counter in _COUNTERS if hasattr(force, counter)]
+        if counts and not any(counts):
+            return  # a force without terms has no energy
         try:
             term = read_standard(force) or read_custom(force)
         except UnsupportedSystemError as error:
             msg = f"{name} is not covered: {error}"
             raise UnsupportedSystemError(msg) from error
+        except _UNREADABLE as error:  # Contexts can still evaluate it
+            msg = f"{name} cannot be read ({type(error).__name__}: {error})"
+            raise UnsupportedSystemError(msg) from error
         if term is None:
             msg = f"{name} is not covered: use ContextPool"
             raise UnsupportedSystemError(msg)
+        if not len(getattr(term, "index", (0,))):
+            return  # no pairs are left
         self._parts.append(_Part(name, index, compile_term(term) if compiled else None))
         self.terms.append(torch_term(term))
 
