@@ -28,12 +28,14 @@ __all__ = [
     "audit_check",
     "chain_checks",
     "flow_checks",
+    "isomer_check",
     "judge",
     "pm",
     "worst",
 ]
 
 Grade = Literal["good", "fair", "poor"]
+_ISOMERS = "torsions and rings seen in one state only"
 ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
 
 
@@ -270,7 +272,8 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
             )
         )
     reference = run.stages.get("reference", {}).get("convergence")
-    if run.reference is not None and reference and not reference.get("converged", True):
+    mixed = not reference or reference.get("mixed", reference.get("converged", True))
+    if run.reference is not None and reference and not mixed:
         checks.append(
             Check(
                 "reference data",
@@ -294,6 +297,26 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
             )
         )
     return checks
+
+
+def isomer_check(run: RunData) -> Check:
+    """Judge whether every torsion and ring was seen in more than one state."""
+    once = run.one_state
+    return Check(
+        _ISOMERS,
+        ", ".join(once) or "none",
+        "fair" if once else "good",
+        "what neither reference, flow nor chains visited is missing from every number here, and "
+        "no other check can tell",
+        "sampling",
+        f"{_several(once)} {'was' if len(once) == 1 else 'were'} seen in one state only"
+        if once
+        else "every torsion and ring was seen in more than one state",
+    )
+
+
+def _several(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def pm(value: Any, error: Any) -> str:
@@ -320,12 +343,19 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """One or two words."""
-        return {"good": "Converged", "fair": "Doubtful", "poor": "Not converged"}[self.sampling]
+        """One or two words; Confined: all else is converged, but states may be missing."""
+        return _word(self.sampling, self.flow, self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """For metrics.json."""
         return {**asdict(self), "word": self.word}
+
+
+def _word(sampling: Grade, flow: Grade, checks: list[Check]) -> str:
+    doubts = [c.name for c in checks if c.about == "sampling" and c.grade != "good"]
+    if doubts == [_ISOMERS] and flow != "poor":
+        return "Confined"
+    return {"good": "Converged", "fair": "Doubtful", "poor": "Not converged"}[sampling]
 
 
 def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
@@ -337,6 +367,7 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
         *flow_checks(run),
         *chain_checks(run, sizes, slowest),
         *agreement_checks(run, quantities),
+        *([isomer_check(run)] if run.kind == "molecule" else []),
     ]
     sampling = worst([c.grade for c in checks if c.about == "sampling"])
     flow = worst([c.grade for c in checks if c.about == "flow"])
@@ -346,7 +377,7 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
     return Verdict(
         sampling,
         flow,
-        _sentence(run, checks, sampling, quantities, slowest, sizes),
+        _sentence(run, checks, _word(sampling, flow, checks), quantities, slowest, sizes),
         _advice(run, sampling, flow),
         checks,
         slowest,
@@ -357,14 +388,14 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
 def _sentence(
     run: RunData,
     checks: list[Check],
-    sampling: Grade,
+    word: str,
     quantities: list[Quantity],
     slowest: str | None,
     sizes: dict[str, float],
 ) -> str:
-    if sampling != "good":
-        start = "Not converged" if sampling == "poor" else "Doubtful"
-        return f"{start}: " + "; ".join(_reasons(checks, sampling)) + "."
+    if word not in ("Converged", "Confined"):
+        grade: Grade = "poor" if word == "Not converged" else "fair"
+        return f"{word}: " + "; ".join(_reasons(checks, grade)) + "."
     named = {c.name: c.reason for c in checks}
     parts = [
         f"{len(run.accepted)} chains agree ({sizes[slowest]:,.0f} effective samples of the "
@@ -386,9 +417,10 @@ def _sentence(
             f"{pm(theirs.value, theirs.error)} in the {row.versus}"
         )
     parts.append(named["audit of log q"])
-    warnings = [c.reason for c in checks if c.grade == "fair"]
+    warnings = [c.reason for c in checks if c.grade == "fair" and c.name != _ISOMERS]
     warning = f" Warning: {'; '.join(warnings[:2])}." if warnings else ""
-    return "Converged: " + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
+    start = f"{word}: " + (f"{named[_ISOMERS]}; otherwise " if word == "Confined" else "")
+    return start + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
 
 
 def _reasons(checks: list[Check], sampling: Grade) -> list[str]:

@@ -165,7 +165,7 @@ def make_plan(
     settings: ReferenceSettings,
     *,
     system_hash: str,
-    torsions: tuple[tuple[int, int, int, int], ...],
+    torsions: tuple[Torsion, ...],
     seed: int,
     n_walkers: int,
 ) -> tuple[SamplingPlan, openmm.System, FloatArray]:
