@@ -91,6 +91,11 @@ CYCLOHEXANE = molecule("CCCCCC", [(k, (k + 1) % 6) for k in range(6)], hydrogens
 METHYLCYCLOHEXANE = molecule(
     "CCCCCCC", [(k, (k + 1) % 6) for k in range(6)] + [(0, 6)], hydrogens=(1, 2, 2, 2, 2, 2, 3)
 )
+DIMETHYLCYCLOHEXANE = molecule(
+    "CCCCCCCC",
+    [(k, (k + 1) % 6) for k in range(6)] + [(0, 6), (3, 7)],
+    hydrogens=(1, 2, 2, 1, 2, 2, 3, 3),
+)
 #: Acetyl and N-methyl caps: CH3-CO-NH-CH(R)-CO-NH-CH3.
 _CAPPED = "CCONCCONC"
 _CAPPED_BONDS = [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (5, 6), (5, 7), (7, 8)]
