@@ -165,6 +165,17 @@ class RunData:
         report = self.flow_record.get("audit") or self.stages.get("train", {}).get("audit")
         return dict(report) if report else None
 
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Rows of the training."""
+        return list(self.stages.get("train", {}).get("history") or [])
+
+    @property
+    def prior_kept(self) -> dict[str, float] | None:
+        """Relative ESS of flow and prior, where the flow lost and the prior is used alone."""
+        kept = self.stages.get("train", {}).get("prior_kept")
+        return dict(kept) if kept else None
+
     @cached_property
     def streaks(self) -> NDArray[np.int64]:
         """Rejections in a row up to each step."""

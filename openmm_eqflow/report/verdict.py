@@ -31,10 +31,12 @@ __all__ = [
     "isomer_check",
     "judge",
     "pm",
+    "training_trend",
     "worst",
 ]
 
 Grade = Literal["good", "fair", "poor"]
+_POOR_START = 0.01  # relative ESS of a prior
 _ISOMERS = "torsions and rings seen in one state only"
 ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
 
@@ -121,14 +123,7 @@ def flow_checks(run: RunData) -> list[Check]:
             "flow",
             "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
         ),
-        Check(
-            "flow against its prior",
-            f"{ess:.3f} against {prior:.3f}",
-            "good" if ess >= prior else "fair",
-            "relative ESS of the prior alone on as many samples; training should beat it",
-            "flow",
-            f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})",
-        ),
+        _prior_check(run, ess, prior),
     ]
     if n:
         checks.append(
@@ -142,6 +137,23 @@ def flow_checks(run: RunData) -> list[Check]:
             )
         )
     return checks
+
+
+def _prior_check(run: RunData, ess: float, prior: float) -> Check:
+    if kept := run.prior_kept:
+        ess, prior = kept["flow"], kept["prior"]
+        reason = f"training made the flow worse than its prior ({ess:.2g} against {prior:.2g})"
+        reason += ", which is used alone"
+    else:
+        reason = f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})"
+    return Check(
+        "flow against its prior",
+        f"{ess:.3f} against {prior:.3f}" + ("; prior kept" if kept else ""),
+        "good" if ess >= prior and not kept else "fair",
+        "relative ESS of the prior alone on as many samples; training should beat it",
+        "flow",
+        reason,
+    )
 
 
 def chain_checks(
@@ -378,7 +390,7 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
         sampling,
         flow,
         _sentence(run, checks, _word(sampling, flow, checks), quantities, slowest, sizes),
-        _advice(run, sampling, flow),
+        _advice(run, checks, flow),
         checks,
         slowest,
         sizes[slowest] if slowest is not None else None,
@@ -433,24 +445,104 @@ def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
     return reasons[:4] + ([f"the flow is poor ({', '.join(flow[:2])})"] if flow else [])
 
 
-def _advice(run: RunData, sampling: Grade, flow: Grade) -> str:
-    budget = run.run.config.budget
-    longer = {"quick": "standard", "standard": "thorough"}.get(budget)
-    more = (
-        f"--budget {longer} trains longer and samples more"
-        if longer
-        else "raise n_levels in system.yaml (settings: thorough: stochastic) for a better flow, "
-        "n_samples for longer chains"
-        if run.run.config.recipe.stochastic is not None
-        else "raise train_seconds in system.yaml (settings: thorough)"
-    )
-    if sampling == "good" and flow == "good":
+def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
+    """What to do about each cause that the checks point to; nothing if there is none."""
+    wrong = {c.name for c in checks if c.grade != "good"}
+    parts = []
+    if _ISOMERS in wrong:
+        parts.append(
+            "Run again from structures that differ in "
+            f"{_several(run.one_state)}, and compare: more of the same does not sample other isomers"
+        )
+    if "reference data" in wrong:
+        parts.append(f"The reference is short: {_setting(run, 'reference_seconds')}")
+    if flow != "good" or run.prior_kept:
+        parts.append(_flow_advice(run))
+    if "audit of log q" in wrong:
+        parts.append(f"Integrate the flow more finely: {_setting(run, 'grid_tolerance')}")
+    chains = {"effective samples of the slowest coordinate", "agreement between chains"}
+    if flow == "good" and wrong & chains:
+        parts.append(f"The flow is good, the chains are short: {_setting(run, 'n_samples')}")
+    if any(": chain against" in name or "exact value" in name for name in wrong):
+        parts.append(
+            "Two answers differ, so one of them misses a state: compare with a run of another "
+            "--seed before trusting either"
+        )
+    if not parts:
         return ""
-    if sampling == "good":
-        return f"The flow is only {flow}; {more}."
-    start = (
-        f"This was a {budget} run"
-        if run.reference is not None
-        else "This run used a flow that ships"
+    return ". ".join(parts) + ". Until then treat averages as provisional."
+
+
+def _setting(run: RunData, key: str) -> str:
+    """Say where an entry of the recipe is changed."""
+    config = run.run.config
+    return (
+        f"change {key} (now {getattr(config.recipe, key):g}) in system.yaml (settings: "
+        f"{config.budget})"
     )
-    return f"{start}: {more}. Until then treat averages as provisional."
+
+
+def _flow_advice(run: RunData) -> str:
+    """What would make the flow better, by how its training went."""
+    recipe, budget = run.run.config.recipe, run.run.config.budget
+    if run.reference is None:
+        return "This run used a flow that ships: train one of your own with openmm-eqflow run"
+    if recipe.stochastic is not None:
+        return (
+            f"Raise n_levels in system.yaml (settings: {budget}: stochastic): weights spread less "
+            "the shorter a step of the path is"
+        )
+    kept = "The prior alone is in use: " if run.prior_kept else ""
+    trend = training_trend(run.history)
+    if trend == "rising":
+        longer = {"quick": "standard", "standard": "thorough"}.get(budget)
+        how = f"--budget {longer}" if longer else _setting(run, "train_seconds")
+        return f"{kept}training was still gaining when its time was over: more training, {how}"
+    n_frames = run.stages.get("reference", {}).get("n_frames", 0)
+    if trend == "falling":
+        less = "take contacts out of" if "contacts" in (recipe.field or {}) else "set a smaller"
+        return (
+            f"{kept}training got worse while it went on, so the field is too flexible for "
+            f"{n_frames:,} frames: more reference data ({_setting(run, 'reference_seconds')}), "
+            f"{less} field, or end in time with patience; more training makes it worse"
+        )
+    prior = run.prior_kept["prior"] if run.prior_kept else run.metrics["prior_relative_ess"]
+    if prior < _POOR_START:
+        return (
+            f"{kept}training no longer gains and starts from a poor prior (relative ESS "
+            f"{prior:.2g}): a better start, that is more reference data "
+            f"({_setting(run, 'reference_seconds')}); more training does not help"
+        )
+    if recipe.prior == "internal" and "contacts" not in (recipe.field or {}):
+        return (
+            f"{kept}training no longer gains: a more flexible field (settings: {budget}: field: "
+            "{contacts: 64}), not more training"
+        )
+    return f"{kept}training no longer gains: more samples, {_setting(run, 'n_samples')}"
+
+
+def training_trend(history: list[dict[str, float]]) -> Literal["rising", "flat", "falling"]:
+    """Whether a training was still gaining, had settled, or got worse again.
+
+    By the monitored ESS of the last training, last third against the one before; worse again also
+    if the validation loss has left its minimum while the training loss went on falling. Fewer than
+    six rows count as still gaining.
+    """
+    last = max((row.get("training", 0.0) for row in history), default=0.0)
+    rows = [
+        row for row in history if row.get("training", 0.0) == last and "relative_ess" in row
+    ]
+    if len(rows) < 6:
+        return "rising"
+    third = len(rows) // 3
+    ess = np.array([row["relative_ess"] for row in rows])
+    before, after = float(ess[-2 * third : -third].mean()), float(ess[-third:].mean())
+    loss = np.array([row.get("loss", math.nan) for row in rows])
+    held = np.array([row.get("validation_loss", math.nan) for row in rows])
+    if np.isfinite(held).all() and held.min() > 0.0:
+        best = int(held.argmin())
+        if held[-third:].mean() > 1.1 * held[best] and loss[-third:].mean() < loss[best]:
+            return "falling"
+    if after < 0.8 * before:
+        return "falling"
+    return "rising" if after > 1.1 * before else "flat"

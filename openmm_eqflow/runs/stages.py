@@ -307,6 +307,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             "n_steps": result.n_steps,
             "training_seconds": result.seconds,
             "n_frames": data.n_frames,
+            "prior_kept": result.prior_kept,
         }
     if is_main():
         save_flow(flow, run.path / "flow", metadata)
@@ -315,6 +316,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         "training_seconds": result.seconds,
         "history": result.history,
         "audit": flow.audit_report,
+        "prior_kept": result.prior_kept,
     }
 
 
