@@ -78,8 +78,8 @@ def test_memory_of_a_pool_is_counted_right():
     system = load_system("toluene")
     flow = load_flow(system.directory / "flow.safetensors")
     with stages.build_target(system) as target:
-        pool = build_pool(flow.prior, target, n_prior=300, generator=torch.Generator().manual_seed(0))
-    pool = join_pools(pool)
+        stream = torch.Generator().manual_seed(0)
+        pool = join_pools(build_pool(flow.prior, target, n_prior=300, generator=stream))
     assert isinstance(pool, Pool)
     found = sum(column.numel() * column.element_size() for column in pool)
     assert found == pytest.approx(pool_bytes(len(pool.y), system.n_particles), rel=0.01)

@@ -48,7 +48,7 @@ def written(folder, name):
         # central bond -> (kind, fold)
         ("BUTANE", {(0, 1): ("single", 3), (1, 2): ("single", 1), (2, 3): ("single", 3)}, [], 0),
         ("BUTENE", {(0, 1): ("single", 3), (1, 2): ("double", 1), (2, 3): ("single", 3)}, [], 0),
-        ("ISOBUTENE", {(0, 1): ("double", 2), (0, 2): ("single", 3), (0, 3): ("single", 3)}, [], 0),
+        ("ISOBUTENE", {(0, 1): ("double", 2)}, [], 0),
         ("ETHENE", {(0, 1): ("double", 2)}, [], 0),
         ("TERT_BUTANOL", {(0, 4): ("single", 3)}, [], 0),
         ("TOLUENE", {(0, 6): ("single", 6)}, [], 0),
@@ -81,7 +81,7 @@ def test_isomers_of_proline_are_named_as_in_iupac_and_counted_from_one(isomer, w
     assert "centre CA (17)" in text
     assert "ring N-CD-CG-CB-CA (7-8-11-14-17)" in text
     ring = [t for t in found.torsions if t.kind == "ring"]
-    assert [t.atoms for t in ring][0] == (6, 7, 10, 13)
+    assert ring[0].atoms == (6, 7, 10, 13)
     # They are slow coordinates, and the reference's convergence looks at them.
     named = slow_coordinates(x[None], torsion_angles(x[None], found.torsions), found.torsions)
     assert {f"{f} {t.name}" for t in ring for f in ("cos", "sin")} <= set(named)
@@ -97,7 +97,8 @@ def test_the_chairs_of_cyclohexane_are_one_state():
     angles = torsion_angles(both, found.torsions)
     for values in slow_coordinates(both, angles, found.torsions).values():
         assert values[0] == pytest.approx(values[1], abs=1e-9)
-    assert np.abs(np.diff(torsion_angles(both, [t.atoms for t in found.torsions]), axis=0)).min() > 1.0
+    labelled = torsion_angles(both, [t.atoms for t in found.torsions])
+    assert np.abs(labelled[0] - labelled[1]).min() > 1.0
     assert not seen_once(found.torsions, np.repeat(angles, 50, axis=0))
 
 

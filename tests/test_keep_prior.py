@@ -113,7 +113,8 @@ def test_trend_of_a_training():
     # A noisier validation loss with a training loss that rises as well is not memory.
     assert training_trend(history([0.3] * 12, held=[1.0] * 9 + [1.3] * 3)) == "flat"
     # Of two trainings the last counts.
-    two = [row | {"training": 0.0} for row in FALLING] + [row | {"training": 1.0} for row in RISING]
+    parts = enumerate((FALLING, RISING))
+    two = [row | {"training": float(k)} for k, rows in parts for row in rows]
     assert training_trend(two) == "rising"
     assert training_trend([]) == "rising"
 

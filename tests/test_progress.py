@@ -55,4 +55,5 @@ def test_time_left_counts_what_this_attempt_did(clock):
 def test_preparations_do_not_count_as_pace(clock):
     """A prior that takes five minutes to fit, then ninety seconds of training."""
     found = lines([(0, 0.0, "fit"), (300, 0.01, "a"), (18, 0.2, "b"), (36, 0.6, "c")], clock)
-    assert [line[31:40].strip() for line in found] == ["-:-- left", "-:-- left", "1:15 left", "0:36 left"]
+    left = ["-:-- left", "-:-- left", "1:15 left", "0:36 left"]
+    assert [line[31:40].strip() for line in found] == left

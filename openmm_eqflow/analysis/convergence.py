@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
 from openmm_eqflow.analysis.observables import (
     Torsion,
-    seen_once,
     slow_coordinates,
     torsion_angles,
 )

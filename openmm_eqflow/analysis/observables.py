@@ -99,14 +99,14 @@ def torsion_angles(
     """
     angles = np.zeros((len(x), len(torsions)))
     for column, torsion in enumerate(torsions):
-        named = isinstance(torsion, Torsion)
-        a, b, c, d = (x[:, k].astype(np.float64) for k in (torsion.atoms if named else torsion))
+        t = torsion if isinstance(torsion, Torsion) else Torsion("", torsion)
+        a, b, c, d = (x[:, k].astype(np.float64) for k in t.atoms)
         normal_a, normal_b = np.cross(b - a, c - b), np.cross(c - b, d - c)
         sine = np.linalg.norm(c - b, axis=-1) * ((b - a) * normal_b).sum(axis=-1)
         angle = np.arctan2(sine, (normal_a * normal_b).sum(axis=-1))
-        if named and torsion.fold > 1:
-            angle = (np.mod(angle * torsion.fold + np.pi, 2 * np.pi) - np.pi) / torsion.fold
-        angles[:, column] = np.abs(angle) if named and torsion.even else angle
+        if t.fold > 1:
+            angle = (np.mod(angle * t.fold + np.pi, 2 * np.pi) - np.pi) / t.fold
+        angles[:, column] = np.abs(angle) if t.even else angle
     return angles
 
 

@@ -446,13 +446,13 @@ def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
 
 
 def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
-    """What to do about each cause that the checks point to; nothing if there is none."""
+    """Say what to do about each cause that the checks point to; nothing if there is none."""
     wrong = {c.name for c in checks if c.grade != "good"}
     parts = []
     if _ISOMERS in wrong:
         parts.append(
-            "Run again from structures that differ in "
-            f"{_several(run.one_state)}, and compare: more of the same does not sample other isomers"
+            f"Run again from structures that differ in {_several(run.one_state)}, and compare: "
+            "more of the same does not sample other isomers"
         )
     if "reference data" in wrong:
         parts.append(f"The reference is short: {_setting(run, 'reference_seconds')}")
@@ -483,7 +483,7 @@ def _setting(run: RunData, key: str) -> str:
 
 
 def _flow_advice(run: RunData) -> str:
-    """What would make the flow better, by how its training went."""
+    """Say what would make the flow better, by how its training went."""
     recipe, budget = run.run.config.recipe, run.run.config.budget
     if run.reference is None:
         return "This run used a flow that ships: train one of your own with openmm-eqflow run"

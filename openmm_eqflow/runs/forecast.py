@@ -133,7 +133,9 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
     costs = measure(system)
     n = system.n_particles
     cast = {
-        budget: forecast(system, make_recipe("molecule", budget, system.settings, n), budget, costs)
+        budget: forecast(
+            system, make_recipe("molecule", budget, system.settings, n), budget, costs
+        )
         for budget in BUDGETS
     }
     text = ", ".join(

@@ -108,7 +108,7 @@ def find_isomers(
     system, topology
         Bonds are the topology's, else the System's.
     positions
-        ``(n_particles, 3)`` nm: the isomer, as of :func:`~openmm_eqflow.targets.symmetry.find_symmetry`.
+        ``(n_particles, 3)`` nm: the isomer (hands of centres, sides of double bonds).
     """
     graph = bond_graph(system, topology)
     if not graph.number_of_edges():
@@ -208,7 +208,7 @@ def _is_amide(graph: nx.Graph, kinds: list[int], b: int, c: int) -> bool:
 def _end_fold(graph: nx.Graph, kinds: list[int], centre: int, across: int) -> int:
     """3 for an end with three like groups, 2 for a planar end with two, else 1."""
     ends = [k for k in graph[centre] if k != across]
-    if len(ends) == 2 and kinds[centre] not in (6, 7) or len(ends) not in (2, 3):
+    if len(ends) not in (2, 3) or (len(ends) == 2 and kinds[centre] not in (6, 7)):
         return 1
     terminal = all(graph.degree[k] == 1 for k in ends)
     if len(ends) == 2 and kinds[centre] == 7 and not terminal and graph.degree[across] != 3:
@@ -241,7 +241,7 @@ def _puckers(graph: nx.Graph, ring: tuple[int, ...]) -> bool:
 
 
 def _chairs_alike(ring: tuple[int, ...], symmetry: Symmetry) -> bool:
-    """Whether a relabelling within the sector carries a bond of a chair to one of the other sign."""
+    """Whether a relabelling within the sector turns a chair into the other chair."""
     if len(ring) not in (4, 6):
         return False
     where = {frozenset((a, ring[k - 1])): k for k, a in enumerate(ring)}
@@ -253,9 +253,7 @@ def _chairs_alike(ring: tuple[int, ...], symmetry: Symmetry) -> bool:
     return False
 
 
-def _centres(
-    graph: nx.Graph, rings: list[tuple[int, ...]], symmetry: Symmetry
-) -> tuple[int, ...]:
+def _centres(graph: nx.Graph, rings: list[tuple[int, ...]], symmetry: Symmetry) -> tuple[int, ...]:
     found = {s.centre for s in symmetry.stereocentres}
     for ring in rings:
         members = []

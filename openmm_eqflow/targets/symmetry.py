@@ -185,7 +185,7 @@ def _symmetry_of(
         generators=tuple(generators),
         order=order,
         bonds=tuple(sorted((min(b), max(b)) for b in graph.edges)),
-        stereocentres=tuple(Stereocentre(c, around[c]) for c in stereocentres),  # type: ignore[arg-type]
+        stereocentres=tuple(Stereocentre(c, around[c]) for c in stereocentres),
         prochiral_centres=tuple(
             c for c in centres if any(_odd(g, around[c]) for g in _stabiliser(c, generators))
         ),
@@ -196,7 +196,7 @@ def _symmetry_of(
 
 
 def _group(terms: ForceTerms) -> tuple[list[tuple[int, ...]], int]:
-    """Generators and order of the automorphisms of coloured terms."""
+    """Return generators and order of the automorphisms of coloured terms."""
     twins = twin_classes(terms)
     generators: list[tuple[int, ...]] = []
     order = 1
@@ -259,7 +259,7 @@ def _odd(g: Sequence[int], around: Sequence[int]) -> bool:
 
 
 def _stabiliser(p: int, generators: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Generators of the permutations that fix ``p`` (Schreier)."""
+    """Yield generators of the permutations that fix ``p`` (Schreier)."""
     identity = tuple(range(len(generators[0]))) if generators else ()
     reach = {p: identity}  # image of p -> a permutation that carries p there
     queue = [p]
@@ -280,7 +280,7 @@ def double_bonds(
     """Double bonds (i < j) outside small rings, between atoms with further neighbours.
 
     By the topology's bond orders where it has them, else by the force field: C-C shorter than
-    0.139 nm or C-N shorter than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
+    0.139 nm, C-N or N-N shorter than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
     side, are none.
     """
     kinds, orders, lengths = elements(system, topology), {}, {}
@@ -299,9 +299,9 @@ def double_bonds(
         pair = frozenset((b, c))
         if pair not in bridges and ring_size(graph, b, c) < _RIGID_RING:
             continue
-        if any(graph.degree[k] not in (2, 3) or (kinds[k], graph.degree[k]) == (6, 2) for k in pair):
+        if any((kinds[k], graph.degree[k]) not in ((6, 3), (7, 2), (7, 3)) for k in pair):
             continue
-        limit = {(6, 6): 0.139, (6, 7): 0.130}.get((min(kinds[b], kinds[c]), max(kinds[b], kinds[c])))
+        limit = {(6, 6): 0.139, (6, 7): 0.130, (7, 7): 0.130}.get(tuple(sorted((kinds[b], kinds[c]))))
         short = limit is not None and lengths.get(pair, math.inf) < limit
         if orders[pair] == 2 if pair in orders else short:
             found.append((min(b, c), max(b, c)))

@@ -237,8 +237,8 @@ class BoltzmannTarget:
         if self.positions is None:
             msg = (
                 f"the System has {len(centres)} stereocentre(s) (atoms "
-                f"{[c.centre + 1 for c in centres]}) and no reference positions: pass positions, or "
-                "check_chirality=False to let every enantiomer count"
+                f"{[c.centre + 1 for c in centres]}) and no reference positions: pass positions, "
+                "or check_chirality=False to let every enantiomer count"
             )
             raise ValueError(msg)
         return chirality_signs(torch.from_numpy(self.positions)[None], centres)[0]

@@ -39,6 +39,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
+from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
 import time
 import openmm

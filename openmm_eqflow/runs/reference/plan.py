@@ -127,8 +127,8 @@ class SamplingPlan:
 def _torsion(entry: list[Any]) -> Torsion:
     """Read a torsion; plans of version 0.1 have its four atoms only."""
     if isinstance(entry[0], str):
-        return Torsion(entry[0], tuple(entry[1]), *entry[2:])  # type: ignore[arg-type]
-    return Torsion("-".join(str(k + 1) for k in entry), tuple(entry))  # type: ignore[arg-type]
+        return Torsion(entry[0], tuple(entry[1]), *entry[2:])
+    return Torsion("-".join(str(k + 1) for k in entry), tuple(entry))
 
 
 def sampling_system(
