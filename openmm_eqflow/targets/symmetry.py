@@ -280,7 +280,7 @@ def double_bonds(
     """Double bonds (i < j) outside small rings, between atoms with further neighbours.
 
     By the topology's bond orders where it has them, else by the force field: C-C shorter than
-    0.139 nm, C-N or N-N shorter than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
+    0.139 nm, C-N or N-N than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
     side, are none.
     """
     kinds, orders, lengths = elements(system, topology), {}, {}
@@ -301,8 +301,8 @@ def double_bonds(
             continue
         if any((kinds[k], graph.degree[k]) not in ((6, 3), (7, 2), (7, 3)) for k in pair):
             continue
-        limit = {(6, 6): 0.139, (6, 7): 0.130, (7, 7): 0.130}.get(tuple(sorted((kinds[b], kinds[c]))))
-        short = limit is not None and lengths.get(pair, math.inf) < limit
+        limit = 0.139 if kinds[b] == kinds[c] == 6 else 0.130
+        short = lengths.get(pair, math.inf) < limit
         if orders[pair] == 2 if pair in orders else short:
             found.append((min(b, c), max(b, c)))
     return sorted(found)
