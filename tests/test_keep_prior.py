@@ -116,7 +116,11 @@ def test_trend_of_a_training():
     parts = enumerate((FALLING, RISING))
     two = [row | {"training": float(k)} for k, rows in parts for row in rows]
     assert training_trend(two) == "rising"
-    assert training_trend([]) == "rising"
+    # A memory shows in few rows already; more training is never the answer by default.
+    assert training_trend(history([0.003] * 4, held=[64, 82, 117, 117], loss=[27, 21, 15, 14])) == (
+        "falling"
+    )
+    assert training_trend([]) == training_trend(RISING[:5]) == "flat"
 
 
 @pytest.mark.parametrize(

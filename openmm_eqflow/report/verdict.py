@@ -470,7 +470,7 @@ def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
         )
     if not parts:
         return ""
-    return ". ".join(parts) + ". Until then treat averages as provisional."
+    return ". ".join(part[0].upper() + part[1:] for part in parts) + ". Until then treat averages as provisional."
 
 
 def _setting(run: RunData, key: str) -> str:
@@ -525,15 +525,15 @@ def training_trend(history: list[dict[str, float]]) -> Literal["rising", "flat",
     """Whether a training was still gaining, had settled, or got worse again.
 
     By the monitored ESS of the last training, last third against the one before; worse again also
-    if the validation loss has left its minimum while the training loss went on falling. Fewer than
-    six rows count as still gaining.
+    if the validation loss has left its minimum while the training loss went on falling. Too few
+    rows to tell count as settled.
     """
     last = max((row.get("training", 0.0) for row in history), default=0.0)
     rows = [
         row for row in history if row.get("training", 0.0) == last and "relative_ess" in row
     ]
-    if len(rows) < 6:
-        return "rising"
+    if len(rows) < 3:
+        return "flat"
     third = len(rows) // 3
     ess = np.array([row["relative_ess"] for row in rows])
     before, after = float(ess[-2 * third : -third].mean()), float(ess[-third:].mean())
@@ -543,6 +543,6 @@ def training_trend(history: list[dict[str, float]]) -> Literal["rising", "flat",
         best = int(held.argmin())
         if held[-third:].mean() > 1.1 * held[best] and loss[-third:].mean() < loss[best]:
             return "falling"
-    if after < 0.8 * before:
+    if after < 0.8 * before and len(rows) >= 6:
         return "falling"
-    return "rising" if after > 1.1 * before else "flat"
+    return "rising" if after > 1.1 * before and len(rows) >= 6 else "flat"

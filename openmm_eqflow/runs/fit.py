@@ -351,9 +351,10 @@ def _train_flow(
         return flow, result  # rank 0 calibrates, audits and saves
     report(1.0, "calibrating the time grid and auditing log q")
     # Before the calibration, which takes forever on a field that went astray.
-    flow, result.prior_kept = keep_prior(
-        flow, target, 4096 if len(prior.event_shape) == 1 else _affordable(512, prior, 128), seed=seed
-    )
+    size = min(4096, recipe.n_evaluate)
+    if len(prior.event_shape) == 2:
+        size = _affordable(512, prior, 128)
+    flow, result.prior_kept = keep_prior(flow, target, size, seed=seed)
     if result.prior_kept is None:
         flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
     audit(flow, n=n // 2, x=test[: n // 2], generator=generator)

@@ -102,8 +102,9 @@ def forecast(
     n_pool = recipe.n_pool + recipe.n_chunks * recipe.chunk
     prior = 1.7 * point * recipe.prior_rounds * recipe.prior_samples
     # Chunks are made beside the training, on another core.
-    train = prior + recipe.n_pool * point + recipe.train_seconds
-    flow = 6.0 * chart + energy
+    flow = 12.0 * chart + energy
+    checks = flow * (1000 + 2 * min(4096, recipe.n_evaluate))  # against the prior, grid, audit
+    train = prior + recipe.n_pool * point + recipe.train_seconds + checks
     step = recipe.n_local_steps * energy + recipe.n_proposals * flow
     sample = recipe.n_evaluate * (flow + point) + recipe.n_samples * step
     if recipe.max_pool:
