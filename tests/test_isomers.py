@@ -85,7 +85,7 @@ def test_isomers_of_proline_are_named_as_in_iupac_and_counted_from_one(isomer, w
     # They are slow coordinates, and the reference's convergence looks at them.
     named = slow_coordinates(x[None], torsion_angles(x[None], found.torsions), found.torsions)
     assert {f"{f} {t.name}" for t in ring for f in ("cos", "sin")} <= set(named)
-    assert set(named) < set(features(x[None], np.zeros(1), found.torsions))
+    assert {n for n in named if "ring" in n} < set(features(x[None], np.zeros(1), found.torsions))
 
 
 def test_the_chairs_of_cyclohexane_are_one_state():

@@ -29,8 +29,9 @@ def features(
     x: NDArray[np.floating[Any]], energies: FloatArray, torsions: Sequence[Torsion]
 ) -> dict[str, FloatArray]:
     """Energy and :func:`~openmm_eqflow.analysis.observables.slow_coordinates` of ``(n, N, D)``."""
-    angles = torsion_angles(x, torsions)
-    return {"potential_energy": energies, **slow_coordinates(x, angles, torsions)}
+    named = slow_coordinates(x, torsion_angles(x, torsions), torsions)
+    size = named.pop("squared radius of gyration")
+    return {"potential_energy": energies, "squared_radius_of_gyration": size, **named}
 
 
 def round_trips(replica: NDArray[np.int64]) -> int:

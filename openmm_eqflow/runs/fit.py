@@ -29,7 +29,7 @@ from openmm_eqflow.files import PATH_COLUMNS, write_history
 from collections.abc import Callable
 from dataclasses import replace
 from torch import Tensor, nn
-from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.analysis.weights import relative_ess, relative_ess_with_error
 from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.training.schedule import SIMULATING, Schedule
@@ -364,7 +364,7 @@ def _train_flow(
 def keep_prior(
     flow: EquivariantFlow, target: BoltzmannTarget, n: int, *, seed: int
 ) -> tuple[EquivariantFlow, dict[str, float] | None]:
-    """Put the field to rest where the flow has a lower relative ESS than its prior.
+    """Put the field to rest where the flow has a lower relative ESS than its prior, beyond chance.
 
     Both are measured on the same ``n`` latents, of a stream that ``seed`` gives to this alone, the
     flow on a grid of at least 16 steps. A field at rest is zero, so that flow and
@@ -383,9 +383,11 @@ def keep_prior(
     with torch.no_grad():
         parts = [fine.transform(part) for part in z.to(flow.device).split(flow.chunk_size)]
         x, log_q = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    ours = relative_ess((-target.reduced_potential(x) - log_q).numpy())
-    prior = relative_ess(latent_log_weights(flow.prior, target, z).numpy())
-    if ours >= prior:
+    ours, error = relative_ess_with_error((-target.reduced_potential(x) - log_q).numpy())
+    prior, spread = relative_ess_with_error(latent_log_weights(flow.prior, target, z).numpy())
+    # The error of a flow that is one weight is not known, and none is needed.
+    noise = float(np.hypot(error if np.isfinite(error) else 0.0, spread))
+    if not prior - ours > 2.0 * noise:
         return flow, None
     module = copy.deepcopy(flow.module)
     with torch.no_grad():
@@ -399,7 +401,7 @@ def keep_prior(
         prior,
         n,
     )
-    return rest, {"flow": ours, "prior": prior, "n": float(n)}
+    return rest, {"flow": float(ours), "prior": float(prior), "n": float(n)}
 
 
 def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:
