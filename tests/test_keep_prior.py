@@ -117,9 +117,8 @@ def test_trend_of_a_training():
     two = [row | {"training": float(k)} for k, rows in parts for row in rows]
     assert training_trend(two) == "rising"
     # A memory shows in few rows already; more training is never the answer by default.
-    assert training_trend(
-        history([0.003] * 4, held=[64, 82, 117, 117], loss=[27, 21, 15, 14])
-    ) == ("falling")
+    few = history([0.003] * 4, held=[64, 82, 117, 117], loss=[27, 21, 15, 14])
+    assert training_trend(few) == "falling"
     assert training_trend([]) == training_trend(RISING[:5]) == "flat"
 
 

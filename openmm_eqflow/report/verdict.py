@@ -470,7 +470,8 @@ def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
         )
     if not parts:
         return ""
-    return ". ".join(part[0].upper() + part[1:] for part in parts) + ". Until then treat averages as provisional."
+    said = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return f"{said}. Until then treat averages as provisional."
 
 
 def _setting(run: RunData, key: str) -> str:

@@ -111,7 +111,7 @@ def forecast(
         n_pool = min(n_pool, recipe.max_pool)
     memory = (
         0.5  # libraries
-        + 0.02 * n  # chunks of 4,096 points with their graphs
+        + 0.02 * min(n, 28)  # chunks of points with their graphs
         + 10 * 8e-9 * 3 * n * recipe.prior_samples  # coordinates, forces, scores and their fit
         + 2e-9 * pool_bytes(n_pool, n)  # old and new pool while it grows
     )
