@@ -385,9 +385,9 @@ def keep_prior(
         x, log_q = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     ours, error = relative_ess_with_error((-target.reduced_potential(x) - log_q).numpy())
     prior, spread = relative_ess_with_error(latent_log_weights(flow.prior, target, z).numpy())
-    # The error of a flow that is one weight is not known, and none is needed.
-    noise = float(np.hypot(error if np.isfinite(error) else 0.0, spread))
-    if not prior - ours > 2.0 * noise:
+    # A flow without any weight has no error to go by.
+    lost = prior > 0.0 if ours == 0.0 else prior - ours > 2.0 * np.hypot(error, spread)
+    if not lost:
         return flow, None
     module = copy.deepcopy(flow.module)
     with torch.no_grad():
