@@ -376,11 +376,11 @@ def test_a_recipe_has_a_renewed_pool_and_resumes_bit_for_bit(molecule, tmp_path,
 
         with monkeypatch.context() as patch:
             patch.setattr(LiouvilleLoss, "__call__", counted)
-            flow, result = fitting.train_flow(
+            _, result = fitting.train_flow(
                 run.config.recipe, target, data, seed=0, folder=folder
             )
         assert result.n_steps == 25
-        return list(flow.module.state_dict().values())
+        return list(result.average.state_dict().values())
 
     whole = trained(tmp_path / "whole")
     path = {0.0, 1 / 3, 2 / 3, 1.0}

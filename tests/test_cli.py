@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[], openmm.System], str]] = {
     "constraints": (constrained, "1 constraints"),
     "periodic": (periodic, "NonbondedForce uses periodic boundary conditions"),
     "barostat": (barostat, "MonteCarloBarostat"),
-    "virtual": (virtual_site, "particle 3 is a virtual site"),
+    "virtual": (virtual_site, "atom 4 is a virtual site"),
     "drude": (drude, "DrudeForce"),
     "external": (external, "CustomExternalForce changes from"),
 }

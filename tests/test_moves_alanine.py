@@ -17,7 +17,7 @@ from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
-from openmm_eqflow.analysis.convergence import torsion_angles
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.analysis.weights import Estimate
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size

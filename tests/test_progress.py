@@ -47,6 +47,13 @@ def test_lines_do_not_wrap_and_text_is_no_markup(clock):
 
 def test_time_left_counts_what_this_attempt_did(clock):
     fresh = lines([(0, 0.0, "a"), (20, 0.05, "b"), (80, 0.25, "c")], clock)
-    assert ["-:-- left", "6:20 left", "5:00 left"] == [line[31:40].strip() for line in fresh]
+    assert ["-:-- left", "-:-- left", "5:00 left"] == [line[31:40].strip() for line in fresh]
     resumed = lines([(0, 0.0, "a"), (20, 0.5, "b"), (80, 0.75, "c")], clock)
     assert ["-:-- left", "-:-- left", "1:20 left"] == [line[31:40].strip() for line in resumed]
+
+
+def test_preparations_do_not_count_as_pace(clock):
+    """A prior that takes five minutes to fit, then ninety seconds of training."""
+    found = lines([(0, 0.0, "fit"), (300, 0.01, "a"), (18, 0.2, "b"), (36, 0.6, "c")], clock)
+    left = ["-:-- left", "-:-- left", "1:15 left", "0:36 left"]
+    assert [line[31:40].strip() for line in found] == left

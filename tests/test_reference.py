@@ -19,7 +19,8 @@ from interruptible import hear_interrupts
 from tiny_molecule import chain_molecule
 
 from openmm_eqflow.analysis.chains import mean_with_error
-from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
+from openmm_eqflow.analysis.convergence import round_trips
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, EnergyError
 from openmm_eqflow.runs.reference.calibration import choose_ladder, exchange_rate, make_plan
 from openmm_eqflow.runs.reference.data import load_reference, run_reference

@@ -36,7 +36,7 @@ def stand_in(n_frames: list[int]):
 @pytest.fixture
 def run(tmp_path):
     write_system(tmp_path / "hooh", recipe={"min_frames": 100, "reference_seconds": 10})
-    return open_run(tmp_path / "hooh", tmp_path / "run", budget="quick", device="cpu")
+    return open_run(tmp_path / "hooh", tmp_path / "run", budget="standard", device="cpu")
 
 
 def test_too_few_frames_after_the_last_extension_is_one_warning(run, monkeypatch, caplog):

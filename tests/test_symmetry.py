@@ -4,16 +4,24 @@ import itertools
 import math
 import warnings
 
+import networkx as nx
 import numpy as np
 import openmm
 import pytest
+import small_molecules
 import torch
 from energy_systems import empty_system, phe_system, reference
 from openmm import unit
 
 from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import load_system
-from openmm_eqflow.targets.symmetry import bond_graph, chirality_signs, find_symmetry
+from openmm_eqflow.targets.symmetry import (
+    bond_graph,
+    bond_symmetry,
+    chirality_signs,
+    find_symmetry,
+)
 
 EXPECTED = {
     "alanine-dipeptide": (6**3, 1),
@@ -107,7 +115,6 @@ def test_bonds_without_a_topology():
     without = find_symmetry(molecule.system)
     assert without.bonds == with_topology.bonds
     assert without.stereocentres == with_topology.stereocentres
-    assert len(without.rotatable_bonds) == 7
     assert len(without.prochiral_centres) == 3
     distances = without.bond_distances
     assert distances[0, 21] == 8  # H-C-C-N-C-C-N-C-H
@@ -120,8 +127,9 @@ def test_ring_side_chain():
     symmetry = find_symmetry(system, topology)
     atoms = list(topology.atoms())
     assert [atoms[s.centre].name for s in symmetry.stereocentres] == ["CA"]
-    names = {tuple(atoms[p].name for p in b) for b in symmetry.rotatable_bonds}
-    assert ("CB", "CG") in names
+    torsions = find_isomers(system, topology).torsions
+    names = {tuple(atoms[p].name for p in t.atoms[1:3]): t.fold for t in torsions}
+    assert names["CB", "CG"] == 2  # a phenyl turned by half is the same
     assert ("CG", "CD1") not in names
     assert [atoms[p].name for p in symmetry.prochiral_centres].count("CB") == 1
 
@@ -151,3 +159,86 @@ def test_the_search_ends_on_many_equal_molecules():
     system.addForce(bonds)
     with pytest.raises(UnsupportedSystemError, match=r"search for symmetries of 900 .* given up"):
         find_symmetry(system)
+
+
+def brute_force(topology, system, x, double=()):
+    """Number of sectors and order, by all permutations of like atoms that keep the bond graph.
+
+    Every relabelled embedding has a hand at each four-coordinate centre and a side at each end of
+    a double bond; proper rotations, methyl rotors and motions alike leave all of them alone.
+    """
+    graph = nx.Graph((a.index, b.index) for a, b in topology.bonds())
+    elements = {a.index: a.element.symbol for a in topology.atoms()}
+    nx.set_node_attributes(graph, elements, "element")
+    centres = [sorted(graph[c]) for c in graph if graph.degree[c] == 4]
+    quads = [
+        (a, b, c, d) for b, c in double for a in set(graph[b]) - {c} for d in set(graph[c]) - {b}
+    ]
+    same = nx.algorithms.isomorphism.categorical_node_match("element", "")
+    matcher = nx.algorithms.isomorphism.GraphMatcher(graph, graph, node_match=same)
+    seen, order = set(), 0
+    for image in matcher.isomorphisms_iter():
+        y = x[[image[k] for k in range(len(x))]]
+        hands = [np.linalg.det(y[c[:3]] - y[c[3]]) > 0 for c in centres]
+        sides = [np.dot(y[a] - y[b], y[d] - y[c]) > 0 for a, b, c, d in quads]
+        seen.add((*hands, *sides))
+        order += 1
+    return len(seen), order
+
+
+@pytest.mark.parametrize(
+    ("name", "n_sectors", "order"),
+    [
+        ("ISOBUTANE", 16, 1296),
+        ("ISOPROPANOL", 8, 72),
+        ("TERT_BUTANOL", 16, 1296),
+        ("BUTANE", 16, 288),
+        ("VALINE", 32, 2592),
+        ("LEUCINE", 64, 5184),
+        ("NEOPENTANE", 32, 31104),
+        ("CYCLOHEXANE", 64, 768),
+        ("ETHENE", 2, 8),
+        ("BUTENE", 4, 72),
+        ("ISOBUTENE", 8, 144),
+    ],
+)
+def test_sectors_by_brute_force(name, n_sectors, order):
+    topology, system = getattr(small_molecules, name)
+    x = small_molecules.embed(system)
+    double = {"ETHENE": [(0, 1)], "BUTENE": [(1, 2)], "ISOBUTENE": [(0, 1)]}.get(name, [])
+    assert brute_force(topology, system, x, double) == (n_sectors, order)
+    symmetry = find_symmetry(system, topology, x)
+    assert (symmetry.n_sectors, symmetry.order) == (n_sectors, order)
+    if not double:
+        assert n_sectors == 2 ** len(symmetry.prochiral_centres)
+    # Every generator of a sector leaves all hands alone, some other one of the group does not.
+    centres = [sorted(n) for n in bond_graph(system, topology).adj.values() if len(n) == 4]
+
+    def hands(y):
+        return [np.linalg.det(y[c[:3]] - y[c[3]]) > 0 for c in centres]
+
+    assert all(hands(x[list(g)]) == hands(x) for g in symmetry.sector_generators)
+    assert any(hands(x[list(g)]) != hands(x) for g in symmetry.generators) or not centres
+
+
+def test_a_meso_compound_has_twice_the_sectors_of_its_sibling():
+    topology, system = small_molecules.DIFLUOROBUTANE
+    found = set()
+    for seed in range(8):
+        x = small_molecules.embed(system, seed)
+        n = find_symmetry(system, topology, x).n_sectors
+        assert n == brute_force(topology, system, x)[0]
+        found.add(n)
+    assert found == {4, 8}
+
+
+def test_chemical_equivalence_survives_charges_fitted_one_by_one():
+    topology, system = small_molecules.ISOBUTANE
+    system = openmm.XmlSerializer.clone(system)
+    force = openmm.NonbondedForce()
+    for k in range(system.getNumParticles()):
+        force.addParticle(0.01 * k, 0.3, 0.1)
+    system.addForce(force)
+    x = small_molecules.embed(small_molecules.ISOBUTANE[1])
+    assert find_symmetry(system, topology, x).order == 1
+    assert bond_symmetry(system, topology, x).order == 1296

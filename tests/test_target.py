@@ -177,11 +177,11 @@ def test_refusals():
     virtual = spring_system()
     virtual.setParticleMass(2, 0)
     virtual.setVirtualSite(2, openmm.TwoParticleAverageSite(0, 1, 0.5, 0.5))
-    assert "particle 2 is a virtual site" in refuse(virtual)
+    assert "atom 3 is a virtual site" in refuse(virtual)
 
     frozen = spring_system()
     frozen.setParticleMass(1, 0)
-    assert "particle 1 has zero mass" in refuse(frozen)
+    assert "atom 2 has zero mass" in refuse(frozen)
 
 
 @pytest.mark.parametrize(

@@ -9,56 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
+from openmm_eqflow.analysis.observables import (
+    Torsion,
+    slow_coordinates,
+    torsion_angles,
+)
 
 __all__ = [
     "assess",
     "features",
     "round_trips",
-    "torsion_angles",
 ]
 
 FloatArray = NDArray[np.float64]
 _LEAST_FRAMES = 20
 
 
-def torsion_angles(x: FloatArray, torsions: Sequence[tuple[int, int, int, int]]) -> FloatArray:
-    """Dihedral angles in (-pi, pi], IUPAC sign, ``(n_frames, n_torsions)``.
-
-    ``x`` is ``(n_frames, n_particles, 3)``. The arctan2 form of Blondel and Karplus 1996
-    (J. Comput. Chem. 17, 1132) is used because it has no singularity at 0 and pi.
-    """
-    index = np.asarray(torsions, dtype=np.int64)
-    first = x[:, index[:, 1]] - x[:, index[:, 0]]
-    axis = x[:, index[:, 2]] - x[:, index[:, 1]]
-    last = x[:, index[:, 3]] - x[:, index[:, 2]]
-    normal_a, normal_b = np.cross(first, axis), np.cross(axis, last)
-    sine = np.linalg.norm(axis, axis=-1) * (first * normal_b).sum(axis=-1)
-    angles: FloatArray = np.arctan2(sine, (normal_a * normal_b).sum(axis=-1))
-    return angles
-
-
 def features(
-    x: NDArray[np.floating[Any]],
-    energies: FloatArray,
-    torsions: Sequence[tuple[int, int, int, int]],
+    x: NDArray[np.floating[Any]], energies: FloatArray, torsions: Sequence[Torsion]
 ) -> dict[str, FloatArray]:
-    """Observables that tell slow modes: energy, size and every torsion of a rotatable bond.
-
-    Invariant under exchange of identical particles, whose labels need not mix.
-    """
-    y = np.asarray(x, dtype=np.float64)
-    y = y - y.mean(axis=1, keepdims=True)
-    named = {
-        "potential_energy": energies,
-        "squared_radius_of_gyration": np.square(y).sum(axis=(1, 2)) / y.shape[1],
-    }
-    if torsions:
-        angles = torsion_angles(y, torsions)
-        for column, quad in enumerate(torsions):
-            label = "-".join(str(index) for index in quad)
-            named[f"cos_torsion_{label}"] = np.cos(angles[:, column])
-            named[f"sin_torsion_{label}"] = np.sin(angles[:, column])
-    return named
+    """Energy and :func:`~openmm_eqflow.analysis.observables.slow_coordinates` of ``(n, N, D)``."""
+    named = slow_coordinates(x, torsion_angles(x, torsions), torsions)
+    size = named.pop("squared radius of gyration")
+    return {"potential_energy": energies, "squared_radius_of_gyration": size, **named}
 
 
 def round_trips(replica: NDArray[np.int64]) -> int:
@@ -87,6 +60,7 @@ def round_trips(replica: NDArray[np.int64]) -> int:
 def assess(
     by_walker: Sequence[Mapping[str, FloatArray]],
     *,
+    one_state: Sequence[str] = (),
     replica: Sequence[NDArray[np.int64]],
     attempts: NDArray[np.int64],
     accepted: NDArray[np.int64],
@@ -98,6 +72,8 @@ def assess(
     ----------
     by_walker
         :func:`features` of each walker's frames.
+    one_state
+        Names of torsions and rings that the frames show in one state only.
     replica, attempts, accepted
         Ladder positions per walker and exchange counts summed over walkers.
 
@@ -106,8 +82,9 @@ def assess(
     dict
         JSON-able. ``walker_z`` is the difference of two walkers' means over its standard error,
         from each walker's own autocorrelation; ``effective_samples`` is the slowest observable's.
-        ``converged``: all ``|walker_z| < 4`` (the largest of some ten) and at least 100 effective
-        samples; both walkers could still miss the same state.
+        ``mixed``: all ``|walker_z| < 4`` (the largest of some ten) and at least 100 effective
+        samples. ``converged``: mixed, and ``one_state`` is empty; both walkers could still miss
+        the same state.
     """
     usable = all(len(series["potential_energy"]) >= _LEAST_FRAMES for series in by_walker)
     result: dict[str, Any] = {
@@ -117,6 +94,8 @@ def assess(
         "walker_z": {},
         "slowest": None,
         "effective_samples": 0.0,
+        "one_state": list(one_state),
+        "mixed": False,
         "converged": False,
     }
     if not usable:
@@ -140,7 +119,8 @@ def assess(
         slowest = min(moving, key=lambda name: moving[name])
         result["slowest"] = slowest
         result["effective_samples"] = moving[slowest]
-        result["converged"] = bool(
+        result["mixed"] = bool(
             moving[slowest] >= 100.0 and all(abs(z) < 4.0 for z in result["walker_z"].values())
         )
+        result["converged"] = result["mixed"] and not one_state
     return result

@@ -1,7 +1,7 @@
 r"""What to look at in a trajectory: named torsions, basins, pair distances, slow coordinates.
 
-Everything is a function of an ``mdtraj`` trajectory or of positions in nm; nothing depends on how
-the frames were made. Angles are in radians.
+Everything is a function of positions in nm; nothing depends on how the frames were made. Angles
+are in radians. ``targets/isomers.py`` finds the torsions of a molecule.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import mdtraj
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,9 +16,9 @@ __all__ = [
     "Ramachandran",
     "Torsion",
     "TwoStates",
-    "find_torsions",
     "pair_distances",
     "ramachandran_pairs",
+    "seen_once",
     "slow_coordinates",
     "squared_radius_of_gyration",
     "torsion_angles",
@@ -28,14 +26,35 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+#: A state with fewer frames, or a smaller share where its arc is found from frames, is none.
+_FEW_FRAMES, _RARE = 5, 0.002
 
 
 class Torsion(NamedTuple):
-    """A rotatable bond: its name, four atoms, and how many of its turns look alike (methyl: 3)."""
+    """A torsion that tells isomers or conformers apart.
+
+    Attributes
+    ----------
+    name
+        What a person reads.
+    atoms
+        Four particles.
+    fold
+        How many of its turns look alike (methyl: 3).
+    kind
+        ``single``, ``amide`` or ``double`` bond, or ``ring`` for a bond of a flexible ring.
+    ring
+        The ring it belongs to, -1 for none.
+    even
+        Whether angles of opposite sign are the same up to labels (the two chairs of cyclohexane).
+    """
 
     name: str
     atoms: tuple[int, int, int, int]
     fold: int = 1
+    kind: str = "single"
+    ring: int = -1
+    even: bool = False
 
 
 class Ramachandran(NamedTuple):
@@ -59,96 +78,6 @@ class TwoStates(NamedTuple):
         return inside
 
 
-def _backbone(topology: mdtraj.Topology) -> dict[tuple[int, int], tuple[str, tuple[int, ...]]]:
-    """Central bond -> (name, atoms) of phi, psi and omega."""
-    frame = mdtraj.Trajectory(np.zeros((1, topology.n_atoms, 3), dtype=np.float32), topology)
-    named: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
-    tables = [
-        ("φ", 1, mdtraj.geometry.dihedral.indices_phi(frame.topology)),
-        ("ψ", 1, mdtraj.geometry.dihedral.indices_psi(frame.topology)),
-        ("ω", 2, mdtraj.geometry.dihedral.indices_omega(frame.topology)),
-    ]
-    for letter, owner, table in tables:
-        several = len(table) > 1
-        for quad in np.asarray(table, dtype=np.int64).reshape(-1, 4):
-            residue = topology.atom(int(quad[owner])).residue
-            label = f"{letter} {residue.name.capitalize()}{residue.resSeq}" if several else letter
-            key = (int(min(quad[1:3])), int(max(quad[1:3])))
-            named[key] = (label, tuple(int(k) for k in quad))
-    return named
-
-
-def _symbol(topology: mdtraj.Topology, index: int) -> str:
-    element = topology.atom(index).element
-    return "?" if element is None else str(element.symbol)
-
-
-def _end_fold(topology: mdtraj.Topology, graph: nx.Graph, centre: int, across: int) -> int:
-    """3 for a methyl-like end, 2 for a planar end with two equal terminal atoms, else 1."""
-    ends = [k for k in graph[centre] if k != across]
-    elements = {_symbol(topology, k) for k in ends}
-    alike = len(elements) == 1 and all(graph.degree[k] == 1 for k in ends)
-    return len(ends) if alike and len(ends) in (2, 3) else 1
-
-
-def _is_amide(topology: mdtraj.Topology, graph: nx.Graph, b: int, c: int) -> bool:
-    """Whether one end is a carbonyl carbon and the other a nitrogen."""
-    for carbon, nitrogen in ((b, c), (c, b)):
-        if _symbol(topology, carbon) == "C" and _symbol(topology, nitrogen) == "N":
-            ends = [k for k in graph[carbon] if _symbol(topology, k) == "O"]
-            return any(graph.degree[k] == 1 for k in ends)
-    return False
-
-
-def find_torsions(topology: mdtraj.Topology) -> list[Torsion]:
-    """One torsion per rotatable bond, backbone torsions by their usual names, the softest first.
-
-    A bond is rotatable if it is in no ring and has further atoms on both ends. Ends with
-    interchangeable terminal atoms (methyls, carboxylates) give the torsion a ``fold``: labels of
-    such atoms mean nothing, so angles are taken modulo 360 degrees / fold.
-    """
-    graph: nx.Graph = nx.Graph()
-    graph.add_nodes_from(range(topology.n_atoms))
-    graph.add_edges_from((a.index, b.index) for a, b in topology.bonds)
-    if not graph.number_of_edges():
-        return []
-    backbone = _backbone(topology)
-    found = []
-    for pair in nx.bridges(graph):
-        b, c = sorted(pair)
-        if graph.degree[b] < 2 or graph.degree[c] < 2:
-            continue
-        folds = [_end_fold(topology, graph, b, c), _end_fold(topology, graph, c, b)]
-        if (b, c) in backbone:
-            name, quad = backbone[(b, c)]
-        else:
-            # Caps (ACE, NME) have no alpha carbon, so mdtraj does not call their amide bond omega.
-            amide = bool(backbone) and _is_amide(topology, graph, b, c)
-
-            # IUPAC's omega runs from alpha carbon to alpha carbon: not over the carbonyl oxygen,
-            # nor over proline's delta carbon, which would show a trans amide at 0 degrees.
-            def rank(k: int, amide: bool = amide) -> tuple[bool, bool, bool, int]:
-                symbol = _symbol(topology, k)
-                other = amide and topology.atom(k).name != "CA"
-                return (symbol == "H", amide and symbol != "C", other, k)
-
-            quad = (
-                min((k for k in graph[b] if k != c), key=rank),
-                b,
-                c,
-                min((k for k in graph[c] if k != b), key=rank),
-            )
-            name = "ω" if amide else f"{topology.atom(b).name}-{topology.atom(c).name}"
-        found.append(Torsion(name, (quad[0], quad[1], quad[2], quad[3]), max(folds)))
-    names = [torsion.name for torsion in found]
-    found = [
-        t if names.count(t.name) == 1 else t._replace(name=f"{t.name} ({t.atoms[1]}-{t.atoms[2]})")
-        for t in found
-    ]
-    order = {"φ": 0, "ψ": 1, "ω": 3}
-    return sorted(found, key=lambda torsion: (torsion.fold, order.get(torsion.name[0], 2)))
-
-
 def ramachandran_pairs(torsions: Sequence[Torsion]) -> list[Ramachandran]:
     """Pair the phi and psi that share a residue (phi's third atom is psi's second)."""
     pairs = []
@@ -159,20 +88,30 @@ def ramachandran_pairs(torsions: Sequence[Torsion]) -> list[Ramachandran]:
     return pairs
 
 
-def torsion_angles(trajectory: mdtraj.Trajectory, torsions: Sequence[Torsion]) -> FloatArray:
-    """Angles ``(n_frames, n_torsions)`` in radians, wrapped to [-pi, pi) / fold."""
-    if not torsions:
-        return np.zeros((trajectory.n_frames, 0))
-    raw = mdtraj.compute_dihedrals(
-        trajectory, np.array([t.atoms for t in torsions]), periodic=False
-    )
-    fold = np.array([t.fold for t in torsions])
-    angles: FloatArray = (np.mod(raw * fold + np.pi, 2 * np.pi) - np.pi) / fold
-    return angles.astype(np.float64)
+def torsion_angles(
+    x: NDArray[np.floating[Any]], torsions: Sequence[Torsion | tuple[int, int, int, int]]
+) -> FloatArray:
+    """Dihedral angles of ``(n_frames, n_particles, 3)``, IUPAC sign, ``(n_frames, n_torsions)``.
+
+    Radians. Four atoms alone: in (-pi, pi]. A :class:`Torsion`: wrapped to [-pi, pi) / fold, and
+    without its sign where ``even``. The arctan2 form of Blondel and Karplus 1996 (J. Comput. Chem.
+    17, 1132) is used because it has no singularity at 0 and pi.
+    """
+    angles = np.zeros((len(x), len(torsions)))
+    for column, torsion in enumerate(torsions):
+        t = torsion if isinstance(torsion, Torsion) else Torsion("", torsion)
+        a, b, c, d = (x[:, k].astype(np.float64) for k in t.atoms)
+        normal_a, normal_b = np.cross(b - a, c - b), np.cross(c - b, d - c)
+        sine = np.linalg.norm(c - b, axis=-1) * ((b - a) * normal_b).sum(axis=-1)
+        angle = np.arctan2(sine, (normal_a * normal_b).sum(axis=-1))
+        if t.fold > 1:
+            angle = (np.mod(angle * t.fold + np.pi, 2 * np.pi) - np.pi) / t.fold
+        angles[:, column] = np.abs(angle) if t.even else angle
+    return angles
 
 
 def two_states(
-    angle: FloatArray, weights: FloatArray | None = None, *, least: float = 0.002
+    angle: FloatArray, weights: FloatArray | None = None, *, least: float = _RARE
 ) -> TwoStates | None:
     """Cut a circle at the two barriers that separate its two best-separated states.
 
@@ -220,6 +159,40 @@ def two_states(
     return None if best is None else best[1]
 
 
+def seen_once(torsions: Sequence[Torsion], angles: FloatArray) -> list[list[Torsion]]:
+    """Torsions, and rings (all their torsions), that frames show in one state only.
+
+    Parameters
+    ----------
+    torsions
+        Those whose turns all look alike (``fold`` above 1), and rings whose states differ in
+        labels only (``even``), have no other state to show.
+    angles
+        ``(n, n_torsions)`` as of :func:`torsion_angles`, of all frames that count.
+
+    Returns
+    -------
+    list
+        Amides and double bonds have the states cis and trans, phi of a peptide its two signs; what
+        else the states of a torsion are, only frames can tell: two peaks with a barrier between.
+    """
+    found: dict[tuple[int, int], list[Torsion]] = {}
+    several: set[tuple[int, int]] = set()
+    for column, torsion in enumerate(torsions):
+        key = (torsion.ring, -1 if torsion.ring >= 0 else column)
+        found.setdefault(key, []).append(torsion)
+        angle = angles[:, column]
+        if torsion.fold > 1 or torsion.even:
+            several.add(key)
+        elif torsion.kind in ("amide", "double") or torsion.name.startswith("φ"):
+            side = np.sin(angle) if torsion.name.startswith("φ") else np.cos(angle)
+            if min((side > 0.0).sum(), (side <= 0.0).sum()) >= _FEW_FRAMES:
+                several.add(key)
+        elif two_states(angle, least=max(_RARE, _FEW_FRAMES / max(1, len(angle)))) is not None:
+            several.add(key)
+    return [members for key, members in found.items() if key not in several]
+
+
 def pair_distances(x: NDArray[np.floating[Any]]) -> FloatArray:
     """Distances of all pairs, ``(n_frames, N (N - 1) / 2)`` in nm, of ``(n_frames, N, D)``."""
     i, j = np.triu_indices(x.shape[1], k=1)
@@ -250,6 +223,6 @@ def slow_coordinates(
     named = {"squared radius of gyration": squared_radius_of_gyration(x)}
     for column, torsion in enumerate(torsions):
         times = "" if torsion.fold == 1 else f"{torsion.fold} "
-        for word, function in (("cos", np.cos), ("sin", np.sin)):
+        for word, function in (("cos", np.cos), ("sin", np.sin))[: 1 if torsion.even else 2]:
             named[f"{word} {times}{torsion.name}"] = function(torsion.fold * angles[:, column])
     return named

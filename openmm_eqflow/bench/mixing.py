@@ -45,7 +45,8 @@ from openmmtools.states import SamplerState, ThermodynamicState
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess
-from openmm_eqflow.analysis.convergence import features, torsion_angles
+from openmm_eqflow.analysis.convergence import features
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import write_json
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size

@@ -192,12 +192,13 @@ def init(
     more_forcefields: tuple[str, ...],
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
+    from openmm_eqflow.runs.forecast import describe_system
     from openmm_eqflow.targets.library import check_temperature
     from openmm_eqflow.targets.own_system import init_system
     from openmm_eqflow.units import temperature_quantity
 
     check_temperature(temperature, "temperature")
-    init_system(
+    made = init_system(
         folder,
         pdb=pdb,
         forcefield=[*forcefield, *more_forcefields] or None,
@@ -205,6 +206,11 @@ def init(
         temperature=temperature_quantity(temperature),
         add_hydrogens=add_hydrogens,
     )
+    lines, cautions = describe_system(made)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for caution in cautions:
+        errors.print(f"warning: {caution}", highlight=False, soft_wrap=True, markup=False)
     text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {quote(str(folder))}"
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 

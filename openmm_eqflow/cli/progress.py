@@ -15,8 +15,6 @@ __all__ = [
 ]
 
 _LINE_SECONDS = 15.0
-# A first report above this fraction means that earlier attempts did that much.
-_RESUMED = 0.1
 
 
 def _clock(seconds: float) -> str:
@@ -34,8 +32,9 @@ def stage_progress(
     def remaining(fraction: float) -> str:
         now = time.monotonic()
         if fraction > 0 and not first:
-            # A stage that is resumed starts far from nothing: what was done before took no time.
-            first.append((now, fraction) if fraction > _RESUMED else (started, 0.0))
+            # What came before the first fraction went at another pace: earlier attempts, or
+            # preparations (a prior to fit) that count as nothing done.
+            first.append((now, fraction))
         if not first or fraction - first[0][1] <= 0.02:
             return "-:--"
         since, before = first[0]

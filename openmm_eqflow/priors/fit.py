@@ -255,7 +255,9 @@ def stiff_score(
 ) -> Tensor:
     r"""Gradient of :math:`-u + \log|dx/d(s,\tau)|` with respect to s at fixed tau (chunked)."""
     scores = []
-    for sc, tc, gc, xc in zip(*(v.split(4096) for v in (s, tau, gradient, x)), strict=True):
+    # Less at once of a molecule above 28 atoms: the graph is what takes memory.
+    size = max(1, min(4096, 4096 * 78 // (s.shape[1] + tau.shape[1])))
+    for sc, tc, gc, xc in zip(*(v.split(size) for v in (s, tau, gradient, x)), strict=True):
         point = sc.detach().requires_grad_(True)
         y, log_volume, _ = prior.place(point, tc)
         # Forces come in the frame of the simulation, the chart in its own: rotate.

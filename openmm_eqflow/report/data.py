@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.observables import (
     Torsion,
-    find_torsions,
+    seen_once,
     slow_coordinates,
     squared_radius_of_gyration,
     torsion_angles,
@@ -26,8 +26,10 @@ from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.reference.plan import SamplingPlan
 from openmm_eqflow.runs.reference.tempering import chunk_paths
+from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.symmetry import Symmetry, find_symmetry
+from openmm_eqflow.units import positions_in_nm
 
 __all__ = [
     "Ensemble",
@@ -76,7 +78,7 @@ class Ensemble:
     @cached_property
     def angles(self) -> FloatArray:
         """Torsions ``(n, n_torsions)``, radians."""
-        return torsion_angles(self.trajectory, self.torsions)
+        return torsion_angles(self.x, self.torsions)
 
     @cached_property
     def weights(self) -> FloatArray:
@@ -128,6 +130,7 @@ class RunData:
     run: RunDirectory
     system: MolecularSystem
     symmetry: Symmetry
+    isomers: Isomers
     metrics: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     versions: dict[str, str]
@@ -150,10 +153,28 @@ class RunData:
         return self.system.kind
 
     @cached_property
+    def one_state(self) -> list[str]:
+        """Torsions and rings that no ensemble shows in a second state."""
+        seen = [e.angles[e.weights > 0.0] for e in self.ensembles]
+        found = seen_once(self.isomers.torsions, np.concatenate(seen))
+        return [self.isomers.label(members) for members in found]
+
+    @cached_property
     def audit(self) -> dict[str, Any] | None:
         """Audit of log q, stored with the flow."""
         report = self.flow_record.get("audit") or self.stages.get("train", {}).get("audit")
         return dict(report) if report else None
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """Rows of the training."""
+        return list(self.stages.get("train", {}).get("history") or [])
+
+    @property
+    def prior_kept(self) -> dict[str, float] | None:
+        """Relative ESS of flow and prior, where the flow lost and the prior is used alone."""
+        kept = self.stages.get("train", {}).get("prior_kept")
+        return dict(kept) if kept else None
 
     @cached_property
     def streaks(self) -> NDArray[np.int64]:
@@ -208,7 +229,12 @@ def load_run(path: Path) -> RunData:
     run = RunDirectory.open(path)
     system = run.load_system()
     topology = mdtraj.Topology.from_openmm(system.topology)
-    torsions = tuple(find_torsions(topology)) if system.kind == "molecule" else ()
+    start = positions_in_nm(system.positions)[:, : system.n_dims]
+    symmetry = find_symmetry(system.system, system.topology, start)
+    isomers = Isomers((), (), ())
+    if system.kind == "molecule":
+        isomers = find_isomers(system.system, system.topology, start)
+    torsions = isomers.torsions
     samples, flow = _npz(path / "samples.npz"), _npz(path / "flow_samples.npz")
     x, proposals = _chain_positions(path, system.n_dims)
     if len(x) != len(samples["u"]):
@@ -241,7 +267,8 @@ def load_run(path: Path) -> RunData:
         path=path,
         run=run,
         system=system,
-        symmetry=find_symmetry(system.system, system.topology),
+        symmetry=symmetry,
+        isomers=isomers,
         metrics=_json(path / "metrics.json"),
         stages={
             file.stem: _json(file) for file in sorted((path / "stages").glob("*.json"))

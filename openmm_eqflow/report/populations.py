@@ -127,19 +127,33 @@ class States:
 
 
 def define_states(run: RunData) -> States:
-    """Cut at the barriers of all ensembles together; phi of a peptide always at 0."""
-    arcs = {}
+    """Cut at the barriers of all ensembles together; phi of a peptide always at 0.
+
+    States that differ in labels only (turns of a methyl or a phenyl, the chairs of cyclohexane)
+    are one. Of a ring the torsion whose smaller state is largest is taken.
+    """
+    arcs: dict[str, TwoStates] = {}
+    rings: dict[int, tuple[float, str]] = {}
+    weights = np.concatenate([e.weights / len(run.ensembles) for e in run.ensembles])
     for column, torsion in enumerate(run.chain.torsions):
-        if torsion.fold > 1:
+        if torsion.even:
             continue
         if torsion.name.startswith("φ"):
             arcs[torsion.name] = TwoStates(0.0, np.pi)
             continue
-        pooled = [e.angles[:, column] for e in run.ensembles]
-        weights = [e.weights / len(run.ensembles) for e in run.ensembles]
-        found = two_states(np.concatenate(pooled), np.concatenate(weights))
-        if found is not None:
-            arcs[torsion.name] = found
+        # Folded torsions on a full circle: what is left of their states is real.
+        pooled = torsion.fold * np.concatenate([e.angles[:, column] for e in run.ensembles])
+        found = two_states(pooled, weights)
+        if found is None:
+            continue
+        if torsion.ring >= 0:
+            share = float(weights[found.contains(pooled)].sum())
+            best, name = rings.get(torsion.ring, (-1.0, ""))
+            if share <= best:
+                continue
+            arcs.pop(name, None)
+            rings[torsion.ring] = share, torsion.name
+        arcs[torsion.name] = found
     close = None
     if run.kind == "cluster":
         x = run.ensembles[0].x
@@ -201,12 +215,15 @@ def _molecule(run: RunData, states: States, versus: str) -> list[Quantity]:
             label = f"{torsion.name} > 0"
             text = f"share with {torsion.name} between 0° and 180°"
         else:
-            low, high = np.degrees(arc.start), np.degrees(arc.stop)
+            low, high = (np.degrees(end) / torsion.fold for end in (arc.start, arc.stop))
             label = f"{torsion.name}, minor state"
             text = f"share with {torsion.name} from {low:.0f}° up to {high:.0f}°" + (
-                "" if low < high else " through 180°"
+                "" if low < high else f" through {180 / torsion.fold:.0f}°"
             )
-        estimates = {e.label: _share(e, arc.contains(e.angles[:, column])) for e in run.ensembles}
+        estimates = {
+            e.label: _share(e, arc.contains(torsion.fold * e.angles[:, column]))
+            for e in run.ensembles
+        }
         rows.append(Quantity(label, text, "", True, estimates, None, versus))
     return rows
 

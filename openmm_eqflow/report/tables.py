@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.analysis.weights import kish_ess
 from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
 from openmm_eqflow.report.verdict import Verdict, pm
+from openmm_eqflow.units import positions_in_nm
 
 __all__ = [
     "audit_rows",
@@ -167,12 +169,13 @@ def sector(run: RunData) -> list[str]:
     else:
         lines.append("No stereocentre: nothing is restricted.")
     internal = run.flow_record.get("prior", {}).get("kind") == "InternalCoordinatePrior"
-    n = len(symmetry.prochiral_centres)
+    n = symmetry.n_sectors * _amide_labels(run)
     if internal:
         extra = (
-            f" {n} prochiral centre(s) keep the order of their interchangeable neighbours; log Z "
-            f"of all labellings is larger by {n} log 2 = {n * np.log(2):.3f}."
-            if n
+            f" Labels of like atoms that dynamics cannot exchange make {_big(n)} of them (group "
+            f"order over the relabellings within one); log Z of all is larger by log {_big(n)} = "
+            f"{math.log(n):.3f}."
+            if n > 1
             else ""
         )
         lines.append("The internal-coordinate chart covers one labelling sector." + extra)
@@ -189,7 +192,21 @@ def sector(run: RunData) -> list[str]:
         else "log Z is the log of the integral of exp(-u) over the mean-free subspace, in nm to "
         f"the power {(run.system.n_particles - 1) * run.system.n_dims}."
     )
+    if run.kind == "molecule":
+        lines += run.isomers.lines(run.system.topology, positions_in_nm(run.system.positions))
+        if run.one_state:
+            lines.append(f"Seen in one state only: {', '.join(run.one_state)}.")
     return lines
+
+
+def _amide_labels(run: RunData) -> int:
+    """Labellings of amides whose two groups on nitrogen are alike and were never exchanged."""
+    n = 1
+    for torsion in run.isomers.torsions:
+        if torsion.kind == "amide" and torsion.fold % 2 == 0:
+            side = np.cos(torsion_angles(run.chain.x, [torsion.atoms])) > 0.0
+            n *= 2 if side.all() or not side.any() else 1
+    return n
 
 
 def provenance(run: RunData) -> list[tuple[str, str]]:

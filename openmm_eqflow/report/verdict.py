@@ -28,12 +28,16 @@ __all__ = [
     "audit_check",
     "chain_checks",
     "flow_checks",
+    "isomer_check",
     "judge",
     "pm",
+    "training_trend",
     "worst",
 ]
 
 Grade = Literal["good", "fair", "poor"]
+_POOR_START = 0.01  # relative ESS of a prior
+_ISOMERS = "torsions and rings seen in one state only"
 ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
 
 
@@ -119,14 +123,7 @@ def flow_checks(run: RunData) -> list[Check]:
             "flow",
             "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
         ),
-        Check(
-            "flow against its prior",
-            f"{ess:.3f} against {prior:.3f}",
-            "good" if ess >= prior else "fair",
-            "relative ESS of the prior alone on as many samples; training should beat it",
-            "flow",
-            f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})",
-        ),
+        _prior_check(run, ess, prior),
     ]
     if n:
         checks.append(
@@ -140,6 +137,23 @@ def flow_checks(run: RunData) -> list[Check]:
             )
         )
     return checks
+
+
+def _prior_check(run: RunData, ess: float, prior: float) -> Check:
+    if kept := run.prior_kept:
+        ess, prior = kept["flow"], kept["prior"]
+        reason = f"training made the flow worse than its prior ({ess:.2g} against {prior:.2g})"
+        reason += ", which is used alone"
+    else:
+        reason = f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})"
+    return Check(
+        "flow against its prior",
+        f"{ess:.3f} against {prior:.3f}" + ("; prior kept" if kept else ""),
+        "good" if ess >= prior and not kept else "fair",
+        "relative ESS of the prior alone on as many samples; training should beat it",
+        "flow",
+        reason,
+    )
 
 
 def chain_checks(
@@ -270,7 +284,8 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
             )
         )
     reference = run.stages.get("reference", {}).get("convergence")
-    if run.reference is not None and reference and not reference.get("converged", True):
+    mixed = not reference or reference.get("mixed", reference.get("converged", True))
+    if run.reference is not None and reference and not mixed:
         checks.append(
             Check(
                 "reference data",
@@ -294,6 +309,26 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
             )
         )
     return checks
+
+
+def isomer_check(run: RunData) -> Check:
+    """Judge whether every torsion and ring was seen in more than one state."""
+    once = run.one_state
+    return Check(
+        _ISOMERS,
+        ", ".join(once) or "none",
+        "fair" if once else "good",
+        "what neither reference, flow nor chains visited is missing from every number here, and "
+        "no other check can tell",
+        "sampling",
+        f"{_several(once)} {'was' if len(once) == 1 else 'were'} seen in one state only"
+        if once
+        else "every torsion and ring was seen in more than one state",
+    )
+
+
+def _several(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def pm(value: Any, error: Any) -> str:
@@ -320,12 +355,19 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """One or two words."""
-        return {"good": "Converged", "fair": "Doubtful", "poor": "Not converged"}[self.sampling]
+        """One or two words; Confined: all else is converged, but states may be missing."""
+        return _word(self.sampling, self.flow, self.checks)
 
     def to_json(self) -> dict[str, Any]:
         """For metrics.json."""
         return {**asdict(self), "word": self.word}
+
+
+def _word(sampling: Grade, flow: Grade, checks: list[Check]) -> str:
+    doubts = [c.name for c in checks if c.about == "sampling" and c.grade != "good"]
+    if doubts == [_ISOMERS] and flow != "poor":
+        return "Confined"
+    return {"good": "Converged", "fair": "Doubtful", "poor": "Not converged"}[sampling]
 
 
 def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
@@ -337,6 +379,7 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
         *flow_checks(run),
         *chain_checks(run, sizes, slowest),
         *agreement_checks(run, quantities),
+        *([isomer_check(run)] if run.kind == "molecule" else []),
     ]
     sampling = worst([c.grade for c in checks if c.about == "sampling"])
     flow = worst([c.grade for c in checks if c.about == "flow"])
@@ -346,8 +389,8 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
     return Verdict(
         sampling,
         flow,
-        _sentence(run, checks, sampling, quantities, slowest, sizes),
-        _advice(run, sampling, flow),
+        _sentence(run, checks, _word(sampling, flow, checks), quantities, slowest, sizes),
+        _advice(run, checks, flow),
         checks,
         slowest,
         sizes[slowest] if slowest is not None else None,
@@ -357,14 +400,14 @@ def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
 def _sentence(
     run: RunData,
     checks: list[Check],
-    sampling: Grade,
+    word: str,
     quantities: list[Quantity],
     slowest: str | None,
     sizes: dict[str, float],
 ) -> str:
-    if sampling != "good":
-        start = "Not converged" if sampling == "poor" else "Doubtful"
-        return f"{start}: " + "; ".join(_reasons(checks, sampling)) + "."
+    if word not in ("Converged", "Confined"):
+        grade: Grade = "poor" if word == "Not converged" else "fair"
+        return f"{word}: " + "; ".join(_reasons(checks, grade)) + "."
     named = {c.name: c.reason for c in checks}
     parts = [
         f"{len(run.accepted)} chains agree ({sizes[slowest]:,.0f} effective samples of the "
@@ -386,9 +429,10 @@ def _sentence(
             f"{pm(theirs.value, theirs.error)} in the {row.versus}"
         )
     parts.append(named["audit of log q"])
-    warnings = [c.reason for c in checks if c.grade == "fair"]
+    warnings = [c.reason for c in checks if c.grade == "fair" and c.name != _ISOMERS]
     warning = f" Warning: {'; '.join(warnings[:2])}." if warnings else ""
-    return "Converged: " + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
+    start = f"{word}: " + (f"{named[_ISOMERS]}; otherwise " if word == "Confined" else "")
+    return start + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
 
 
 def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
@@ -401,24 +445,105 @@ def _reasons(checks: list[Check], sampling: Grade) -> list[str]:
     return reasons[:4] + ([f"the flow is poor ({', '.join(flow[:2])})"] if flow else [])
 
 
-def _advice(run: RunData, sampling: Grade, flow: Grade) -> str:
-    budget = run.run.config.budget
-    longer = {"quick": "standard", "standard": "thorough"}.get(budget)
-    more = (
-        f"--budget {longer} trains longer and samples more"
-        if longer
-        else "raise n_levels in system.yaml (settings: thorough: stochastic) for a better flow, "
-        "n_samples for longer chains"
-        if run.run.config.recipe.stochastic is not None
-        else "raise train_seconds in system.yaml (settings: thorough)"
-    )
-    if sampling == "good" and flow == "good":
+def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
+    """Say what to do about each cause that the checks point to; nothing if there is none."""
+    wrong = {c.name for c in checks if c.grade != "good"}
+    parts = []
+    if _ISOMERS in wrong:
+        parts.append(
+            f"Run again from structures that differ in {_several(run.one_state)}, and compare: "
+            "more of the same does not sample other isomers"
+        )
+    if "reference data" in wrong:
+        parts.append(f"The reference is short: {_setting(run, 'reference_seconds')}")
+    if flow != "good" or run.prior_kept:
+        parts.append(_flow_advice(run))
+    if "audit of log q" in wrong:
+        parts.append(f"Integrate the flow more finely: {_setting(run, 'grid_tolerance')}")
+    chains = {"effective samples of the slowest coordinate", "agreement between chains"}
+    if flow == "good" and wrong & chains:
+        parts.append(f"The flow is good, the chains are short: {_setting(run, 'n_samples')}")
+    if any(": chain against" in name or "exact value" in name for name in wrong):
+        parts.append(
+            "Two answers differ, so one of them misses a state: compare with a run of another "
+            "--seed before trusting either"
+        )
+    if not parts:
         return ""
-    if sampling == "good":
-        return f"The flow is only {flow}; {more}."
-    start = (
-        f"This was a {budget} run"
-        if run.reference is not None
-        else "This run used a flow that ships"
+    said = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return f"{said}. Until then treat averages as provisional."
+
+
+def _setting(run: RunData, key: str) -> str:
+    """Say where an entry of the recipe is changed."""
+    config = run.run.config
+    return (
+        f"change {key} (now {getattr(config.recipe, key):g}) in system.yaml (settings: "
+        f"{config.budget})"
     )
-    return f"{start}: {more}. Until then treat averages as provisional."
+
+
+def _flow_advice(run: RunData) -> str:
+    """Say what would make the flow better, by how its training went."""
+    recipe, budget = run.run.config.recipe, run.run.config.budget
+    if run.reference is None:
+        return "This run used a flow that ships: train one of your own with openmm-eqflow run"
+    if recipe.stochastic is not None:
+        return (
+            f"Raise n_levels in system.yaml (settings: {budget}: stochastic): weights spread less "
+            "the shorter a step of the path is"
+        )
+    kept = "The prior alone is in use: " if run.prior_kept else ""
+    trend = training_trend(run.history)
+    if trend == "rising":
+        longer = {"quick": "standard", "standard": "thorough"}.get(budget)
+        how = f"--budget {longer}" if longer else _setting(run, "train_seconds")
+        return f"{kept}training was still gaining when its time was over: more training, {how}"
+    n_frames = run.stages.get("reference", {}).get("n_frames", 0)
+    if trend == "falling":
+        less = "take contacts out of" if "contacts" in (recipe.field or {}) else "set a smaller"
+        return (
+            f"{kept}training got worse while it went on, so the field is too flexible for "
+            f"{n_frames:,} frames: more reference data ({_setting(run, 'reference_seconds')}), "
+            f"{less} field, or end in time with patience; more training makes it worse"
+        )
+    prior = run.prior_kept["prior"] if run.prior_kept else run.metrics["prior_relative_ess"]
+    if prior < _POOR_START:
+        return (
+            f"{kept}training no longer gains and starts from a poor prior (relative ESS "
+            f"{prior:.2g}): a better start, that is more reference data "
+            f"({_setting(run, 'reference_seconds')}); more training does not help"
+        )
+    if recipe.prior == "internal" and "contacts" not in (recipe.field or {}):
+        return (
+            f"{kept}training no longer gains: a more flexible field (settings: {budget}: field: "
+            "{contacts: 64}), not more training"
+        )
+    return f"{kept}training no longer gains: more samples, {_setting(run, 'n_samples')}"
+
+
+def training_trend(history: list[dict[str, float]]) -> Literal["rising", "flat", "falling"]:
+    """Whether a training was still gaining, had settled, or got worse again.
+
+    By the monitored ESS of the last training, last third against the one before; worse again also
+    if the validation loss has left its minimum while the training loss went on falling. Too few
+    rows to tell count as settled.
+    """
+    last = max((row.get("training", 0.0) for row in history), default=0.0)
+    rows = [
+        row for row in history if row.get("training", 0.0) == last and "relative_ess" in row
+    ]
+    if len(rows) < 3:
+        return "flat"
+    third = len(rows) // 3
+    ess = np.array([row["relative_ess"] for row in rows])
+    before, after = float(ess[-2 * third : -third].mean()), float(ess[-third:].mean())
+    loss = np.array([row.get("loss", math.nan) for row in rows])
+    held = np.array([row.get("validation_loss", math.nan) for row in rows])
+    if np.isfinite(held).all() and held.min() > 0.0:
+        best = int(held.argmin())
+        if held[-third:].mean() > 1.1 * held[best] and loss[-third:].mean() < loss[best]:
+            return "falling"
+    if after < 0.8 * before and len(rows) >= 6:
+        return "falling"
+    return "rising" if after > 1.1 * before and len(rows) >= 6 else "flat"

@@ -128,7 +128,7 @@ class RunDirectory:
                 f"{path} exists and is no run directory (no config.yaml); choose another --out"
             )
         chosen = budget or "standard"
-        recipe = make_recipe(system.kind, chosen, system.settings)  # type: ignore[arg-type]
+        recipe = make_recipe(system.kind, chosen, system.settings, system.n_particles)  # type: ignore[arg-type]
         if recipe.prior == "internal":  # refused now, not after the reference data are made
             bonds = [(bond[0].index, bond[1].index) for bond in system.topology.bonds()]
             masses = [float(m) for m in masses_in_dalton(system.system)]

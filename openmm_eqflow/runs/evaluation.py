@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
@@ -23,12 +24,14 @@ from openmm_eqflow.analysis.chains import weighted_mean_with_error
 from openmm_eqflow.parallel import in_rounds, is_main
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.parallel import available_threads
+from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
     "FlowSamples",
     "draw_weighted",
     "evaluate_flow",
+    "latent_log_weights",
     "prior_log_weights",
 ]
 
@@ -132,16 +135,18 @@ def prior_log_weights(
         flow.prior.sample_latent(min(4096, n - start), generator=generator)
         for start in range(0, n, 4096)
     ]
+    weigh = partial(latent_log_weights, flow.prior, target)
+    return torch.cat([part["log_w"] for part in in_rounds(lambda y: {"log_w": weigh(y)}, latents)])
 
-    def work(y: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            x, log_volume = flow.prior.to_cartesian(y)
-            log_q = flow.prior.latent_log_prob(y) - log_volume
-        # A point outside the chart has log_volume nan.
-        log_w = -target.reduced_potential(x) - log_q
-        return {"log_w": torch.where(torch.isnan(log_w), -torch.inf, log_w)}
 
-    return torch.cat([part["log_w"] for part in in_rounds(work, latents)])
+def latent_log_weights(prior: Prior, target: BoltzmannTarget, y: Tensor) -> Tensor:
+    """Log weights (n,) of latents of a prior alone, -inf outside its chart."""
+    with torch.no_grad():
+        x, log_volume = prior.to_cartesian(y)
+        log_q = prior.latent_log_prob(y) - log_volume
+    # A point outside the chart has log_volume nan.
+    log_w = -target.reduced_potential(x) - log_q
+    return torch.where(torch.isnan(log_w), -torch.inf, log_w)
 
 
 def evaluate_flow(

@@ -7,6 +7,8 @@ From reference frames to a flow: which prior, field and objective a recipe means
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ from openmm_eqflow.files import PATH_COLUMNS, write_history
 from collections.abc import Callable
 from dataclasses import replace
 from torch import Tensor, nn
-from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.analysis.weights import relative_ess, relative_ess_with_error
 from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.path import Path as FlowPath
@@ -40,6 +42,7 @@ from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.fit import refine_internal_prior
 from openmm_eqflow.training.recipes import Recipe
+from openmm_eqflow.runs.evaluation import latent_log_weights
 from openmm_eqflow.runs.reference.data import ReferenceData
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
 from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
@@ -49,6 +52,7 @@ __all__ = [
     "build_field",
     "fit_prior",
     "hot_frames",
+    "keep_prior",
     "split_frames",
     "train_flow",
     "train_stochastic_flow",
@@ -155,7 +159,9 @@ def _check(target: BoltzmannTarget, path: SoftCorePath, x: Tensor) -> None:
         )
 
 Progress = Callable[[float, str], None]
+logger = logging.getLogger(__name__)
 _MONITOR = 1000
+_KEEP_STREAM = (0x6B656570,)  # names the child of a seed that compares flow and prior
 _CHECKPOINTS = ("checkpoint", "finetune")
 
 
@@ -349,9 +355,58 @@ def _train_flow(
     if not is_main():
         return flow, result  # rank 0 calibrates, audits and saves
     report(1.0, "calibrating the time grid and auditing log q")
-    flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
+    # Before the calibration, which takes forever on a field that went astray.
+    size = min(4096, recipe.n_evaluate)
+    if len(prior.event_shape) == 2:
+        size = _affordable(512, prior, 128)
+    flow, result.prior_kept = keep_prior(flow, target, size, seed=seed)
+    if result.prior_kept is None:
+        flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
     audit(flow, n=n // 2, x=test[: n // 2], generator=generator)
     return flow, result
+
+
+def keep_prior(
+    flow: EquivariantFlow, target: BoltzmannTarget, n: int, *, seed: int
+) -> tuple[EquivariantFlow, dict[str, float] | None]:
+    """Put the field to rest where the flow has a lower relative ESS than its prior, beyond chance.
+
+    Both are measured on the same ``n`` latents, of a stream that ``seed`` gives to this alone, the
+    flow on a grid of at least 16 steps. A field at rest is zero, so that flow and
+    prior are one density.
+
+    Returns
+    -------
+    EquivariantFlow, dict or None
+        The flow, or a new one at rest and the figures that decided (``flow``, ``prior``, ``n``).
+    """
+    entropy = np.random.SeedSequence(seed, spawn_key=_KEEP_STREAM)
+    stream = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    z = flow.prior.sample_latent(n, generator=stream)
+    steps = max(flow.n_ode_steps, 16)
+    fine = EquivariantFlow(flow.prior, flow.module, grid=tuple(k / steps for k in range(steps + 1)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        parts = [fine.transform(part) for part in z.to(flow.device).split(flow.chunk_size)]
+        x, log_q = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    ours, error = relative_ess_with_error((-target.reduced_potential(x) - log_q).numpy())
+    prior, spread = relative_ess_with_error(latent_log_weights(flow.prior, target, z).numpy())
+    # A flow without any weight has no error to go by.
+    lost = prior > 0.0 if ours == 0.0 else prior - ours > 2.0 * np.hypot(error, spread)
+    if not lost:
+        return flow, None
+    module = copy.deepcopy(flow.module)
+    with torch.no_grad():
+        for weights in module.parameters():
+            weights.zero_()
+    rest = EquivariantFlow(flow.prior, module, grid=(0.0, 1.0), chunk_size=flow.chunk_size)  # type: ignore[arg-type]
+    logger.warning(
+        "training made the flow worse than its prior (relative ESS %.3g against %.3g, n = %d): "
+        "the prior is kept, the report says what may be wrong",
+        ours,
+        prior,
+        n,
+    )
+    return rest, {"flow": float(ours), "prior": float(prior), "n": float(n)}
 
 
 def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:

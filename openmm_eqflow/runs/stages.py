@@ -210,7 +210,8 @@ def own_flow(path: Path, system_hash: str, device: str = "cpu") -> FlowPath:
 
 Progress = Callable[[float, str], None]
 logger = logging.getLogger(__name__)
-_EXTENSIONS = (1, 2, 4)  # of the reference stage, while it has too few frames
+#: Of the reference stage, while it has too few frames; quick has a ceiling.
+EXTENSIONS = {"quick": (1, 2), "standard": (1, 2, 4), "thorough": (1, 2, 4)}
 
 
 def build_target(system: MolecularSystem) -> BoltzmannTarget:
@@ -259,7 +260,8 @@ def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     recipe = run.config.recipe
     system = run.load_system()
     enough = min(recipe.min_frames, recipe.max_frames)
-    for extension in _EXTENSIONS:
+    extensions = EXTENSIONS[run.config.budget]
+    for extension in extensions:
         data = run_reference(
             system,
             run.path,
@@ -270,7 +272,7 @@ def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         )
         if data.n_frames >= enough:
             break
-        if extension < _EXTENSIONS[-1]:
+        if extension < extensions[-1]:
             logger.info("only %d frames so far: the reference stage goes on", data.n_frames)
     else:
         logger.warning(
@@ -316,6 +318,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             "n_steps": result.n_steps,
             "training_seconds": result.seconds,
             "n_frames": data.n_frames,
+            "prior_kept": result.prior_kept,
         }
     if is_main():
         save_flow(flow, run.path / "flow", metadata)
@@ -324,6 +327,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         "training_seconds": result.seconds,
         "history": result.history,
         "audit": flow.audit_report,
+        "prior_kept": result.prior_kept,
     }
 
 

@@ -54,12 +54,12 @@ def check_system(system: openmm.System) -> None:
     for i in range(system.getNumParticles()):
         if system.isVirtualSite(i):
             _refuse(
-                f"particle {i} is a virtual site: use a model without massless sites, their "
+                f"atom {i + 1} is a virtual site: use a model without massless sites, their "
                 "positions are not free coordinates"
             )
         if system.getParticleMass(i)._value == 0:
             _refuse(
-                f"particle {i} has zero mass, which freezes it in dynamics: give it its mass, "
+                f"atom {i + 1} has zero mass, which freezes it in dynamics: give it its mass, "
                 "the flow moves every particle"
             )
 

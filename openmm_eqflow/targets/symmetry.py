@@ -14,15 +14,21 @@ neighbours in four distinct classes) carry a sign, the sign of
 .. math:: (x_1 - x_4) \cdot [(x_2 - x_4) \times (x_3 - x_4)]
 
 over their neighbours in ascending order; a target is confined to the signs of its reference.
+
+Sectors: dynamics neither turns a four-coordinate centre inside out nor twists a double bond, so of
+the |G| labellings of a configuration it reaches those of a subgroup S only, the automorphisms that
+also preserve the hand of every such centre and the two sides of every double bond. There are
+:math:`|G| / |S|` sectors of one log Z each; |S| comes from the same search, with these as terms.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import NamedTuple
 
 import networkx as nx
@@ -33,19 +39,28 @@ from numpy.typing import NDArray
 from openmm import app
 from torch import Tensor
 
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.targets.automorphisms import (
+    ForceTerms,
     automorphism_generators,
     force_terms,
     orbits,
     twin_classes,
 )
 
+#: In smaller rings a double bond is cis.
+_RIGID_RING = 8
+
 __all__ = [
     "Stereocentre",
     "Symmetry",
     "bond_graph",
+    "bond_symmetry",
     "chirality_signs",
+    "double_bonds",
+    "elements",
     "find_symmetry",
+    "ring_size",
 ]
 
 
@@ -70,14 +85,17 @@ class Symmetry:
         Order of the group.
     bonds
         Bonded pairs (i < j).
-    rotatable_bonds
-        Bonds outside rings with further atoms on both ends, methyl rotors included.
     stereocentres
         Centres whose sign is conserved.
     prochiral_centres
-        Four-coordinate centres with interchangeable neighbours. Molecular dynamics never exchanges
-        these labels, a flow may: log Z over all labellings exceeds log Z of one sector by
-        :math:`\log 2` for each.
+        Four-coordinate centres that some relabelling turns inside out in place: two hydrogens of a
+        CH2, the methyls of an isopropyl group. Molecular dynamics never exchanges these labels.
+    n_sectors
+        Labellings that dynamics cannot exchange: log Z over all labellings exceeds log Z of one
+        sector by :math:`\log` of it. Isomers that are no relabelling of the reference count in
+        neither.
+    sector_generators
+        Permutations generating the relabellings within a sector.
     bond_distances
         Bonds between particles, ``(n, n)``; -1 between molecules.
     """
@@ -86,9 +104,10 @@ class Symmetry:
     generators: tuple[tuple[int, ...], ...]
     order: int
     bonds: tuple[tuple[int, int], ...]
-    rotatable_bonds: tuple[tuple[int, int], ...]
     stereocentres: tuple[Stereocentre, ...]
     prochiral_centres: tuple[int, ...]
+    n_sectors: int
+    sector_generators: tuple[tuple[int, ...], ...]
     bond_distances: NDArray[np.int64]
 
     @property
@@ -102,7 +121,11 @@ class Symmetry:
         return len(set(self.classes))
 
 
-def find_symmetry(system: openmm.System, topology: app.Topology | None = None) -> Symmetry:
+def find_symmetry(
+    system: openmm.System,
+    topology: app.Topology | None = None,
+    positions: NDArray[np.float64] | None = None,
+) -> Symmetry:
     """Find the symmetry of a System.
 
     Parameters
@@ -111,8 +134,70 @@ def find_symmetry(system: openmm.System, topology: app.Topology | None = None) -
         Any System. Forces of unknown class count as distinguishing every particle.
     topology
         Source of the bond graph; without bonds in it the System's own bonds are used.
+    positions
+        ``(n_particles, 3)`` nm: hands of centres and sides of double bonds, which decide between
+        isomers (a meso compound has two sectors where its chiral sibling has one). Without them
+        every hand is taken as positive and no double bond is looked at.
     """
-    terms = force_terms(system)
+    return _symmetry_of(force_terms(system), system, topology, positions)
+
+
+def bond_symmetry(
+    system: openmm.System,
+    topology: app.Topology | None = None,
+    positions: NDArray[np.float64] | None = None,
+) -> Symmetry:
+    """As :func:`find_symmetry`, of bonds and elements alone: what a chemist calls equivalent.
+
+    A force field may tell such atoms apart (charges fitted one by one, orders of impropers).
+    """
+    kinds = elements(system, topology)
+    edges = bond_graph(system, topology).edges
+    terms = ForceTerms([(kind,) for kind in kinds])
+    terms.terms.update({("bond", (min(edge), max(edge))): 1 for edge in edges})
+    return _symmetry_of(terms, system, topology, positions)
+
+
+def _symmetry_of(
+    terms: ForceTerms,
+    system: openmm.System,
+    topology: app.Topology | None,
+    positions: NDArray[np.float64] | None,
+) -> Symmetry:
+    generators, order = _group(terms)
+    classes = orbits(len(terms.colours), generators)
+    graph = bond_graph(system, topology)
+    centres = [c for c in sorted(graph) if graph.degree[c] == 4]
+    around = {c: tuple(sorted(graph[c])) for c in centres}
+    stereocentres = [c for c in centres if len({classes[p] for p in around[c]}) == 4]
+    sector, sector_order = generators, order
+    if positions is not None and np.shape(positions)[-1] != 3:
+        positions = None
+    sides = [] if positions is None else _cis_pairs(system, topology, graph, positions)
+    if centres or sides:
+        _add_hands(terms, around, positions)
+        terms.terms.update({("side", quad): 1 for quad in sides})
+        sector, sector_order = _group(terms)
+    distances = np.full((len(classes), len(classes)), -1, dtype=np.int64)
+    for source, lengths in nx.all_pairs_shortest_path_length(graph):
+        distances[source, list(lengths)] = list(lengths.values())
+    return Symmetry(
+        classes=classes,
+        generators=tuple(generators),
+        order=order,
+        bonds=tuple(sorted((min(b), max(b)) for b in graph.edges)),
+        stereocentres=tuple(Stereocentre(c, around[c]) for c in stereocentres),
+        prochiral_centres=tuple(
+            c for c in centres if any(_odd(g, around[c]) for g in _stabiliser(c, generators))
+        ),
+        n_sectors=order // sector_order,
+        sector_generators=tuple(sector),
+        bond_distances=distances,
+    )
+
+
+def _group(terms: ForceTerms) -> tuple[list[tuple[int, ...]], int]:
+    """Return generators and order of the automorphisms of coloured terms."""
     twins = twin_classes(terms)
     generators: list[tuple[int, ...]] = []
     order = 1
@@ -126,39 +211,120 @@ def find_symmetry(system: openmm.System, topology: app.Topology | None = None) -
     rank = dict.fromkeys(identity, 0)
     for members in twins:
         rank.update({p: k for k, p in enumerate(members)})
-    class_generators, class_order = automorphism_generators(terms, rank)
-    generators += class_generators
-    classes = orbits(len(identity), generators)
+    others, n_others = automorphism_generators(terms, rank)
+    return generators + others, order * n_others
 
-    graph = bond_graph(system, topology)
-    twin_of = {p: members[0] for members in twins for p in members}
-    stereocentres, prochiral = [], []
-    for centre in sorted(graph):
-        around = sorted(graph[centre])
-        if len(around) != 4:
+
+def _add_hands(
+    terms: ForceTerms,
+    around: dict[int, tuple[int, ...]],
+    positions: NDArray[np.float64] | None,
+) -> None:
+    """Add the hand of every centre: its neighbours in all twelve orders of positive sign."""
+    terms.ordered_kinds.add("hand")
+    for centre, (a, b, c, d) in around.items():
+        if positions is not None:
+            x = np.asarray(positions, dtype=np.float64)
+            if np.linalg.det(x[[a, b, c]] - x[d]) < 0.0:
+                a, b = b, a
+        for order in permutations((a, b, c, d)):
+            if not _odd_order([(a, b, c, d).index(p) for p in order]):
+                terms.terms["hand", (centre, *order)] = 1
+
+
+def _cis_pairs(
+    system: openmm.System,
+    topology: app.Topology | None,
+    graph: nx.Graph,
+    positions: NDArray[np.float64],
+) -> list[tuple[int, ...]]:
+    """Substituents on one side of a double bond, in the smaller of both orders."""
+    quads = [
+        (a, b, c, d)
+        for b, c in double_bonds(system, topology, graph)
+        for a in graph[b]
+        for d in graph[c]
+        if a != c and d != b and a != d
+    ]
+    angles = torsion_angles(np.asarray(positions, dtype=np.float64)[None], quads)[0]
+    return [min(q, q[::-1]) for q, angle in zip(quads, angles, strict=True) if np.cos(angle) > 0.0]
+
+
+def _odd_order(order: Sequence[int]) -> bool:
+    return sum(a > b for k, a in enumerate(order) for b in order[k + 1 :]) % 2 == 1
+
+
+def _odd(g: Sequence[int], around: Sequence[int]) -> bool:
+    """Whether a permutation that fixes a centre turns it inside out."""
+    return _odd_order([g[p] for p in around])
+
+
+def _stabiliser(p: int, generators: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """Yield generators of the permutations that fix ``p`` (Schreier)."""
+    identity = tuple(range(len(generators[0]))) if generators else ()
+    reach = {p: identity}  # image of p -> a permutation that carries p there
+    queue = [p]
+    for q in queue:
+        for g in generators:
+            if g[q] not in reach:
+                reach[g[q]] = tuple(g[k] for k in reach[q])
+                queue.append(g[q])
+    for q in queue:
+        for g in generators:
+            back = {image: k for k, image in enumerate(reach[g[q]])}
+            yield tuple(back[g[k]] for k in reach[q])
+
+
+def double_bonds(
+    system: openmm.System, topology: app.Topology | None, graph: nx.Graph
+) -> list[tuple[int, int]]:
+    """Double bonds (i < j) outside small rings, between atoms with further neighbours.
+
+    By the topology's bond orders where it has them, else by the force field: C-C shorter than
+    0.139 nm, C-N or N-N than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
+    side, are none.
+    """
+    kinds, orders, lengths = elements(system, topology), {}, {}
+    for bond in () if topology is None else topology.bonds():
+        pair = frozenset((bond[0].index, bond[1].index))
+        if bond.order is not None:
+            orders[pair] = int(bond.order)
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            for k in range(force.getNumBonds()):
+                i, j, length, _ = force.getBondParameters(k)
+                lengths[frozenset((i, j))] = length._value
+    found = []
+    bridges = set(map(frozenset, nx.bridges(graph))) if graph.number_of_edges() else set()
+    for b, c in graph.edges:
+        pair = frozenset((b, c))
+        if pair not in bridges and ring_size(graph, b, c) < _RIGID_RING:
             continue
-        if len({classes[p] for p in around}) == 4:
-            stereocentres.append(
-                Stereocentre(centre, (around[0], around[1], around[2], around[3]))
-            )
-        elif len({twin_of.get(p, p) for p in around}) < 4:
-            prochiral.append(centre)
-    bridges = {(min(b), max(b)) for b in nx.bridges(graph)} if graph.number_of_edges() else set()
-    distances = np.full((len(identity), len(identity)), -1, dtype=np.int64)
-    for source, lengths in nx.all_pairs_shortest_path_length(graph):
-        distances[source, list(lengths)] = list(lengths.values())
-    return Symmetry(
-        classes=classes,
-        generators=tuple(generators),
-        order=order * class_order,
-        bonds=tuple(sorted((min(b), max(b)) for b in graph.edges)),
-        rotatable_bonds=tuple(
-            sorted(b for b in bridges if graph.degree[b[0]] > 1 and graph.degree[b[1]] > 1)
-        ),
-        stereocentres=tuple(stereocentres),
-        prochiral_centres=tuple(prochiral),
-        bond_distances=distances,
-    )
+        if any((kinds[k], graph.degree[k]) not in ((6, 3), (7, 2), (7, 3)) for k in pair):
+            continue
+        limit = 0.139 if kinds[b] == kinds[c] == 6 else 0.130
+        short = lengths.get(pair, math.inf) < limit
+        if orders[pair] == 2 if pair in orders else short:
+            found.append((min(b, c), max(b, c)))
+    return sorted(found)
+
+
+def ring_size(graph: nx.Graph, b: int, c: int) -> int:
+    """Atoms in the smallest ring through a bond that is in a ring."""
+    without = nx.restricted_view(graph, [], [(b, c)])
+    return nx.shortest_path_length(without, b, c) + 1
+
+
+def elements(system: openmm.System, topology: app.Topology | None) -> list[int]:
+    """Atomic numbers, of the topology or by mass (0 where neither knows)."""
+    named = [] if topology is None else [a.element for a in topology.atoms()]
+    heavy = {12: 6, 14: 7, 16: 8, 19: 9, 31: 15, 32: 16, 35: 17, 1: 1}
+    return [
+        named[k].atomic_number
+        if named and named[k] is not None
+        else heavy.get(round(system.getParticleMass(k)._value), 0)
+        for k in range(system.getNumParticles())
+    ]
 
 
 def bond_graph(system: openmm.System, topology: app.Topology | None = None) -> nx.Graph:

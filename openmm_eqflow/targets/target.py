@@ -118,8 +118,8 @@ class BoltzmannTarget:
         self._system_xml: str = openmm.XmlSerializer.serialize(system)
         self.system_hash: str = system_sha256(system)
         self._set_temperature(temperature)
-        self.symmetry: Symmetry = find_symmetry(system, topology)
         self.positions = self._reference(positions)
+        self.symmetry: Symmetry = find_symmetry(system, topology, self.positions)
         self._signs = self._reference_signs(check_chirality)
         probe = self._probe()
         check_invariance(system, probe, n_dims)
@@ -255,9 +255,9 @@ class BoltzmannTarget:
             return None
         if self.positions is None:
             msg = (
-                f"the System has {len(centres)} stereocentre(s) (particles "
-                f"{[c.centre for c in centres]}) and no reference positions: pass positions, or "
-                "check_chirality=False to let every enantiomer count"
+                f"the System has {len(centres)} stereocentre(s) (atoms "
+                f"{[c.centre + 1 for c in centres]}) and no reference positions: pass positions, "
+                "or check_chirality=False to let every enantiomer count"
             )
             raise ValueError(msg)
         return chirality_signs(torch.from_numpy(self.positions)[None], centres)[0]

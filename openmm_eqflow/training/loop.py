@@ -257,7 +257,8 @@ class TrainingResult:
     """The averaged field and what happened on the way.
 
     With ``patience`` it is the average of the best validation loss, and ``stopped_early`` tells
-    whether that ended the training.
+    whether that ended the training. ``prior_kept``: relative ESS of the trained flow, of its prior
+    and their number of samples, where the flow lost to the prior and its field was put to rest.
     """
 
     average: nn.Module
@@ -265,6 +266,7 @@ class TrainingResult:
     n_steps: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+    prior_kept: dict[str, float] | None = None
 
 
 def join_trainings(results: Sequence[TrainingResult]) -> TrainingResult:

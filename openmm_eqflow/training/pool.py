@@ -71,6 +71,10 @@ class Pool(NamedTuple):
     level: Tensor
 
 
+#: Points evaluated at once, and coordinates (28 atoms) beyond which they get fewer.
+_POINTS, _COORDINATES = 4096, 78
+
+
 def build_pool(
     prior: Prior,
     target: DifferentiablePotential,
@@ -78,7 +82,6 @@ def build_pool(
     n_prior: int,
     frames: Tensor | None = None,
     generator: torch.Generator | None = None,
-    chunk: int = 4096,
     window: tuple[float, float] = (-30.0, 30.0),
 ) -> Pool:
     """Evaluate a training pool: ``n_prior`` fresh prior samples and reference ``frames``.
@@ -94,7 +97,8 @@ def build_pool(
         sources.append((prior.from_cartesian(frames.double())[0], 1.0))
     rows = []
     for y_all, level in sources:
-        for y in y_all.split(chunk):
+        # The graph of a large molecule's chart is large too.
+        for y in y_all.split(max(1, min(_POINTS, _POINTS * _COORDINATES // y_all.shape[1]))):
             log_p1, g1 = latent_target(prior, target, y)
             log_p0, g0 = prior_score(prior, y)
             rows.append((y, g0, g1, log_p1 - log_p0, torch.full_like(log_p0, level)))

@@ -264,8 +264,22 @@ _CLUSTER = Recipe(
 )
 
 
+#: Atoms up to which a quick run of a molecule counts its points in full, and the fewest it counts.
+_QUICK_ATOMS = 28
+_QUICK_LEAST = {
+    "prior_samples": 4000,
+    "n_pool": 6000,
+    "chunk": 3000,
+    "n_evaluate": 1000,
+    "n_samples": 1000,
+}
+
+
 def make_recipe(
-    kind: str, budget: Budget, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    kind: str,
+    budget: Budget,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    n_particles: int = 0,
 ) -> Recipe:
     """Recipe of a kind of system at a budget.
 
@@ -278,6 +292,9 @@ def make_recipe(
     overrides
         ``settings`` of system.yaml: its ``recipe`` section holds for every budget, its sections
         ``quick``, ``standard`` and ``thorough`` for one.
+    n_particles
+        A point of a large molecule costs more time and memory: of a quick run, which is to end in
+        minutes, points get fewer in proportion to the number of atoms to the power -3/2.
     """
     if budget not in BUDGETS:
         raise ConfigurationError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
@@ -288,6 +305,12 @@ def make_recipe(
             raise ConfigurationError(f"settings: unknown section {section!r}; {hint}")
     if kind == "molecule":
         recipe = _MOLECULE[budget]
+        if budget == "quick" and n_particles > _QUICK_ATOMS:
+            share = (_QUICK_ATOMS / n_particles) ** 1.5
+            recipe = replace(
+                recipe,
+                **{k: max(n, round(share * getattr(recipe, k))) for k, n in _QUICK_LEAST.items()},
+            )
     else:
         scale = {"quick": 0.2, "standard": 1.0, "thorough": 4.0}[budget]
         n = {"quick": 1_000, "standard": 10_000, "thorough": 20_000}[budget]

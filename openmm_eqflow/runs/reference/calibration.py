@@ -39,6 +39,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr, ndtr
+from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
 import logging
 import time
@@ -171,7 +172,7 @@ def make_plan(
     settings: ReferenceSettings,
     *,
     system_hash: str,
-    torsions: tuple[tuple[int, int, int, int], ...],
+    torsions: tuple[Torsion, ...],
     seed: int,
     n_walkers: int,
 ) -> tuple[SamplingPlan, openmm.System, FloatArray]:

@@ -18,21 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import mdtraj
-import networkx as nx
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from openmm import app
 from openmm_eqflow.files import atomic_path, write_json, write_npz, write_text
 from openmm_eqflow.runs.reference.calibration import make_plan
 from openmm_eqflow.runs.reference.tempering import Chunk, chunk_paths, last_state, read_chunk
 from openmm_eqflow.analysis.convergence import assess, features
+from openmm_eqflow.analysis.observables import Torsion, seen_once, torsion_angles
 from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.target import system_sha256
-from openmm_eqflow.units import kelvin, kt_in_kj_mol, temperature_quantity
+from openmm_eqflow.units import kelvin, kt_in_kj_mol, positions_in_nm, temperature_quantity
 from openmm_eqflow.runs.reference.pool import WalkerPool
 
 __all__ = [
@@ -194,7 +194,7 @@ def _plan(system: MolecularSystem, folder: Path, *, n_walkers: int, seed: int) -
         system,
         settings,
         system_hash=system_hash,
-        torsions=_rotatable_torsions(system.topology) if system.kind == "molecule" else (),
+        torsions=_slow_torsions(system) if system.kind == "molecule" else (),
         seed=seed,
         n_walkers=n_walkers,
     )
@@ -205,23 +205,11 @@ def _plan(system: MolecularSystem, folder: Path, *, n_walkers: int, seed: int) -
     return plan
 
 
-def _rotatable_torsions(topology: app.Topology) -> tuple[tuple[int, int, int, int], ...]:
-    """One heavy-atom torsion for every bond outside rings that has heavy atoms on both sides."""
-    graph = nx.Graph()
-    for atom in topology.atoms():
-        if atom.element is not None and atom.element.atomic_number > 1:
-            graph.add_node(atom.index)
-    for bond in topology.bonds():
-        if bond[0].index in graph and bond[1].index in graph:
-            graph.add_edge(bond[0].index, bond[1].index)
-    quads = []
-    for pair in nx.bridges(graph):
-        b, c = sorted(pair)
-        before = sorted(set(graph[b]) - {c})
-        after = sorted(set(graph[c]) - {b})
-        if before and after:
-            quads.append((before[0], b, c, after[0]))
-    return tuple(sorted(quads))
+def _slow_torsions(system: MolecularSystem) -> tuple[Torsion, ...]:
+    """Torsions of a molecule but those of methyls and their like."""
+    start = positions_in_nm(system.positions)
+    found = find_isomers(system.system, system.topology, start).torsions
+    return tuple(t for t in found if t.fold < 3)
 
 
 def load_reference(directory: Path) -> ReferenceData:
@@ -261,6 +249,7 @@ def load_reference(directory: Path) -> ReferenceData:
 
 def _convergence(plan: SamplingPlan, chunks: list[list[Chunk]]) -> dict[str, Any]:
     flat = [chunk for walker in chunks for chunk in walker]
+    angles = torsion_angles(np.concatenate([chunk.frames[:, 0] for chunk in flat]), plan.torsions)
     return assess(
         [
             features(
@@ -270,6 +259,7 @@ def _convergence(plan: SamplingPlan, chunks: list[list[Chunk]]) -> dict[str, Any
             )
             for walker in chunks
         ],
+        one_state=[members[0].name for members in seen_once(plan.torsions, angles)],
         replica=[np.concatenate([chunk.replica for chunk in walker]) for walker in chunks],
         attempts=np.sum([chunk.attempts for chunk in flat], axis=0),
         accepted=np.sum([chunk.accepted for chunk in flat], axis=0),

@@ -14,6 +14,8 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 from openmm import app, unit
+
+from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 
 __all__ = [
@@ -98,7 +100,7 @@ class SamplingPlan:
     frames_per_chunk: int
     seed: int
     n_walkers: int
-    torsions: tuple[tuple[int, int, int, int], ...]
+    torsions: tuple[Torsion, ...]
     expected_swap_rate: float
     steps_per_second: float
     setup_seconds: float
@@ -111,7 +113,7 @@ class SamplingPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers only."""
-        return asdict(self)
+        return asdict(self) | {"torsions": [list(torsion) for torsion in self.torsions]}
 
     @classmethod
     def read(cls, path: Path) -> SamplingPlan:
@@ -122,10 +124,17 @@ class SamplingPlan:
                 raise CheckpointError(f"{path} has version {content.get('version')}, expected 1")
             for key in ("temperatures", "masses"):
                 content[key] = tuple(float(value) for value in content[key])
-            content["torsions"] = tuple(tuple(quad) for quad in content["torsions"])
+            content["torsions"] = tuple(_torsion(entry) for entry in content["torsions"])
             return cls(**content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete its folder") from error
+
+
+def _torsion(entry: list[Any]) -> Torsion:
+    """Read a torsion; plans of version 0.1 have its four atoms only."""
+    if isinstance(entry[0], str):
+        return Torsion(entry[0], tuple(entry[1]), *entry[2:])
+    return Torsion("-".join(str(k + 1) for k in entry), tuple(entry))
 
 
 def sampling_system(
