@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from openmm_eqflow.flows.audit import audit
-from openmm_eqflow.flows.storage import load_tensors, save_tensors
+
+from openmm_eqflow.analysis.chains import weighted_mean_with_error
 from openmm_eqflow.analysis.weights import (
     log_z,
     max_weight_share,
@@ -19,10 +20,10 @@ from openmm_eqflow.analysis.weights import (
     relative_ess,
     relative_ess_with_error,
 )
-from openmm_eqflow.analysis.chains import weighted_mean_with_error
-from openmm_eqflow.parallel import in_rounds, is_main
+from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.parallel import available_threads
+from openmm_eqflow.flows.storage import load_tensors, save_tensors
+from openmm_eqflow.parallel import available_threads, in_rounds, is_main
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [

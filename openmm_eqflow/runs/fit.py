@@ -9,38 +9,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
-from openmm_eqflow.flows.audit import audit
-from openmm_eqflow.parallel import is_main
+from torch import Tensor, nn
+
+from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.priors.gaussian import MeanFreeGaussian
-from openmm_eqflow.flows.softcore import Batch
+from openmm_eqflow.files import PATH_COLUMNS, write_history
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.softcore import Batch, SoftCorePath
 from openmm_eqflow.flows.softcore_fit import FittedPath, fit_path
 from openmm_eqflow.flows.stochastic import StochasticFlow
-from openmm_eqflow.flows.softcore import SoftCorePath
-from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.training.loop import TrainingResult
-from openmm_eqflow.files import PATH_COLUMNS, write_history
-from collections.abc import Callable
-from dataclasses import replace
-from torch import Tensor, nn
-from openmm_eqflow.analysis.weights import relative_ess
-from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
-from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.training.schedule import SIMULATING, Schedule
-from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
-from openmm_eqflow.parallel import available_threads, one_torch_thread
-from openmm_eqflow.training.precision import check_precision, training_precision
+from openmm_eqflow.parallel import (
+    available_threads,
+    is_main,
+    one_torch_thread,
+    share,
+    share_tensors,
+    world_size,
+)
 from openmm_eqflow.priors.base import Prior
-from openmm_eqflow.priors.fit import fit_internal_prior
+from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.priors.fit import refine_internal_prior
-from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.runs.reference.data import ReferenceData
+from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
+from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
+from openmm_eqflow.training.precision import check_precision, training_precision
+from openmm_eqflow.training.recipes import Recipe
+from openmm_eqflow.training.schedule import SIMULATING, Schedule
 from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
 
 __all__ = [

@@ -9,16 +9,17 @@ What ships in ``systems/NAME`` is written by this; ``evaluate --card`` renews th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
 from openmm_eqflow.files import write_text
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.stochastic import StochasticFlow
-import json
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.parallel import machine_name
-from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.units import kelvin
 
 __all__ = [

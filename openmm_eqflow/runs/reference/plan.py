@@ -9,10 +9,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import openmm
 from numpy.typing import NDArray
 from openmm import unit
+
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 
 __all__ = [
