@@ -13,20 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-import train_together
-from command_line import Shell
-from tiny_molecule import write_system
+from stand_ins import ROOT, TESTS, train_together
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow import parallel as distributed
 from openmm_eqflow.parallel import available_threads
 
-TESTS = Path(__file__).parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def torchrun(*arguments: object, folder: Path) -> None:
     """Run python twice under torchrun, in ``folder``."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, *TORCHRUN, *map(str, arguments)],
         cwd=folder,
@@ -43,7 +41,7 @@ def torchrun(*arguments: object, folder: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     """What two processes left behind."""
     made = tmp_path_factory.mktemp("two")
-    torchrun(TESTS / "train_together.py", made, folder=made)
+    torchrun(TESTS / "stand_ins" / "train_together.py", made, folder=made)
     return made
 
 
@@ -98,9 +96,7 @@ def test_samples_are_shared_out(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path, monkeypatch, capfd):
-    shell = Shell(monkeypatch, capfd)
-    monkeypatch.chdir(tmp_path)
+def test_command_line(tmp_path, shell):
     recipe = {"train_seconds": 1000, "max_steps": 40, "n_shards": 2, "n_evaluate": 600}
     write_system(tmp_path / "hooh", recipe=recipe | {"max_frames": 400, "prior_samples": 500})
     assert shell("reference", "hooh", "--out", "one", "--device", "cpu").code == 0

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from move_stand_ins import GaussianFlow
+from stand_ins.moves import GaussianFlow
 
 from openmm_eqflow.analysis.free_energy import delta_f_reweighting, log_z_bar, log_z_mbar
 from openmm_eqflow.analysis.weights import log_z

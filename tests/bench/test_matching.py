@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from synthetic_runs import write_run
+from stand_ins.runs import write_run
 
 from openmm_eqflow.bench.matching import run_bench
 from openmm_eqflow.errors import ConfigurationError

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_ins import DATA
 
 from openmm_eqflow.bench import mixing
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.targets.library import load_system
-
-DATA = Path(__file__).parent / "data"
 
 
 def two_state(p: float, rate: float, n: int, seed: int) -> np.ndarray:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import Shell
-from synthetic_runs import write_run
+from stand_ins.runs import write_run
 from torch import Tensor, nn
 
 from openmm_eqflow.analysis.weights import relative_ess
@@ -37,14 +36,6 @@ FIELD = {
 }
 SCHEDULE = {"flow-matching": [[0.3, 1], [0.6, 0]], "path-forward": [[0.3, 0], [0.6, 1]]}
 OPTIONS: dict[str, Any] = {"seconds": 0.3, "n_points": 2, "n_samples": 100, "seed": 4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_run(path: Path) -> Path:
@@ -328,8 +319,7 @@ def test_schedules_are_checked(text, message):
         parse_schedules([text])
 
 
-def test_command_line(run, tmp_path, monkeypatch, capfd):
-    shell = Shell(monkeypatch, capfd)
+def test_command_line(run, tmp_path, shell):
     out, copy = tmp_path / "out", tmp_path / "copy.json"
     common = ["--seconds", 0.3, "--points", 2, "--n-samples", 50, "--seed", 1]
     schedule = f"then-path={json.dumps(SCHEDULE)}"

@@ -14,21 +14,14 @@ import openmm
 import pytest
 import torch
 import yaml
-from command_line import Shell
 from openmm import unit
-from tiny_molecule import QUICK, write_inputs, write_system
-from tiny_molecule import system as peroxide
+from stand_ins import ROOT
+from stand_ins.peroxide import QUICK, write_inputs, write_system
+from stand_ins.peroxide import system as peroxide
 
 from openmm_eqflow.targets.library import load_system, systems_directory
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def shell(monkeypatch, capfd, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return Shell(monkeypatch, capfd)
 
 
 def everything(folder: Path) -> dict[Path, bytes]:
@@ -314,7 +307,7 @@ def test_disk_that_fills_up_inside_a_stage(tmp_path, stage, limit):
     # Files larger than the limit cannot be written: numpy, safetensors and mdtraj all fail for
     # real, each in its own words.
     write_system(tmp_path / "hooh", recipe={"max_frames": 100, "field": None})
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if stage == "train":
         subprocess.run(
             [sys.executable, "-m", "openmm_eqflow.cli", "reference", "hooh", "--out", "run"],
@@ -354,7 +347,7 @@ def test_traceback_only_with_debug(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 1
         assert "division by zero" in done.stderr
@@ -368,7 +361,7 @@ def test_traceback_only_with_debug(tmp_path):
 def killed(folder: Path, ready: Callable[[], bool]) -> None:
     """Start the main job, wait until ``ready``, and kill it as the kernel would."""
     command = [sys.executable, "-m", "openmm_eqflow.cli", "run", "hooh", "--out", "run"]
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -414,7 +407,7 @@ def test_kill_in_every_stage_then_the_same_command_finishes(tmp_path):
     killed(tmp_path, lambda: done("sample"))
     assert not done("report")
     chains = (run / "samples.npz").read_bytes()
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     last = subprocess.run(
         [sys.executable, "-m", "openmm_eqflow.cli", "run", "hooh", "--out", "run"],
         cwd=tmp_path,

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import click
 import pytest
-from command_line import Shell
 
 from openmm_eqflow.cli import _version, cli, measure
 
@@ -37,8 +36,8 @@ def test_minutes_of_a_budget_name_their_molecule():
     assert "alanine dipeptide on 2 cores" in budget.help
 
 
-def test_version_of_a_source_tree_is_one_line(monkeypatch, capfd):
-    outcome = Shell(monkeypatch, capfd)("--version")
+def test_version_of_a_source_tree_is_one_line(monkeypatch, shell):
+    outcome = shell("--version")
     assert outcome.code == 0
     assert outcome.out.splitlines() == [f"openmm-eqflow, version {_version()}"]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from flow_stand_ins import EstimatedField, molecule_flow, planar_flow, stream, uniform_grid
+from stand_ins.flows import EstimatedField, molecule_flow, planar_flow, stream, uniform_grid
 
 from openmm_eqflow.errors import AuditError
 from openmm_eqflow.flows.audit import audit, require_passed_audit

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from flow_stand_ins import (
+from stand_ins.flows import (
     chart_field,
     molecule_flow,
     planar_flow,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import uniform_grid
+from stand_ins.flows import uniform_grid
 from torch import Tensor
 
 from openmm_eqflow.flows.flow import calibrate_grid, odeint_adaptive, rk4, rk4_inverse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flow_stand_ins import stream
+from stand_ins.flows import stream
 from torch import Tensor
 
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import molecule_flow, planar_flow, stream, uniform_grid, water_prior
+from stand_ins.flows import molecule_flow, planar_flow, stream, uniform_grid, water_prior
 from torch import Tensor, nn
 
 from openmm_eqflow.analysis.weights import log_z, relative_ess

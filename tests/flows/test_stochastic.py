@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from stochastic_stand_ins import END, PAIR, PATH, batch_of, gas, make_pair_flow
+from stand_ins.stochastic import END, PAIR, PATH, batch_of, gas, make_pair_flow
 
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.layers import run_bench
@@ -160,9 +160,7 @@ def test_maps_and_energies_are_equivariant(lj13_flow: StochasticFlow) -> None:
         ladjs = [b.transport(lj13_flow.levels.tables[k], lj13_flow.levels.spacing).copy()
                  for b in (one, two)]  # fmt: skip
         np.testing.assert_allclose(*ladjs, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(
-        one.positions()[:, order] @ rotation.T, two.positions(), atol=3e-6
-    )
+    np.testing.assert_allclose(one.positions()[:, order] @ rotation.T, two.positions(), atol=3e-6)
     level = PATH.levels(np.array([0.4]))[0]
     np.testing.assert_allclose(one.energy(level), two.energy(level), rtol=1e-4, atol=1e-3)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.integrate import quad
-from stochastic_stand_ins import END, PAIR, batch_of, gas, make_pair_flow
+from stand_ins.stochastic import END, PAIR, batch_of, gas, make_pair_flow
 from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z

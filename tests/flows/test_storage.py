@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import chart_field, molecule_flow, planar_flow, stream, water_prior
+from stand_ins.flows import chart_field, molecule_flow, planar_flow, stream, water_prior
 
 from openmm_eqflow.errors import CheckpointError
 from openmm_eqflow.files import write_npz

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from move_stand_ins import WrongDensity, WrongLatentFlow
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
 from openmmtools.states import SamplerState, ThermodynamicState
+from stand_ins import DATA
+from stand_ins.moves import WrongDensity, WrongLatentFlow
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error
@@ -34,7 +34,6 @@ from openmm_eqflow.moves.steps import (
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.target import BoltzmannTarget
 
-DATA = Path(__file__).parent / "data"
 REFERENCE = json.loads((DATA / "alanine-dipeptide-reference.json").read_text())
 TORSIONS = [tuple(t) for t in REFERENCE["torsions"]]
 N_CHAINS = 100

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import stream, uniform_grid
+from stand_ins.flows import stream, uniform_grid
 from torch import Tensor
 
 from openmm_eqflow.errors import AuditError, CheckpointError, EnergyError

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from move_stand_ins import WrongDensity
+from stand_ins.moves import WrongDensity
 from torch import Tensor
 
 from openmm_eqflow.flows.flow import EquivariantFlow
@@ -110,9 +110,7 @@ def z_scores(case: Case, recorded: Recorded, density: object) -> np.ndarray:
     seen = []
     for k in range(N_FLOW_STEPS[case.name]):
         if k == N_FLOW_STEPS[case.name] // 2:
-            x, _ = hamiltonian_step(
-                case.target, x, step_size=0.02, n_steps=4, generator=generator
-            )
+            x, _ = hamiltonian_step(case.target, x, step_size=0.02, n_steps=4, generator=generator)
         x, _ = flow_step(density, case.target, x, buffer, generator, memory=memory)
         seen.append(observables(case.name, case.target, x))
     chains = np.mean(seen[1:], axis=0)

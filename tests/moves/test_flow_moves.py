@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from move_stand_ins import RadialField, WrongDensity, WrongLatentFlow, harmonic_flow
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, WeightedMove
 from openmmtools.states import SamplerState, ThermodynamicState
 from openmmtools.utils import deserialize, serialize
+from stand_ins import TESTS
+from stand_ins.moves import RadialField, WrongDensity, WrongLatentFlow, harmonic_flow
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.errors import (
@@ -348,7 +349,7 @@ def run_python(code: str, *arguments: str) -> str:
         [sys.executable, "-W", "ignore", "-c", dedent(code), *arguments],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=TESTS,
         timeout=240,
         check=False,
     )
@@ -362,7 +363,7 @@ from openmm import unit
 from openmmtools import cache, multistate
 from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove, WeightedMove
 from openmmtools.states import SamplerState, ThermodynamicState
-from move_stand_ins import RadialField
+from stand_ins.moves import RadialField
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.targets.library import load_system
@@ -391,7 +392,7 @@ RESUME = """
 import json, sys
 import numpy as np
 from openmmtools import multistate
-import move_stand_ins
+import stand_ins.moves
 
 kind, storage, n_iterations = sys.argv[1:]
 reporter = multistate.MultiStateReporter(storage, open_mode="r+", checkpoint_interval=10)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from move_stand_ins import BendField, TwoBasins, WrongLatentFlow
+from stand_ins.moves import BendField, TwoBasins, WrongLatentFlow
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from move_stand_ins import GaussianFlow, TwoBasins, WrongFlow
+from stand_ins.moves import GaussianFlow, TwoBasins, WrongFlow
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, mean_with_error

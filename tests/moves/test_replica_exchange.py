@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import openmm
 import pytest
-from move_stand_ins import WrongDensity, harmonic_flow
 from openmm import app, unit
 from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove
+from stand_ins.moves import WrongDensity, harmonic_flow
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.errors import AuditError, ConfigurationError

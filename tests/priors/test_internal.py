@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import CHAIN, METHANOL, WATER, chain_prior, stream, table, water_prior
 from scipy import stats
+from stand_ins.flows import CHAIN, METHANOL, WATER, chain_prior, stream, table, water_prior
 
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import random_rotations, remove_mean, rotate

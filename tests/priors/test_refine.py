@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from flow_stand_ins import CHAIN, chain_prior, stream
+from stand_ins.flows import CHAIN, chain_prior, stream
 from torch import Tensor
 
 from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import stream, table
 from scipy import stats
+from stand_ins.flows import stream, table
 
 from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup, find_basins
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
 import networkx as nx
 import pytest
+from stand_ins import ROOT, TESTS
 
 import openmm_eqflow
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent / "openmm_eqflow"
+PACKAGE = ROOT / "openmm_eqflow"
 
 # Packages (and modules beside them) from the bottom up: imports go strictly down this list.
 # ``__init__`` and the names stored by old moves aside, which load nothing until they are used.
@@ -37,8 +38,8 @@ OLD_NAMES = {"__init__", "local_moves"}
 
 def modules() -> dict[str, Path]:
     found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
         found[".".join(parts)] = path
     return found
 
@@ -189,26 +190,75 @@ def rows() -> list[list[str]]:
     return [line.rsplit(None, 2) for line in lines[rulers[1] + 1 : rulers[2]]]
 
 
-def test_map_is_there():
-    assert len(rows()) >= 15
+def home(dotted: str) -> tuple[str, list[str]]:
+    """Module of a dotted path, and the names inside it."""
+    path = dotted.split(".")
+    for stop in range(len(path), 0, -1):
+        if ".".join(path[:stop]) in MODULES:
+            return ".".join(path[:stop]), path[stop:]
+    pytest.fail(f"no module for {dotted}")
+
+
+def test_map_names_what_carries_an_equation():
+    """Every prior, every field but the baselines, every loss."""
+    named = {name for row in rows() for name in home(row[1])[1]}
+    classes = {
+        module: [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for module, tree in TREES.items()
+    }
+    wanted = set()
+    for module, found in classes.items():
+        for node in found:
+            methods = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+            field = "register_vector_field" in map(ast.unparse, node.decorator_list)
+            if field and module != "vector_fields.baselines":
+                wanted.add(node.name)
+            if module.startswith("priors.") and {"to_cartesian", "from_state"} <= methods:
+                wanted.add(node.name)
+            if module.startswith("training.") and node.name.endswith("Loss"):
+                wanted.add(node.name)
+    wanted.remove("ScheduledLoss")  # its row is that of Schedule
+    assert len(wanted) >= 10
+    assert wanted <= named, f"without a row in the map: {sorted(wanted - named)}"
+
+
+def marks(decorated: Iterable[ast.expr]) -> set[str]:
+    """Names of pytest's marks among decorators."""
+    return {
+        node.attr
+        for decorator in decorated
+        for node in ast.walk(decorator)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pytest.mark"
+    }
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[1])
 def test_map_resolves(row):
+    """The object has a docstring; its test exists, uses it, and belongs to the default command."""
     _, dotted, test = row
-    path = dotted.split(".")
-    for stop in range(len(path), 0, -1):
-        if ".".join(path[:stop]) in MODULES:
-            found = importlib.import_module("openmm_eqflow." + ".".join(path[:stop]))
-            for attribute in path[stop:]:
-                found = getattr(found, attribute)
-            assert found.__doc__
-            break
-    else:
-        pytest.fail(f"no module for {dotted}")
+    module, attributes = home(dotted)
+    found = importlib.import_module(f"openmm_eqflow.{module}")
+    for attribute in attributes:
+        found = getattr(found, attribute)
+    assert found.__doc__
     file, name = test.split("::")
-    tree = ast.parse((TESTS / f"{file}.py").read_text())
-    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    source = (TESTS / f"{file}.py").read_text()
+    assert re.search(rf"\b{attributes[0]}\b", source), f"{file} never names {attributes[0]}"
+    tree = ast.parse(source)
+    (function,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    of_file = [
+        n.value for n in tree.body if isinstance(n, ast.Assign) and "pytestmark" in ast.unparse(n)
+    ]
+    assert "slow" not in marks([*function.decorator_list, *of_file])
+
+
+def test_tests_mirror_the_packages():
+    """A folder of tests for every package, a file beside them for a module at the top."""
+    folders = {p.name for p in TESTS.iterdir() if p.is_dir() and any(p.glob("test_*.py"))}
+    packages = {m.split(".")[0] for m in MODULES if "." in m}
+    assert folders == packages | {"project"}
+    top = {m for m in MODULES if "." not in m}
+    assert {p.stem.removeprefix("test_") for p in TESTS.glob("test_*.py")} <= top
 
 
 def test_public_names_resolve():
@@ -232,7 +282,7 @@ def test_help_does_not_load_torch_or_openmm():
         "assert not heavy, heavy"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert run.returncode == 0, run.stderr
     assert "alanine-dipeptide" in run.stdout

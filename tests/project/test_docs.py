@@ -11,11 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
+from stand_ins import ROOT
 
 import openmm_eqflow
 from openmm_eqflow.cli import cli, measure
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 import click
 import pytest
-import torch
 import yaml
-from command_line import Shell
 from filelock import FileLock
+from stand_ins import ROOT
+from stand_ins.command_line import Shell
 
 from openmm_eqflow.cli import cli, measure
 from openmm_eqflow.runs.reference.plan import ReferenceSettings
@@ -40,7 +40,6 @@ from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.training import recipes
 from openmm_eqflow.training.recipes import BUDGETS, Recipe, make_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOLECULE = ROOT / "examples" / "n-methylacetamide.pdb"
 NOT_RUN = ("python3 -m venv", ".venv/bin/pip", ".venv/bin/python -m pytest", "pip ", "mkdocs ")
@@ -235,16 +234,11 @@ def check_listing(code: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def shell(monkeypatch, capfd, tmp_path):
-    # Blocks are small: torch's own threads only get in the way of the other test processes.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
+def shell(shell, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     # mpiplus puts back every signal handler, and cannot put back pytest's (faulthandler's).
     monkeypatch.setattr("mpiplus.mpiplus.delay_termination", nullcontext)
-    yield Shell(monkeypatch, capfd)
-    torch.set_num_threads(threads)
+    return shell
 
 
 @pytest.mark.slow

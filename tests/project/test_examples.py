@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic_runs import write_run
+from stand_ins import ROOT
+from stand_ins.runs import write_run
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def run_example(name: str, *arguments: object, cwd: Path) -> str:

@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from stand_ins import ROOT
 
 SCRIPT = """
 import openmm_eqflow.targets.library as library

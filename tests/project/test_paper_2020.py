@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from synthetic_runs import write_run
+from stand_ins import ROOT
+from stand_ins.runs import write_run
 
 from openmm_eqflow.analysis.weights import Estimate
 from openmm_eqflow.flows.flow import EquivariantFlow
@@ -24,28 +25,19 @@ from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.vector_fields import KernelField
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "paper_2020"))
 
-import experiment  # noqa: E402
-import minima  # noqa: E402
-import new_minima  # noqa: E402
-import nll_vs_size  # noqa: E402
-import one_training  # noqa: E402
-import reference_frames  # noqa: E402
-import results_page  # noqa: E402
-import reweighting  # noqa: E402
+import experiment
+import minima
+import new_minima
+import nll_vs_size
+import one_training
+import reference_frames
+import results_page
+import reweighting
 
 TINY = "--steps 4 --batch-size 8 --n-test 12"
 NLL = f"--systems dw4 --fields KernelField MLPField --seeds 0 1 {TINY}"
-
-
-@pytest.fixture(autouse=True)
-def _single_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The shape of README; that its code runs is tested with the pages of the documentation."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from stand_ins import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from synthetic_runs import PHI_POSITIVE, write_run
+from stand_ins.runs import PHI_POSITIVE, write_run
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.report import write_report

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from tiny_molecule import write_system
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.runs.directory import STAGES, RunDirectory

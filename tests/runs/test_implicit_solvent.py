@@ -8,6 +8,7 @@ import numpy as np
 import openmm
 import pytest
 from openmm import app, unit
+from stand_ins import DATA, ROOT
 
 from openmm_eqflow.runs.reference.calibration import make_plan
 from openmm_eqflow.runs.reference.implicit_solvent import with_compiled_solvent
@@ -17,9 +18,8 @@ from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.targets.target import system_sha256
 from openmm_eqflow.units import energy_in_kj_mol, positions_in_nm
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "examples" / "n-methylacetamide.pdb"
-LARGE = ROOT / "tests" / "data" / "phe-dipeptide.pdb"
+LARGE = DATA / "phe-dipeptide.pdb"
 
 
 def made(solvent: str, pdb: Path = SMALL, **options: object) -> tuple[openmm.System, np.ndarray]:
@@ -94,9 +94,7 @@ def test_a_formula_that_differs_a_little_stays(old, new):
 
 
 def test_the_reference_stage_uses_it(tmp_path):
-    init_system(
-        tmp_path / "nma", pdb=SMALL, forcefield=["amber14-all.xml", "implicit/obc2.xml"]
-    )
+    init_system(tmp_path / "nma", pdb=SMALL, forcefield=["amber14-all.xml", "implicit/obc2.xml"])
     system = load_system(tmp_path / "nma")
     plan, sampled, _ = make_plan(
         system, ReferenceSettings(), system_hash="x", torsions=(), seed=0, n_walkers=1

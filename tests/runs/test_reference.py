@@ -15,7 +15,8 @@ import mdtraj
 import numpy as np
 import openmm
 import pytest
-from interruptible import hear_interrupts
+from stand_ins import ROOT
+from stand_ins.interrupts import hear_interrupts
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.analysis.convergence import round_trips, torsion_angles
@@ -245,7 +246,7 @@ def start_run(directory: Path, max_frames: int) -> subprocess.Popen[str]:
         [sys.executable, "-c", code, str(directory)],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
         preexec_fn=hear_interrupts,
     )
 

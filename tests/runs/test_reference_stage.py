@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_line import Shell
-from tiny_molecule import write_system
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow.runs import stages as workflow
 from openmm_eqflow.runs.stages import open_run, run_stage
@@ -64,9 +63,9 @@ def test_enough_frames_give_no_warning(run, monkeypatch, caplog):
     assert not caplog.records or max(r.levelno for r in caplog.records) < logging.WARNING
 
 
-def test_the_command_line_prints_the_warning_once(run, monkeypatch, capfd):
+def test_the_command_line_prints_the_warning_once(run, monkeypatch, shell):
     monkeypatch.setattr(workflow, "run_reference", stand_in([10, 20, 30])[0])
-    outcome = Shell(monkeypatch, capfd)("reference", run.path)
+    outcome = shell("reference", run.path)
     assert outcome.code == 0
     (line,) = outcome.err.splitlines()
     assert line.startswith("warning: 30 reference frames")

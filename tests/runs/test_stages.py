@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import Shell
-from tiny_molecule import write_system
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow.bench.prior import run_bench
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, TrainingError
@@ -40,11 +39,6 @@ CONTRACT = {
     "log_q_error_p99",
     "device",
 }
-
-
-@pytest.fixture
-def shell(monkeypatch, capfd):
-    return Shell(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="module")

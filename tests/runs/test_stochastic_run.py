@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command_line import Shell
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove
 from openmmtools.states import SamplerState, ThermodynamicState
+from stand_ins.command_line import Shell
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.storage import load_flow
@@ -89,10 +89,7 @@ def test_report_and_card_say_what_it_is(finished: Path, tmp_path: Path) -> None:
     assert "RK4" not in card
 
 
-def test_commands_work_on_it(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    shell = Shell(monkeypatch, capfd)
+def test_commands_work_on_it(finished: Path, shell: Shell) -> None:
     for command in ("evaluate", "audit"):
         result = shell(command, str(finished), "--n-samples", "64")
         assert result.code == 0, result
@@ -118,9 +115,7 @@ def test_same_seed_same_flow(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, copy)
     (copy / "stages" / "train.json").unlink()
     assert run_stage(RunDirectory.open(copy), "train") is not None
-    ours, theirs = (
-        json.loads((folder / "flow.json").read_text()) for folder in (copy, finished)
-    )
+    ours, theirs = (json.loads((folder / "flow.json").read_text()) for folder in (copy, finished))
     for key in ("sha256", "grid", "layers"):
         assert ours[key] == theirs[key]
 

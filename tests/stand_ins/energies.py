@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import openmm
 from openmm import app, unit
 
-DATA = Path(__file__).parent / "data"
+from stand_ins import DATA
 
 
 def phe_topology(one_residue):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from openmm import unit
 from torch import Tensor, nn
 
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.runs.reference.data import ReferenceData
 from openmm_eqflow.targets.model_systems import build_model, model_topology
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.divergences import ChartTarget
+from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.units import kt_in_kj_mol
+from stand_ins.flows import stream
 
 SIGMA = torch.tensor([0.7, 1.6], dtype=torch.float64)
 N = 3
@@ -75,3 +81,40 @@ def gradient_of(loss: Tensor, module: nn.Module) -> Tensor:
     found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True)]
     return torch.cat([p.flatten() for p in parts])
+
+
+def dw4_frames(n: int) -> ReferenceData:
+    """Frames near the four minima, standing in for reference data of dw4."""
+    x = torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]]).double()
+    x = x + 0.4 * torch.randn(n, 4, 2, generator=stream(4), dtype=torch.float64)
+    positions = (x - x.mean(1, keepdim=True)).float().numpy()
+
+    class Frames:
+        pass
+
+    frames: Any = Frames()
+    frames.positions = positions
+    frames.walker = np.zeros(n, dtype=np.int64)
+    frames.temperatures = np.array([300.0])
+    return frames
+
+
+SMALL = Recipe(
+    1.0,
+    1e6,
+    prior="gaussian",
+    max_steps=12,
+    batch_size=16,
+    ode_steps=3,
+    n_shards=2,
+    grid_tolerance=0.1,
+    field={
+        "width": 6,
+        "readout_width": 6,
+        "n_vectors": 3,
+        "n_rbf": 4,
+        "n_layers": 1,
+        "n_steps": 1,
+        "n_nodes": 6,
+    },
+)

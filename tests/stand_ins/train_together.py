@@ -8,14 +8,14 @@ import time
 from pathlib import Path
 
 import torch
-from flow_stand_ins import planar_flow, stream
-from objective_stand_ins import four_particles
 from torch import Tensor, nn
 
 from openmm_eqflow.parallel import process_group, rank, world_size
 from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
 from openmm_eqflow.training.flow_matching import FlowMatchingLoss
 from openmm_eqflow.training.loop import TrainingSettings, train
+from stand_ins.flows import planar_flow, stream
+from stand_ins.objectives import four_particles
 
 
 class Slow(FlowMatchingLoss):

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import openmm
 import pytest
-from energy_systems import empty_system, reference
-from interruptible import hear_interrupts
 from openmm import unit
+from stand_ins.energies import empty_system, reference
+from stand_ins.interrupts import hear_interrupts
 
 from openmm_eqflow.errors import EnergyError
 from openmm_eqflow.targets.energies.base import EnergyEvaluator

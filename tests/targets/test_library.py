@@ -8,6 +8,7 @@ import numpy as np
 import openmm
 import pytest
 from openmm import unit
+from stand_ins import ROOT
 
 from openmm_eqflow.errors import ConfigurationError, UnknownSystemError
 from openmm_eqflow.targets.library import SYSTEM_FILE, list_systems, load_system, systems_directory
@@ -174,12 +175,11 @@ def test_yaml_cannot_run_code(tmp_path):
 
 
 def test_setup_cfg_lists_every_package():
-    root = Path(__file__).resolve().parent.parent
     config = configparser.ConfigParser()
-    config.read(root / "setup.cfg")
+    config.read(ROOT / "setup.cfg")
     listed = set(config["options"]["packages"].split())
     found = {
-        ".".join(path.parent.relative_to(root).parts)
-        for path in (root / "openmm_eqflow").rglob("__init__.py")
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "openmm_eqflow").rglob("__init__.py")
     }
     assert listed == found | {"openmm_eqflow.systems"}

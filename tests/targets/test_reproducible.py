@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flow_stand_ins import CHAIN, chain_prior, stream
+from stand_ins.flows import CHAIN, chain_prior, stream
 
 from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy

@@ -8,8 +8,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from energy_systems import empty_system, phe_system, reference
 from openmm import unit
+from stand_ins.energies import empty_system, phe_system, reference
 
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.symmetry import bond_graph, chirality_signs, find_symmetry

@@ -4,8 +4,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from energy_systems import empty_system
 from openmm import app, unit
+from stand_ins.energies import empty_system
 
 from openmm_eqflow import geometry
 from openmm_eqflow.errors import UnsupportedSystemError

@@ -4,8 +4,8 @@ import numpy as np
 import openmm
 import pytest
 import torch
-from energy_systems import assert_agree, empty_system, phe_system, reference
 from openmm import unit
+from stand_ins.energies import assert_agree, empty_system, phe_system, reference
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.energies.choose import choose_evaluator

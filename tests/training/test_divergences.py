@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from flow_stand_ins import (
+from stand_ins.flows import (
     EstimatedField,
     chain_prior,
     chart_field,
@@ -14,7 +14,7 @@ from flow_stand_ins import (
     stream,
     uniform_grid,
 )
-from objective_stand_ins import (
+from stand_ins.objectives import (
     SIGMA,
     Anisotropic,
     Scaling,

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from objective_stand_ins import four_particles
-from test_objectives_schedule import SMALL, dw4_frames
+from stand_ins.objectives import SMALL, dw4_frames, four_particles
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.flow import EquivariantFlow
@@ -71,9 +70,7 @@ def test_a_finetune_that_makes_no_sense_is_refused(finetune: Any, complaint: str
 
 def test_finetuning_starts_from_the_average_of_the_first_training(tmp_path: Path) -> None:
     alone, _ = fit(replace(TWO, finetune=None), tmp_path / "alone")
-    idle, result = fit(
-        replace(TWO, finetune=SECOND | {"learning_rate": 0.0}), tmp_path / "idle"
-    )
+    idle, result = fit(replace(TWO, finetune=SECOND | {"learning_rate": 0.0}), tmp_path / "idle")
     both, _ = fit(TWO, tmp_path / "both")
     torch.testing.assert_close(weights(idle), weights(alone), rtol=1e-6, atol=1e-7)
     # Power: a second training that does something is told from one that does not.
@@ -113,9 +110,7 @@ def test_killed_while_finetuning_it_goes_on_there(
             fit(TWO, tmp_path / "killed")
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ForwardPathLoss, "__call__", lambda *a: calls.append(1) or loss(*a)
-        )
+        patch.setattr(ForwardPathLoss, "__call__", lambda *a: calls.append(1) or loss(*a))
         resumed, result = fit(TWO, tmp_path / "killed")
     assert len(calls) == 2 * TWO.n_shards  # the last two of its five steps, no others
     assert result.n_steps == 17

@@ -58,14 +58,6 @@ def same(one: nn.Module, two: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.fixture(autouse=True)
-def _single_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(path: Path | None, n_threads: int = 1, **faults: int) -> tuple[TrainingResult, nn.Module]:
     module = network()
     objective = Regression(module, **faults)

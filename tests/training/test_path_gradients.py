@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flow_stand_ins import randomised, stream
-from objective_stand_ins import (
+from stand_ins.flows import randomised, stream
+from stand_ins.objectives import (
     SIGMA,
     Anisotropic,
     Scaling,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from flow_stand_ins import stream
-from test_liouville import (
+from stand_ins.flows import stream
+from stand_ins.liouville import (
     MEAN,
     SPREAD,
     CoupledTarget,
@@ -18,7 +18,7 @@ from test_liouville import (
     GaussianTarget,
     pool,
 )
-from tiny_molecule import write_system
+from stand_ins.peroxide import write_system
 from torch import Tensor
 
 from openmm_eqflow.analysis.balance import (
@@ -57,9 +57,7 @@ def path_samples(levels: list[float], n: int, seed: int = 0) -> tuple[Tensor, Te
     for k, t in enumerate(levels):
         mean, variance, _ = moments(torch.tensor(t).double())
         m = n // (k + 1)
-        y.append(
-            mean + variance.sqrt() * torch.randn(m, generator=generator, dtype=torch.float64)
-        )
+        y.append(mean + variance.sqrt() * torch.randn(m, generator=generator, dtype=torch.float64))
         level.append(torch.full((m,), t, dtype=torch.float64))
     y_all = torch.cat(y)
     log_p1 = HEIGHT - 0.5 * ((y_all - SHIFT) / WIDTH) ** 2
@@ -260,9 +258,7 @@ def test_chunk_depends_on_seed_and_number_only():
     made = sampler(CoupledTarget(), levels=3, n_trajectories=2)
 
     def feeder() -> PoolFeeder:
-        return PoolFeeder(
-            FlatPrior(), CoupledTarget(), chunk=300, n_chunks=6, seed=7, source=made
-        )
+        return PoolFeeder(FlatPrior(), CoupledTarget(), chunk=300, n_chunks=6, seed=7, source=made)
 
     one = feeder()
     chunks = [one.next() for _ in range(6)]
@@ -273,7 +269,6 @@ def test_chunk_depends_on_seed_and_number_only():
         for a, b in zip(chunks[3], made.chunk(300, stream(10)), strict=True)  # type: ignore[arg-type]
     )
     assert not torch.equal(chunks[3].y[:50], chunks[4].y[:50])  # type: ignore[union-attr]
-
 
 
 def test_a_resumed_pool_is_the_same_and_makes_no_chunk_in_vain():
@@ -287,13 +282,9 @@ def test_a_resumed_pool_is_the_same_and_makes_no_chunk_in_vain():
 
     def grown(steps: list[int]) -> LiouvilleLoss:
         numbers.clear()
-        source = Counted(
-            FlatPrior(), CoupledTarget(), chunk=300, n_chunks=20, seed=7, source=made
-        )
+        source = Counted(FlatPrior(), CoupledTarget(), chunk=300, n_chunks=20, seed=7, source=made)
         first = pool(CoupledTarget(), 400)
-        loss = LiouvilleLoss(
-            ExactField(), first, feeder=source, grow_every=10, capacity=1_000
-        )
+        loss = LiouvilleLoss(ExactField(), first, feeder=source, grow_every=10, capacity=1_000)
         for step in steps:
             loss.grow(step)
         source.close()

@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from flow_stand_ins import stream
-from objective_stand_ins import SIGMA, Anisotropic, Scaling, four_particles, prior, scaling_target
-from tiny_molecule import write_system
+from stand_ins.flows import stream
+from stand_ins.objectives import (
+    SIGMA,
+    SMALL,
+    Anisotropic,
+    Scaling,
+    dw4_frames,
+    four_particles,
+    prior,
+    scaling_target,
+)
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.runs import fit as fitting
 from openmm_eqflow.runs.directory import RunDirectory
-from openmm_eqflow.runs.reference.data import ReferenceData
 from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.training.divergences import (
@@ -30,7 +38,7 @@ from openmm_eqflow.training.divergences import (
 from openmm_eqflow.training.loop import TrainingSettings, train
 from openmm_eqflow.training.objectives import ScheduledLoss
 from openmm_eqflow.training.precision import AutocastField, training_precision
-from openmm_eqflow.training.recipes import Recipe, make_recipe
+from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.training.schedule import Schedule
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
 from openmm_eqflow.vector_fields.baselines import EGNNField
@@ -167,43 +175,6 @@ def test_a_schedule_trains(forward: str, reverse: str) -> None:
         other = LikelihoodLoss(alone, prior(), data, n_steps=3)
         result = train(alone, other, TrainingSettings(max_steps=250, average=0.9, **options))  # type: ignore[arg-type]
         assert float((result.average.rate.detach() - SIGMA.log()).abs().min()) > 0.2
-
-
-def dw4_frames(n: int) -> ReferenceData:
-    """Frames near the four minima, standing in for reference data of dw4."""
-    x = torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0], [2.0, 2.0]]).double()
-    x = x + 0.4 * torch.randn(n, 4, 2, generator=stream(4), dtype=torch.float64)
-    positions = (x - x.mean(1, keepdim=True)).float().numpy()
-
-    class Frames:
-        pass
-
-    frames: Any = Frames()
-    frames.positions = positions
-    frames.walker = np.zeros(n, dtype=np.int64)
-    frames.temperatures = np.array([300.0])
-    return frames
-
-
-SMALL = Recipe(
-    1.0,
-    1e6,
-    prior="gaussian",
-    max_steps=12,
-    batch_size=16,
-    ode_steps=3,
-    n_shards=2,
-    grid_tolerance=0.1,
-    field={
-        "width": 6,
-        "readout_width": 6,
-        "n_vectors": 3,
-        "n_rbf": 4,
-        "n_layers": 1,
-        "n_steps": 1,
-        "n_nodes": 6,
-    },
-)
 
 
 @pytest.mark.parametrize(

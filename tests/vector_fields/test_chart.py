@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from flow_stand_ins import chain_prior, chart_field, randomised, stream
+from stand_ins.flows import chain_prior, chart_field, randomised, stream
 
 from openmm_eqflow.vector_fields import VectorField, build_vector_field
 from openmm_eqflow.vector_fields.chart import ChartField

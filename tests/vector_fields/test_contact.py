@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flow_stand_ins import METHANOL, chain_prior, randomised, stream, water_prior
+from stand_ins.flows import METHANOL, chain_prior, randomised, stream, water_prior
 
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
@@ -192,9 +192,7 @@ def test_divergence_is_differentiable() -> None:
     field = contact_field(prior).double().requires_grad_(True)
     y, t = points(prior, "prior", 2).requires_grad_(True), torch.tensor(0.5).double()
     weight = field.contact_in
-    to_weight, to_point = torch.autograd.grad(
-        field.with_divergence(t, y)[1].sum(), (weight, y)
-    )
+    to_weight, to_point = torch.autograd.grad(field.with_divergence(t, y)[1].sum(), (weight, y))
     h = 1e-6
     with torch.no_grad():
         values = []
