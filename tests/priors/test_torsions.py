@@ -9,22 +9,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from stand_ins.flows import stream, table
+from stand_ins.flows import coupled_torsions, stream, table
 
-from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup, find_basins
-
-_GROUPS = [TorsionGroup((0,), (1,), 0.15, 0.01), TorsionGroup((1,), (1,), 0.15, 0.01)]
-
-
-def _coupled(independent: float = 0.05) -> TorsionDensity:
-    """Two torsions with two basins each that prefer (0, 0) and (1, 1)."""
-    tables = [table(-1.6, 1.4), table(0.1, 2.9)]
-    basins = tuple(torch.from_numpy(find_basins(t.numpy())) for t in tables)
-    members = torch.tensor([[0, 0], [1, 1], [0, 1]])
-    weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-    return TorsionDensity(
-        _GROUPS, tables, Conformers((0, 1), basins, members, weights, independent)
-    )
+from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, find_basins
 
 
 def _product(density: TorsionDensity) -> TorsionDensity:
@@ -68,7 +55,7 @@ def test_small_basins_join_the_nearest_peak():
 
 def test_mixture_is_normalised_by_quadrature():
     points, cell = _grid(240)
-    density = _coupled()
+    density = coupled_torsions()
     assert float(density.log_prob(points).exp().sum() * cell) == pytest.approx(1, abs=1e-9)
     # Power control: without the weights of the conformers it is not.
     assert density.conformers is not None
@@ -81,7 +68,7 @@ def test_mixture_is_normalised_by_quadrature():
 
 
 def test_samples_match_their_density_and_not_the_product_of_groups():
-    density = _coupled()
+    density = coupled_torsions()
     tau = density.sample(40_000, generator=stream(0))
     chi2, freedom = _chi_square(tau, density)
     assert stats.chi2.sf(chi2, freedom) > 1e-4
@@ -89,7 +76,7 @@ def test_samples_match_their_density_and_not_the_product_of_groups():
 
 
 def test_gradient_and_single_precision():
-    density = _coupled()
+    density = coupled_torsions()
     tau = density.sample(20, generator=stream(1)).requires_grad_(True)
     assert torch.autograd.gradcheck(density.log_prob, (tau,))
     torch.testing.assert_close(
@@ -101,7 +88,7 @@ def test_gradient_and_single_precision():
 
 
 def test_fit_finds_the_coupling():
-    truth = _coupled()
+    truth = coupled_torsions()
     tau, fresh = (truth.sample(n, generator=stream(n)) for n in (20_000, 5_000))
     fitted = TorsionDensity.fit(tau, fold=[1, 1])
     assert fitted.conformers is not None
@@ -116,7 +103,7 @@ def test_fit_finds_the_coupling():
 
 
 def test_weights_of_frames_count():
-    truth = _coupled()
+    truth = coupled_torsions()
     tau = truth.sample(10_000, generator=stream(3))
     inside = (tau[:, 0] > 0).double()
     fitted = TorsionDensity.fit(tau, fold=[1, 1], weights=inside / inside.sum())
@@ -131,7 +118,7 @@ def test_weights_of_frames_count():
 
 
 def test_conformers_never_seen_keep_the_independent_share():
-    density = _coupled(independent=0.2)
+    density = coupled_torsions(independent=0.2)
     missing = torch.tensor([[1.4, 0.1]], dtype=torch.float64)  # basins (1, 0)
     free = 0.2 * float(_product(density).log_prob(missing).exp())
     # Kernels reach a little over the borders of basins.
@@ -141,14 +128,14 @@ def test_conformers_never_seen_keep_the_independent_share():
     assert few.conformers.independent > 0.05
 
 
-def test_rotors_and_single_groups_are_not_coupled():
-    tau = _coupled().sample(2_000, generator=stream(6))
+def test_rotors_and_single_groups_are_notcoupled_torsions():
+    tau = coupled_torsions().sample(2_000, generator=stream(6))
     assert TorsionDensity.fit(tau[:, :1], fold=[1]).conformers is None
     assert TorsionDensity.fit(tau, fold=[1, 3]).conformers is None
 
 
 def test_state_survives_storage():
-    density = _coupled()
+    density = coupled_torsions()
     assert density.conformers is not None
     config, tensors = density.conformers.state()
     loaded = Conformers.from_state(json.loads(json.dumps(config)), tensors)

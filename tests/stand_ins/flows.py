@@ -11,7 +11,7 @@ from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup, find_basins
 from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
 
@@ -31,11 +31,25 @@ def table(*peaks: float, n: int = 72) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def chain_prior(*, tail_share: float = 0.0, coupling: float = 1.0) -> InternalCoordinatePrior:
+def coupled_torsions(independent: float = 0.05) -> TorsionDensity:
+    """Two torsions with two basins each that prefer (0, 0) and (1, 1)."""
+    groups = [TorsionGroup((k,), (1,), 0.15, 0.01) for k in (0, 1)]
+    tables = [table(-1.6, 1.4), table(0.1, 2.9)]
+    basins = tuple(torch.from_numpy(find_basins(t.numpy())) for t in tables)
+    members = torch.tensor([[0, 0], [1, 1], [0, 1]])
+    weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    return TorsionDensity(
+        groups, tables, Conformers((0, 1), basins, members, weights, independent)
+    )
+
+
+def chain_prior(
+    *, tail_share: float = 0.0, coupling: float = 1.0, torsions: TorsionDensity | None = None
+) -> InternalCoordinatePrior:
     """Five atoms in a row: two coupled soft torsions, means that follow them, correlations."""
     zmatrix = ZMatrix.from_bonds(5, CHAIN[0], masses=CHAIN[1])
     joint = torch.outer(table(1.0, -2.0), table(0.5)) + torch.outer(table(2.5), table(-1.5))
-    torsions = TorsionDensity([TorsionGroup((0, 1), (1, 1), 0.15, 0.01)], [joint / joint.sum()])
+    pair = TorsionDensity([TorsionGroup((0, 1), (1, 1), 0.15, 0.01)], [joint / joint.sum()])
     modes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     generator = stream(3)
     spread = torch.tensor([0.003] * 4 + [0.06] * 3, dtype=torch.float64)
@@ -49,7 +63,7 @@ def chain_prior(*, tail_share: float = 0.0, coupling: float = 1.0) -> InternalCo
         modes=modes,
         coefficients=coefficients,
         cholesky=spread[:, None] * mixing,
-        torsions=torsions,
+        torsions=torsions or pair,
         tail_share=tail_share,
     )
 
@@ -78,6 +92,27 @@ def water_prior(spread: float = 0.003) -> InternalCoordinatePrior:
         torsions=None,
         tail_share=0.2,
         tail_scale=1.5,
+    )
+
+
+def methanol_prior() -> InternalCoordinatePrior:
+    """A methyl: two torsions relative to the leading one, which is soft and threefold."""
+    zmatrix = ZMatrix.from_bonds(6, METHANOL[0], masses=METHANOL[1])
+    soft = [k for k, fold in enumerate(zmatrix.fold) if fold == 3]
+    assert soft, "the stand-in should have a methyl"
+    n_stiff = 9 + len(zmatrix.lead) - len(soft)
+    mean = torch.zeros(3, n_stiff, dtype=torch.float64)
+    mean[0] = torch.tensor([0.14] * 5 + [1.9] * 4 + [0.0] * (n_stiff - 9))
+    mean[1:] = 0.02 * torch.randn(2, n_stiff, generator=stream(1), dtype=torch.float64)
+    spread = torch.tensor([0.003] * 5 + [0.06] * (n_stiff - 5), dtype=torch.float64)
+    return InternalCoordinatePrior(
+        zmatrix,
+        soft=soft,
+        centre=torch.tensor([2.1, -2.1][: n_stiff - 9]),
+        modes=torch.tensor([[3.0] * len(soft)]),
+        coefficients=mean,
+        cholesky=torch.diag(spread),
+        torsions=TorsionDensity([TorsionGroup((0,), (3,), 0.2, 0.01)], [table(0.4)]),
     )
 
 

@@ -9,42 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from stand_ins.flows import METHANOL, chain_prior, randomised, stream, water_prior
+from stand_ins.flows import chain_prior, methanol_prior, randomised, stream, water_prior
 
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
-from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.runs.fit import build_field
 from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.vector_fields import ContactField, VectorField, build_vector_field
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry
 
 SIZES = {"width": 24, "conditioner_width": 16, "torsion_width": 12, "contacts": 6, "n_rbf": 4}
-
-
-def methanol_prior() -> InternalCoordinatePrior:
-    """A methyl: two torsions relative to the leading one, which is soft and threefold."""
-    zmatrix = ZMatrix.from_bonds(6, METHANOL[0], masses=METHANOL[1])
-    soft = [k for k, fold in enumerate(zmatrix.fold) if fold == 3]
-    assert soft, "the stand-in should have a methyl"
-    n_stiff = 9 + len(zmatrix.lead) - len(soft)
-    mean = torch.zeros(3, n_stiff, dtype=torch.float64)
-    mean[0] = torch.tensor([0.14] * 5 + [1.9] * 4 + [0.0] * (n_stiff - 9))
-    mean[1:] = 0.02 * torch.randn(2, n_stiff, generator=stream(1), dtype=torch.float64)
-    spread = torch.tensor([0.003] * 5 + [0.06] * (n_stiff - 5), dtype=torch.float64)
-    return InternalCoordinatePrior(
-        zmatrix,
-        soft=soft,
-        centre=torch.tensor([2.1, -2.1][: n_stiff - 9]),
-        modes=torch.tensor([[3.0] * len(soft)]),
-        coefficients=mean,
-        cholesky=torch.diag(spread),
-        torsions=TorsionDensity(
-            [TorsionGroup((0,), (3,), 0.2, 0.01)], [torch.full((36,), 1 / 36).double()]
-        ),
-    )
 
 
 PRIORS = {"chain": chain_prior, "methanol": methanol_prior, "water": water_prior}
