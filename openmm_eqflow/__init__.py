@@ -9,8 +9,8 @@ ladj = int_0^1 div v dt                     ladj             flows.flow.rk4     
 y <- y + psi(x) - psi(phi(y))               y                flows.flow.rk4_inverse                        flows/test_integrate::test_the_corrected_inverse_is_that_of_the_discrete_map
 log q(x) = log p0(z) - ladj - log volume    log q            flows.flow.EquivariantFlow                    flows/test_flow::test_integral_of_q_is_one_for_two_particles
 tr dv/dx, D tangents of the readout         div v            vector_fields.leave_one_out.LeaveOneOutField  vector_fields/test_contract::test_divergence_is_the_trace
-tr dv/dy = d1^T [W1 * (W0 W2)^T] d0         div v            vector_fields.chart.ChartField                vector_fields/test_chart::test_divergence_is_the_trace
-m sigma' . (sum_k U phi') (d_z d_p . W)     div v            vector_fields.contact.ContactField            vector_fields/test_contact::test_divergence_is_the_trace
+tr dv/dy = d1^T [W1 * (W0 W2)^T] d0         div v            vector_fields.chart.ChartField                vector_fields/test_contract::test_divergence_is_the_trace
+m sigma' . (sum_k U phi') (d_z d_p . W)     div v            vector_fields.contact.ContactField            vector_fields/test_contract::test_divergence_is_the_trace
 v_p + omega x (x_i - x_p) + dx/dq dq        dx/dy            vector_fields.chart_geometry.ChartGeometry    vector_fields/test_contact::test_derivative_of_the_positions
 sum_ij D phi + d phi'                       div v            vector_fields.kernel.KernelField              vector_fields/test_contract::test_divergence_is_the_trace
 sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        vector_fields/test_contract::test_divergence_is_the_trace

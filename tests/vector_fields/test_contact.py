@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from stand_ins.flows import chain_prior, methanol_prior, randomised, stream, water_prior
+from stand_ins.fields import SIZES, chart_points, contact_field
+from stand_ins.flows import chain_prior, methanol_prior, stream, water_prior
 
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
-from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.runs.fit import build_field
 from openmm_eqflow.training.recipes import make_recipe
-from openmm_eqflow.vector_fields import ContactField, VectorField, build_vector_field
+from openmm_eqflow.vector_fields import ContactField, VectorField
 from openmm_eqflow.vector_fields.chart_geometry import ChartGeometry
 
-SIZES = {"width": 24, "conditioner_width": 16, "torsion_width": 12, "contacts": 6, "n_rbf": 4}
-
-
 PRIORS = {"chain": chain_prior, "methanol": methanol_prior, "water": water_prior}
-
-
-def points(prior: InternalCoordinatePrior, kind: str, n: int = 5) -> torch.Tensor:
-    if kind == "prior":
-        return prior.sample_latent(n, generator=stream(2))
-    y = torch.randn(n, *prior.event_shape, generator=stream(3), dtype=torch.float64)
-    if kind == "data":
-        y[:, : prior.n_stiff] = 0.6 * y[:, : prior.n_stiff] + 0.8 * y[:, :1] + 0.3
-        return y
-    y[:, : prior.n_stiff] *= 30.0  # bonds below zero, angles beyond pi: off the chart, smooth
-    return y
-
-
-def contact_field(prior: InternalCoordinatePrior, size: float = 0.3) -> ContactField:
-    torch.manual_seed(0)
-    field = ContactField.fit(prior, n_samples=200, **SIZES)
-    return randomised(field, size)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("kind", ["prior", "data", "tail"])
@@ -56,7 +34,7 @@ def test_derivative_of_the_positions(name: str, kind: str) -> None:
             "centre": prior.centre,
         }
     )
-    y = points(prior, kind)
+    y = chart_points(prior, kind)
     x, jacobian = geometry(y)
     torch.testing.assert_close(x, prior.to_cartesian(y)[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x, geometry.positions(y), rtol=0, atol=0)
@@ -74,40 +52,10 @@ def test_derivative_of_the_positions(name: str, kind: str) -> None:
             assert scale > 1e-5
 
 
-def full_trace(field: ContactField, t: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    rows = [
-        torch.autograd.functional.jacobian(
-            lambda q, k=k: field(t if t.dim() == 0 else t[k], q[None])[0], y[k]
-        ).diagonal()
-        for k in range(len(y))
-    ]
-    diagonal = torch.stack(rows)
-    return diagonal.sum(1), diagonal.abs().sum(1)
-
-
-@pytest.mark.parametrize("by_atom", [False, True])
-@pytest.mark.parametrize("kind", ["prior", "data", "tail"])
-@pytest.mark.parametrize("name", PRIORS)
-def test_divergence_is_the_trace(name: str, kind: str, by_atom: bool) -> None:
-    prior = PRIORS[name]()
-    field = contact_field(prior).double()
-    field.by_atom = by_atom
-    y = points(prior, kind)
-    t = torch.linspace(0, 1, len(y)).double()
-    v, div = field.with_divergence(t, y)
-    torch.testing.assert_close(v, field(t, y), rtol=0, atol=0)
-    trace, scale = full_trace(field, t, y)
-    assert float(((div - trace).abs() / scale).max()) < 1e-10
-    # Power: what goes through the distances is part of the trace.
-    blind = contact_field(prior).double()
-    blind.centres += 50.0  # no distance is there
-    assert float((blind.with_divergence(t, y)[1] - div).abs().max()) > 1e-6 or kind == "tail"
-
-
 @pytest.mark.parametrize("name", PRIORS)
 def test_pull_back_is_the_transpose_of_the_derivative(name: str) -> None:
     geometry = ChartGeometry.of(PRIORS[name]()).double()
-    y = points(PRIORS[name](), "prior")
+    y = chart_points(PRIORS[name](), "prior")
     x, jacobian = geometry(y)
     n, h = len(y), 3
     # Gradients of functions of distances: no net force, no net torque.
@@ -134,7 +82,7 @@ def test_many_pairs_are_summed_by_atom() -> None:
     for by_atom in (False, True):
         few.by_atom = by_atom
         few.double().requires_grad_(True)
-        v, div = few.with_divergence(torch.tensor(0.3).double(), points(prior, "prior"))
+        v, div = few.with_divergence(torch.tensor(0.3).double(), chart_points(prior, "prior"))
         loss = (div + v.sum(1)).square().sum()
         gradients.append(torch.autograd.grad(loss, list(few.parameters())))
     for one, two in zip(*gradients, strict=True):
@@ -142,18 +90,9 @@ def test_many_pairs_are_summed_by_atom() -> None:
     assert float(gradients[0][0].abs().max()) > 0
 
 
-def test_without_any_pair() -> None:
-    zmatrix = water_prior().zmatrix
-    field = ContactField(zmatrix.config(), [], 0, [], **SIZES)
-    field = randomised(field, 0.3).double()  # type: ignore[assignment]
-    y, t = torch.randn(4, 3, generator=stream(7), dtype=torch.float64), torch.tensor(0.3).double()
-    trace, scale = full_trace(field, t, y)
-    assert float(((field.with_divergence(t, y)[1] - trace).abs() / scale).max()) < 1e-10
-
-
 def test_trace_sees_the_distances_in_both_parts() -> None:
     prior = chain_prior()
-    y, t = points(prior, "prior"), torch.tensor(0.4).double()
+    y, t = chart_points(prior, "prior"), torch.tensor(0.4).double()
     field = contact_field(prior).double()
     div = field.with_divergence(t, y)[1]
     for name in ("contact_out", "contact_torsion"):
@@ -162,43 +101,10 @@ def test_trace_sees_the_distances_in_both_parts() -> None:
         assert float((other.with_divergence(t, y)[1] - div).abs().min()) > 1e-6, name
 
 
-def test_divergence_is_differentiable() -> None:
-    prior = chain_prior()
-    field = contact_field(prior).double().requires_grad_(True)
-    y, t = points(prior, "prior", 2).requires_grad_(True), torch.tensor(0.5).double()
-    weight = field.contact_in
-    to_weight, to_point = torch.autograd.grad(field.with_divergence(t, y)[1].sum(), (weight, y))
-    h = 1e-6
-    with torch.no_grad():
-        values = []
-        for step in (h, -2 * h):
-            weight[0, 1, 2] += step
-            values.append(float(field.with_divergence(t, y)[1].sum()))
-        weight[0, 1, 2] += h
-        shift = torch.zeros_like(y)
-        shift[0, 3] = h
-        moved = [float(field.with_divergence(t, y + s * shift)[1].sum()) for s in (1, -1)]
-    slope = (values[0] - values[1]) / (2 * h)
-    assert slope == pytest.approx(float(to_weight[0, 1, 2]), rel=1e-5, abs=1e-8)
-    assert (moved[0] - moved[1]) / (2 * h) == pytest.approx(float(to_point[0, 3]), rel=1e-5)
-
-
-def test_periodic_in_the_torsions() -> None:
-    prior = chain_prior()
-    field, t = contact_field(prior).double(), torch.tensor(0.2).double()
-    y = points(prior, "prior")
-    for column in (7, 8):
-        turned = y.clone()
-        turned[:, column] += 2 * math.pi
-        pairs = zip(field.with_divergence(t, y), field.with_divergence(t, turned), strict=True)
-        for one, two in pairs:
-            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
-
-
 def test_untrained_field_is_the_identity() -> None:
     prior = chain_prior()
     field = ContactField.fit(prior, n_samples=200, **SIZES).requires_grad_(False)
-    v, div = field.with_divergence(torch.tensor(0.5), points(prior, "prior").float())
+    v, div = field.with_divergence(torch.tensor(0.5), chart_points(prior, "prior").float())
     assert float(v.abs().max()) == 0.0
     assert float(div.abs().max()) == 0.0
 
@@ -213,15 +119,9 @@ def test_pairs_are_those_that_can_meet() -> None:
     assert field.exact_divergence
 
 
-def test_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+def test_a_flow_with_it_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     prior = chain_prior(tail_share=0.1)
     field = contact_field(prior, 0.1)
-    again = build_vector_field("ContactField", json.loads(json.dumps(field.config)))
-    again.load_state_dict(field.state_dict())
-    y, t = points(prior, "prior").float(), torch.linspace(0, 1, 5)
-    again.requires_grad_(False)
-    for one, two in zip(field.with_divergence(t, y), again.with_divergence(t, y), strict=True):
-        assert torch.equal(one, two)
     flow = EquivariantFlow(prior, field, grid=tuple(k / 8 for k in range(9)))
     save_flow(flow, tmp_path / "flow")
     loaded = load_flow(tmp_path / "flow")
