@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from stand_ins.flows import CHAIN, chain_prior, stream
@@ -65,3 +66,25 @@ def test_a_round_that_fails_is_dropped_with_a_warning(caplog):
     assert line.startswith("round 1 of refining the prior was dropped")
     assert "60 frames" in line
     assert "more time" in line
+
+
+def test_refined_prior_is_the_same_every_time():
+    truth = chain_prior()
+    x = truth.sample(200, generator=stream(1))
+    prior = fit_internal_prior(x, *CHAIN, gradient=-truth.gradient(x))
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(8):
+        # Freed memory with other numbers in it: nothing may be read before it is written.
+        for n in (8, 16, 40, 100, 400):
+            torch.from_numpy(random.integers(0, 2, 4 * n).astype(np.int32)).clone()
+        new = refine_internal_prior(
+            prior,
+            x,
+            lambda y: (-truth.log_prob(y), -truth.gradient(y)),
+            rounds=1,
+            n_samples=500,
+            generator=stream(2),
+        )
+        found.append(torch.cat([new.coefficients.ravel(), new.cholesky.ravel()]))
+    assert all(torch.equal(found[0], other) for other in found)

@@ -1,3 +1,5 @@
+"""TorchEnergy: every force class, expressions, refusals, the same bits however it is run."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -13,6 +15,7 @@ from openmm_eqflow.targets.energies.contexts import ContextPool
 from openmm_eqflow.targets.energies.expressions import parse
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
 from openmm_eqflow.targets.library import list_systems, load_system
+from openmm_eqflow.units import positions_in_nm
 
 NAMES = [info.name for info in list_systems()]
 AMBER_OBC1 = ("amber14-all.xml", "implicit/obc1.xml")
@@ -78,23 +81,6 @@ def test_gradient_and_single_precision():
     singles = energy.float()(x.detach().float())
     assert singles.dtype == torch.float32
     torch.testing.assert_close(singles.double(), doubles, rtol=1e-4, atol=1e-1)
-
-
-def test_batch_independence_and_threads():
-    molecule = load_system("alanine-dipeptide")
-    positions = np.array(molecule.positions.value_in_unit(unit.nanometer))
-    x = configurations(molecule.system, positions, 1500, False)
-    two, one = (TorchEnergy(molecule.system, positions=positions, n_threads=n) for n in (2, 1))
-    e, f = two.energies_and_forces(x)
-    whole = one.energies_and_forces(x)
-    np.testing.assert_array_equal(e, whole[0])
-    np.testing.assert_array_equal(f, whole[1])
-    for k in (0, 31, 1499):
-        single = one.energies_and_forces(x[k : k + 1])
-        assert single[0][0] == e[k]
-        np.testing.assert_array_equal(single[1][0], f[k])
-    assert two.energies(x[:0]).shape == (0,)
-    two.close()
 
 
 def custom_forces():
@@ -258,3 +244,33 @@ def test_kernels_are_cached_under_the_hash_of_their_sources():
     bonded = load_kernels()[0]
     assert numba.config.CACHE_DIR == before
     assert "kernels-" in str(bonded.bond_kernel.stats.cache_path)
+
+
+@pytest.fixture(scope="module")
+def batch() -> np.ndarray:
+    system = load_system("alanine-dipeptide")
+    noise = np.random.default_rng(0).normal(size=(1000, system.n_particles, 3))
+    return positions_in_nm(system.positions) + 0.005 * noise
+
+
+@pytest.mark.parametrize("name", ["alanine-dipeptide", "alanine-dipeptide-vacuum"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_energies_do_not_depend_on_threads_place_or_memory(batch, name, compiled):
+    energy = TorchEnergy(load_system(name).system, compiled=compiled, n_threads=1)
+    u, f = energy.energies_and_forces(batch)
+    for n_threads in (1, 2, 3, 5):
+        energy.n_threads = n_threads
+        for shift in range(3):
+            # Another address modulo the 64 bytes that vector units and BLAS care about.
+            room = np.empty(batch.size + 8)
+            x = room[shift : shift + batch.size].reshape(batch.shape)
+            x[:] = batch
+            again_u, again_f = energy.energies_and_forces(x)
+            np.testing.assert_array_equal(again_u, u)
+            np.testing.assert_array_equal(again_f, f)
+            np.testing.assert_array_equal(energy.energies(x), u)
+    if compiled:  # a configuration does not see its neighbours
+        part_u, part_f = energy.energies_and_forces(batch[117:390])
+        np.testing.assert_array_equal(part_u, u[117:390])
+        np.testing.assert_array_equal(part_f, f[117:390])
+    energy.close()
