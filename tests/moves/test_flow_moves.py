@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from textwrap import dedent
 
@@ -265,7 +264,21 @@ def test_systems_and_sizes_are_checked(system: MolecularSystem, flow_path: Path)
 # -- copies, storage, resume ----------------------------------------------------------------------
 
 
-def test_large_flows_cost_nothing_to_copy_and_store(tmp_path: Path) -> None:
+def test_large_flows_cost_nothing_to_copy_and_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tensor is copied."""
+    copied_tensors: list[torch.Size] = []
+    for kind in (torch.Tensor, torch.nn.Parameter):
+
+        def counted(self, memo, honest=kind.__deepcopy__):
+            copied_tensors.append(self.shape)
+            return honest(self, memo)
+
+        monkeypatch.setattr(kind, "__deepcopy__", counted)
+    copy.deepcopy(torch.nn.Linear(2, 2))
+    assert len(copied_tensors) >= 2  # what is copied is counted
+    copied_tensors.clear()
     field = ChartField(n_stiff=15, n_soft=3, fold=[1, 1, 1], width=2200, conditioner_width=512)
     assert sum(p.numel() for p in field.parameters()) > 9_500_000
 
@@ -274,11 +287,8 @@ def test_large_flows_cost_nothing_to_copy_and_store(tmp_path: Path) -> None:
     flow.source = (str(tmp_path / "big.safetensors"), "0" * 64)
     move = FlowMove(flow, seed=50)
     for candidate in (move, SequenceMove([langevin(), move]), WeightedMove([(move, 1.0)])):
-        copy.deepcopy(candidate)
-        start = time.perf_counter()
-        for _ in range(20):
-            copied = copy.deepcopy(candidate)
-        assert (time.perf_counter() - start) / 20 < 1e-3 * (1 if candidate is move else 2)
+        copied = copy.deepcopy(candidate)
+        assert not copied_tensors
     assert copy.deepcopy(move).flow is flow
     assert copied.move_set[0][0].flow is flow
     move.statistics = {**move.statistics, "n_draws": 10**9, "mean_log_weight": -1.234567890123e3}

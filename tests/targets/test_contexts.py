@@ -19,6 +19,7 @@ from stand_ins.interrupts import hear_interrupts
 
 from openmm_eqflow.errors import EnergyError
 from openmm_eqflow.targets.energies.contexts import ContextPool, available_platforms
+from openmm_eqflow.targets.energies.process_worker import ProcessContext
 from openmm_eqflow.targets.library import load_system
 
 
@@ -51,14 +52,22 @@ def test_killed_worker_is_replaced_and_its_batch_redone(molecule, batch):
         assert pool.n_invalid == 0
 
 
-def test_stuck_worker_times_out(molecule, batch):
+def test_stuck_worker_times_out(molecule, batch, monkeypatch):
+    asked, exchange = [], ProcessContext._exchange
+
+    def recorded(self, request, reply_size, timeout):
+        asked.append(timeout)
+        return exchange(self, request, reply_size, timeout)
+
+    monkeypatch.setattr(ProcessContext, "_exchange", recorded)
     with ContextPool(
         molecule.system, mode="processes", platform="Reference", n_workers=1, timeout=1.0
     ) as pool:
         undisturbed = pool.energies(batch)
         os.kill(pool.worker_pids[0], signal.SIGSTOP)
         np.testing.assert_array_equal(pool.energies(batch), undisturbed)
-        assert pool.n_restarts == 1  # not the minute of the default
+        assert pool.n_restarts == 1
+        assert set(asked) == {1.0, 120.0}  # the new worker has as long as the first
 
 
 def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monkeypatch):
@@ -95,6 +104,7 @@ def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monke
 
 SCRIPT = """
 import sys, numpy as np
+from openmm_eqflow.targets.energies.process_worker import ProcessContext
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.energies.contexts import ContextPool
 molecule = load_system("alanine-dipeptide")

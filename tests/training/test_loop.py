@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from openmm_eqflow.files import COLUMNS, write_history
 from openmm_eqflow.flows.storage import load_tensors
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.runs import fit as fitting
+from openmm_eqflow.training import loop
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, train
 
 
@@ -158,15 +160,22 @@ def test_checkpoint_of_another_architecture(tmp_path):
         run(path)
 
 
-def test_time_budget_counts_earlier_attempts(tmp_path):
-    path = tmp_path / "checkpoint.safetensors"
-    module = network()
-    short = settings(seconds=0.3, max_steps=10**9)
-    first = train(module, Regression(module), short, checkpoint=path)
-    assert 0.3 <= first.seconds < 3
-    module = network()
-    second = train(module, Regression(module), short, checkpoint=path)
-    assert second.n_steps == first.n_steps
+def test_time_budget_counts_earlier_attempts(tmp_path, monkeypatch):
+    """On a clock of its own, which goes on by a hundredth of a second whenever it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "clock", lambda: 0.01 * next(ticks))
+
+    def trained(seconds: float, name: str) -> TrainingResult:
+        module = network()
+        options = settings(seconds=seconds, max_steps=10**9, checkpoint_seconds=0.1)
+        return train(module, Regression(module), options, checkpoint=tmp_path / name)
+
+    first = trained(0.2, "a")
+    assert first.seconds == pytest.approx(0.2, abs=0.03)
+    assert trained(0.2, "a").n_steps == first.n_steps
+    whole, longer = trained(0.4, "b"), trained(0.4, "a")
+    assert longer.seconds == pytest.approx(0.4, abs=0.03)
+    assert abs(longer.n_steps - whole.n_steps) <= 3 < whole.n_steps - first.n_steps
 
 
 def test_the_number_of_shards_decides_not_that_of_threads(tmp_path):
