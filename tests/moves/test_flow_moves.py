@@ -19,7 +19,8 @@ from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, We
 from openmmtools.states import SamplerState, ThermodynamicState
 from openmmtools.utils import deserialize, serialize
 from stand_ins import TESTS
-from stand_ins.moves import RadialField, WrongDensity, WrongLatentFlow, harmonic_flow
+from stand_ins.lies import LyingFlow
+from stand_ins.moves import RadialField, harmonic_flow
 
 from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.errors import (
@@ -131,15 +132,15 @@ def test_moves_with_langevin_sample_the_harmonic_target(
     assert 0.2 < move.statistics["n_accepted"] / move.statistics["n_proposed"] < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.statistical
-@pytest.mark.parametrize("factor", [0.0, -1.0])
+@pytest.mark.parametrize("lie", ["dropped", "turned"])
 @pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
 def test_power_with_langevin(
-    system: MolecularSystem, flow_path: Path, kind: str, factor: float
+    system: MolecularSystem, flow_path: Path, kind: str, lie: str
 ) -> None:
     move = move_of_kind(kind, load_flow(flow_path))
-    wrong = WrongLatentFlow if kind in ("latent", "annealed") else WrongDensity
-    move._flow = wrong(move.flow, factor)  # type: ignore[assignment]
+    move._flow = LyingFlow(move.flow, lie)  # type: ignore[assignment]
     # Langevin repairs part of what the move breaks: with 600 steps of an independence chain the
     # mean is off by 4 to 7 standard errors, with 1,800 by 10 and more; the others by 14 and more.
     n_steps = 1800 if kind in ("independence", "multiple-try") else 600
@@ -148,44 +149,16 @@ def test_power_with_langevin(
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("factor", [0.0, -1.0])
+@pytest.mark.parametrize("lie", ["dropped", "turned"])
 def test_power_without_log_q_or_with_its_sign_wrong(
-    system: MolecularSystem, flow_path: Path, factor: float
+    system: MolecularSystem, flow_path: Path, lie: str
 ) -> None:
-    move = FlowMove(load_flow(flow_path), seed=20 - int(factor))
-    move._flow = WrongDensity(move.flow, factor)  # type: ignore[assignment]
+    move = FlowMove(load_flow(flow_path), seed=20 + (lie == "turned"))
+    move._flow = LyingFlow(move.flow, lie)  # type: ignore[assignment]
     assert not has_analytic_moments(reduced_energies(system, move, 300.0, 1500), 1.0, 5.0)
 
 
 # -- what a move keeps ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("move_class", [FlowMove, LatentMove, AnnealedMove])
-def test_centroid_velocities_and_rejected_states_are_kept(
-    system: MolecularSystem, flow_path: Path, move_class: type
-) -> None:
-    move = move_class(load_flow(flow_path), seed=30)
-    thermodynamic_state, _ = states(system)
-    rng = np.random.default_rng(0)
-    positions = positions_in_nm(system.positions) + 0.3
-    velocities = rng.normal(size=(6, 3)) * unit.nanometer / unit.picosecond
-    sampler_state = SamplerState(positions * unit.nanometer, velocities=velocities)
-    moved = 0
-    for _ in range(30):
-        before = positions_in_nm(sampler_state.positions).copy()
-        quantity, n_accepted = sampler_state.positions, move.statistics["n_accepted"]
-        move.apply(thermodynamic_state, sampler_state)
-        after = positions_in_nm(sampler_state.positions)
-        if move.statistics["n_accepted"] == n_accepted:
-            assert sampler_state.positions is quantity
-            assert (after == before).all()
-        else:
-            moved += 1
-            assert (after != before).any()
-            assert sampler_state.potential_energy is None
-        np.testing.assert_allclose(after.mean(axis=0), positions.mean(axis=0), atol=1e-12)
-    assert moved > 3
-    assert (sampler_state.velocities == velocities).all()
 
 
 def test_out_of_plane_coordinates_of_a_planar_flow_stay(tmp_path: Path) -> None:
@@ -466,53 +439,15 @@ def test_storage_does_not_grow_with_the_flow(tmp_path: Path) -> None:
     assert abs(sizes[large] - sizes[small]) < 4096
 
 
-def test_statistics_are_plain_numbers(system: MolecularSystem, flow_path: Path) -> None:
+def test_log_z_of_a_move_says_when_it_knows_nothing(
+    system: MolecularSystem, flow_path: Path
+) -> None:
     move = FlowMove(load_flow(flow_path), seed=54)
     assert move.log_z() == (-math.inf, math.inf)
     move.apply(*states(system))
-    assert all(type(value) in (int, float) for value in move.statistics.values())
-    assert move.statistics["n_draws"] == 8
     assert 0 < move.statistics["effective_proposals"] <= 8
-    move.reset_statistics()
-    assert move.statistics["n_proposed"] == 0
+    assert math.isfinite(move.log_z().value)
     assert "n_proposals" in str(move)
-
-
-@pytest.mark.parametrize("rebuilt", [False, True])
-def test_a_resumed_move_repeats_no_draw(
-    system: MolecularSystem, flow_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilt: bool
-) -> None:
-    """In a new process, with and without a move of that flow and seed built before the resume."""
-
-    def run(move: FlowMove, n: int) -> set[bytes]:
-        state, sampler_state = states(system)
-        seen = set()
-        for _ in range(n):
-            move.apply(state, sampler_state)
-            seen.add(positions_in_nm(sampler_state.positions).tobytes())
-        return seen
-
-    def new_process() -> None:
-        monkeypatch.setattr(flow_registry, "_STREAMS", {})
-
-    new_process()
-    move = FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61)
-    first, stored = run(move, 40), move.__getstate__()
-    assert stored["n_consumed"] == 40
-    new_process()
-    if rebuilt:
-        FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61)
-    resumed = FlowMove.__new__(FlowMove)
-    resumed.__setstate__(stored)
-    second = run(resumed, 40)
-    assert len(first) > 10
-    assert len(second) > 10
-    start = {positions_in_nm(states(system)[1].positions).tobytes()}
-    assert not (first & second) - start
-    assert resumed.__getstate__()["n_consumed"] == 80
-    # Power control: a stream from its beginning repeats the first part.
-    new_process()
-    assert first == run(FlowMove(load_flow(flow_path), n_proposals=4, n_predraw=16, seed=61), 40)
 
 
 def test_steps_of_other_processes_count(flow_path: Path) -> None:

@@ -36,22 +36,6 @@ class GaussianFlow:
         return -0.5 * (square + dim * math.log(2 * math.pi * self.width**2))
 
 
-class WrongFlow:
-    """Power control: the same draws, log q dropped (factor 0) or of the wrong sign (-1)."""
-
-    def __init__(self, flow: GaussianFlow, factor: float) -> None:
-        self.flow, self.factor = flow, factor
-
-    def sample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, log_q = self.flow.sample_and_log_prob(n, generator=generator)
-        return x, self.factor * log_q
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.factor * self.flow.log_prob(x)
-
-
 class TwoBasins:
     r"""Two particles on a line, y = (x_1 - x_2) / sqrt 2: a skewed mixture of two Gaussians.
 
@@ -114,23 +98,6 @@ class BendField(nn.Module):
         return self.with_divergence(t, y)[0]
 
 
-class WrongLatentFlow:
-    """Power control of latent moves: the right map with factor * log q."""
-
-    def __init__(self, flow: EquivariantFlow, factor: float) -> None:
-        self.flow, self.prior, self.factor = flow, flow.prior, factor
-        self.n_particles = getattr(flow, "n_particles", None)
-        self.n_dims = getattr(flow, "n_dims", None)
-
-    def transform(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, log_q = self.flow.transform(z)
-        return x, self.factor * log_q
-
-    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_q = self.flow.inverse(x)
-        return z, self.factor * log_q
-
-
 @register_vector_field
 class RadialField(nn.Module):
     r"""v = (a + b exp(-|y|^2 / c)) y on the mean-free subspace: its divergence varies with y."""
@@ -180,21 +147,3 @@ def harmonic_flow(n_idle: int = 0) -> EquivariantFlow:
     flow = EquivariantFlow(MeanFreeGaussian(6, 3, 0.235), field, grid=(0.0, 0.25, 0.5, 0.75, 1.0))
     audit(flow)
     return flow
-
-
-class WrongDensity:
-    """Power control of a FlowMove: the same flow with factor * log q."""
-
-    def __init__(self, flow: EquivariantFlow, factor: float) -> None:
-        self.flow, self.factor = flow, factor
-        self.n_particles = getattr(flow, "n_particles", None)
-        self.n_dims = getattr(flow, "n_dims", None)
-
-    def sample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, log_q = self.flow.sample_and_log_prob(n, generator=generator)
-        return x, self.factor * log_q
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.factor * self.flow.log_prob(x)
