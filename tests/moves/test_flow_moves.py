@@ -362,7 +362,9 @@ moves = {
     "MultiStateSampler": WeightedMove([(local, 0.3), (flow_move, 0.4),
                                        (LatentMove(flow, seed=8), 0.3)]),
     "SAMSSampler": SequenceMove([flow_move, AnnealedMove(flow, n_proposals=2, seed=9)]),
+    "flow only": SequenceMove([flow_move]),
 }[kind]
+kind = "ReplicaExchangeSampler" if kind == "flow only" else kind
 temperatures = [300, 350, 400]
 states = [ThermodynamicState(system.system, t * unit.kelvin) for t in temperatures]
 sampler = getattr(multistate, kind)(mcmc_moves=moves, number_of_iterations=int(n_iterations))
@@ -376,8 +378,13 @@ import json, sys
 import numpy as np
 from openmmtools import multistate
 import stand_ins.moves
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.flow_moves import FlowMove
 
-kind, storage, n_iterations = sys.argv[1:]
+kind, storage, n_iterations, *flow_path = sys.argv[1:]
+kind = "ReplicaExchangeSampler" if kind == "flow only" else kind
+for path in flow_path:  # as a script does that builds its moves whether it resumes or not
+    FlowMove(load_flow(path), n_proposals=16, seed=7)
 reporter = multistate.MultiStateReporter(storage, open_mode="r+", checkpoint_interval=10)
 sampler = getattr(multistate, kind).from_storage(reporter)
 moves = sampler.mcmc_moves
@@ -395,9 +402,35 @@ print(json.dumps({"before": before, "after": after, "energies": energies.tolist(
 """
 
 
+@pytest.mark.parametrize("rebuilt", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "kind", ["flow only", pytest.param("SAMSSampler", marks=pytest.mark.slow)]
+)
+def test_a_resumed_sampler_visits_nothing_twice(
+    flow_path: Path, tmp_path: Path, kind: str, rebuilt: bool
+) -> None:
+    """With and without a move of the flow and seed built before the resume.
+
+    Every configuration is the flow's: one energy seen in both parts, but for what was carried
+    over, would be a draw used twice.
+    """
+    storage, n = tmp_path / "run.nc", 30
+    run_python(CREATE, kind, str(flow_path), str(storage), str(n))
+    output = run_python(RESUME, kind, str(storage), str(n), *[str(flow_path)] * rebuilt)
+    energies = np.array(json.loads(output.splitlines()[-1])["energies"])
+    assert energies.shape[0] == 2 * n + 1
+    first, second = (set(part[..., 0].ravel()) for part in (energies[: n + 1], energies[n + 1 :]))
+    second -= set(energies[n, ..., 0])
+    assert min(len(first), len(second)) > 10
+    assert not first & second
+
+
 @pytest.mark.parametrize(
     ("kind", "n_iterations"),
-    [("ReplicaExchangeSampler", 200), ("MultiStateSampler", 20), ("SAMSSampler", 20)],
+    [
+        pytest.param("ReplicaExchangeSampler", 200, marks=pytest.mark.slow),
+        ("MultiStateSampler", 20),
+    ],
 )
 def test_samplers_resume_in_a_fresh_process(
     flow_path: Path, tmp_path: Path, kind: str, n_iterations: int
@@ -427,6 +460,7 @@ def test_samplers_resume_in_a_fresh_process(
         flow_path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_storage_does_not_grow_with_the_flow(tmp_path: Path) -> None:
     sizes = {}
     for n_idle in (0, 1_500_000):
