@@ -21,6 +21,18 @@ from openmm_eqflow.targets.target import system_sha256
 FOLDERS = sorted(path.parent for path in systems_directory().glob("*/flow.safetensors"))
 LARGEST = 5_000_000
 
+# A cluster and a molecule are quick; the default command measures them, the slow one the others.
+MEASURED = [
+    pytest.param(
+        folder,
+        id=folder.name,
+        marks=()
+        if folder.name in ("dw4", "toluene")
+        else (pytest.mark.slow, pytest.mark.timeout(900)),
+    )
+    for folder in FOLDERS
+]
+
 
 def figure(card: str, label: str) -> list[float]:
     """Numbers of a row of a card."""
@@ -50,9 +62,8 @@ def test_flow_belongs_to_its_system_and_is_small(folder: Path) -> None:
     assert f"# Flow of {folder.name}" in (folder / "card.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 @pytest.mark.statistical
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", MEASURED)
 def test_flow_is_as_good_as_its_card(folder: Path) -> None:
     flow = load_flow(folder / "flow")
     n = n_samples(flow, cluster=480, molecule=4000, large=2000)
@@ -85,8 +96,7 @@ def test_flow_is_as_good_as_its_card(folder: Path) -> None:
         assert not is_that_of_the_card(relative_ess(lie))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", MEASURED)
 def test_log_q_on_the_shipped_grid(folder: Path) -> None:
     flow = load_flow(folder / "flow")
     n = n_samples(flow, cluster=16, molecule=512, large=128)

@@ -1,6 +1,7 @@
 """The shape of README; that its code runs is tested with the pages of the documentation."""
 
 import re
+import tomllib
 
 from stand_ins import ROOT
 
@@ -20,6 +21,15 @@ def test_ci_runs_the_test_command_of_the_readme():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "README.md" in script
     assert "<!-- test command -->" in README
+    # And the slow tests, which the default command leaves out.
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (slow,) = re.findall(r"`(\.venv/bin/python -m pytest [^`]*-m slow)`", contributing)
+    assert "-n 2" in slow
+    assert "CONTRIBUTING.md" in script
+    with (ROOT / "pyproject.toml").open("rb") as handle:
+        options = tomllib.load(handle)["tool"]["pytest"]["ini_options"]
+    assert options["addopts"][-2:] == ["-m", "not slow"]
+    assert {mark.split(":")[0] for mark in options["markers"]} >= {"slow", "gpu"}
 
 
 def test_python_example_is_short_and_is_the_example_file():
