@@ -5,6 +5,8 @@ A new evaluator joins ``MEMBERS``.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -44,6 +46,14 @@ MEMBERS = {
         lambda s: ContextPool(s, mode="threads", platform="CPU", n_workers=2), 1e-4, False
     ),
 }
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class Case(NamedTuple):
@@ -128,7 +138,15 @@ def test_invalid_energies_are_infinite_and_counted(case: Case) -> None:
     assert evaluator.n_invalid == 2 * len(bad)
 
 
-def test_closed_twice(case: Case) -> None:
-    case.evaluator.energies(case.x[:2])
-    case.evaluator.close()
-    case.evaluator.close()
+def test_closed_twice_and_nothing_is_left(case: Case) -> None:
+    before = threading.active_count()
+    another = case.member.make(case.system)
+    energy = another.energies(case.x)
+    workers = getattr(another, "worker_pids", [])
+    assert all(map(alive, workers))
+    another.close()
+    another.close()
+    assert threading.active_count() == before
+    assert not any(map(alive, workers))
+    # Others of the same System go on.
+    np.testing.assert_allclose(case.evaluator.energies(case.x), energy, rtol=case.member.rtol)

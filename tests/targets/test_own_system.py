@@ -7,6 +7,8 @@ from openmm import app, unit
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
+from openmm_eqflow.targets.target import system_sha256
+from openmm_eqflow.units import masses_in_dalton
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
 AMBER = ["amber14-all.xml", "implicit/obc2.xml"]
@@ -52,6 +54,12 @@ def test_serialised_system(tmp_path, mass):
     write_system(tmp_path / "in.xml", hydrogenMass=mass)
     made = init_system(tmp_path / "mol", pdb=DIPEPTIDE, system_xml=tmp_path / "in.xml")
     assert made.n_particles == 22
+    given = openmm.XmlSerializer.deserialize((tmp_path / "in.xml").read_text())
+    again = load_system(tmp_path / "mol").system
+    assert system_sha256(again) == system_sha256(made.system)
+    assert masses_in_dalton(again).tolist() == masses_in_dalton(given).tolist()
+    assert min(masses_in_dalton(again)) == pytest.approx(1.008 if mass is None else 3.0, abs=0.01)
+    assert again.getNumForces() == given.getNumForces()
 
 
 def test_missing_hydrogens_say_what_to_do_and_can_be_added(tmp_path):
