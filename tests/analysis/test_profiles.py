@@ -9,6 +9,7 @@ import mdtraj
 import numpy as np
 import pandas as pd
 import pytest
+from stand_ins.processes import ar1
 
 from openmm_eqflow.analysis import profiles as analysis
 from openmm_eqflow.analysis.observables import (
@@ -20,17 +21,6 @@ from openmm_eqflow.analysis.observables import (
     two_states,
 )
 from openmm_eqflow.targets.library import load_system
-
-
-def ar1(n_chains, n_steps, rho, seed, mean=0.0):
-    """Stationary AR(1) chains of unit variance."""
-    rng = np.random.default_rng(seed)
-    x = np.empty((n_chains, n_steps))
-    x[:, 0] = rng.normal(size=n_chains)
-    noise = rng.normal(size=(n_chains, n_steps)) * np.sqrt(1 - rho**2)
-    for t in range(1, n_steps):
-        x[:, t] = rho * x[:, t - 1] + noise[:, t]
-    return x + mean
 
 
 def peptide(name="alanine-dipeptide"):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from stand_ins.processes import ar1
 
 from openmm_eqflow.analysis.chains import (
     autocorrelation_ess,
@@ -22,16 +23,6 @@ from openmm_eqflow.analysis.weights import (
     relative_ess,
     relative_ess_with_error,
 )
-
-
-def ar1(rho: float, shape: tuple[int, int], seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    noise = rng.normal(size=shape)
-    x = np.empty(shape)
-    x[:, 0] = noise[:, 0]
-    for t in range(1, shape[1]):
-        x[:, t] = rho * x[:, t - 1] + math.sqrt(1.0 - rho**2) * noise[:, t]
-    return x
 
 
 def test_kish_ess_closed_forms() -> None:
@@ -102,7 +93,7 @@ def test_pareto_k_of_bounded_and_degenerate_weights() -> None:
 @pytest.mark.parametrize("shape", [(1, 40_000), (8, 5_000)])
 def test_autocorrelation_ess_of_ar1(rho: float, shape: tuple[int, int]) -> None:
     expected = shape[0] * shape[1] * (1 - rho) / (1 + rho)
-    assert autocorrelation_ess(ar1(rho, shape, 4)) == pytest.approx(expected, rel=0.15)
+    assert autocorrelation_ess(ar1(*shape, rho, 4)) == pytest.approx(expected, rel=0.15)
 
 
 def test_chains_that_disagree_have_no_effective_samples() -> None:
@@ -113,7 +104,7 @@ def test_chains_that_disagree_have_no_effective_samples() -> None:
 
 
 def test_mean_error_is_calibrated_on_correlated_chains() -> None:
-    chains = ar1(0.8, (300, 2000), 6)
+    chains = ar1(300, 2000, 0.8, 6)
     pulls = [estimate.value / estimate.error for estimate in map(mean_with_error, chains)]
     assert np.std(pulls) == pytest.approx(1.0, abs=0.15)
 
@@ -148,7 +139,7 @@ def test_weighted_mean_ignores_zero_weights_and_takes_columns() -> None:
 
 
 def test_blocks_raise_the_error_of_a_correlated_chain() -> None:
-    x = ar1(0.9, (1, 20_000), 8)[0]
+    x = ar1(1, 20_000, 0.9, 8)[0]
     naive = weighted_mean_with_error(x, np.zeros(x.size), n_bootstrap=300).error
     blocked = weighted_mean_with_error(
         x, np.zeros(x.size), block_length=200, n_bootstrap=300

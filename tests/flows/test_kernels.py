@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from stand_ins.flows import stream
+from stand_ins.moves import Springs
 from torch import Tensor
 
 from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
 from openmm_eqflow.geometry import remove_mean
-
-STIFFNESS = 4.0
-
-
-class Springs:
-    """u = STIFFNESS |x|^2 / 2 on the mean-free subspace: every coordinate has variance 1/4."""
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        centred = remove_mean(x)
-        return 0.5 * STIFFNESS * centred.square().sum((1, 2)), STIFFNESS * centred
 
 
 class Walled(Springs):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from stand_ins.flows import stream, uniform_grid
 from stand_ins.lies import LIES, LyingFlow
+from stand_ins.moves import Springs
 from torch import Tensor
 
 from openmm_eqflow.errors import AuditError, CheckpointError, EnergyError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.geometry import remove_mean
 from openmm_eqflow.moves.chains import ChainSamples, load_chains, run_chains
 from openmm_eqflow.moves.steps import Proposals
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -29,18 +29,6 @@ FIELDS = (
     "local_acceptance",
     "proposal_log_weight",
 )
-
-
-class Springs:
-    """u = 2 |x|^2 on the mean-free subspace of three particles in the plane: <u> = 2."""
-
-    kT = 2.5
-
-    def reduced_potential(self, x: Tensor) -> Tensor:
-        return 2.0 * remove_mean(x).square().sum((1, 2))
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.reduced_potential(x), 4.0 * remove_mean(x)
 
 
 def make_flow(scale: float = 0.6) -> EquivariantFlow:

@@ -36,6 +36,18 @@ class GaussianFlow:
         return -0.5 * (square + dim * math.log(2 * math.pi * self.width**2))
 
 
+class Springs:
+    """u = 2 |x|^2 on the mean-free subspace: a variance of 1/4 each way, <u> = (N - 1) D / 2."""
+
+    kT = 2.5
+
+    def reduced_potential(self, x: Tensor) -> Tensor:
+        return 2.0 * remove_mean(x).square().sum((1, 2))
+
+    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.reduced_potential(x), 4.0 * remove_mean(x)
+
+
 class TwoBasins:
     r"""Two particles on a line, y = (x_1 - x_2) / sqrt 2: a skewed mixture of two Gaussians.
 
