@@ -1,4 +1,4 @@
-"""What test_distributed does, here or under torchrun: short trainings and an evaluation."""
+"""What test_parallel does, here or under torchrun: short trainings and an evaluation."""
 
 from __future__ import annotations
 
