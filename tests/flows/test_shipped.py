@@ -21,14 +21,12 @@ from openmm_eqflow.targets.target import system_sha256
 FOLDERS = sorted(path.parent for path in systems_directory().glob("*/flow.safetensors"))
 LARGEST = 5_000_000
 
-# A cluster and a molecule are quick; the default command measures them, the slow one the others.
+# One molecule is quick: the default command measures it, the slow one the others.
 MEASURED = [
     pytest.param(
         folder,
         id=folder.name,
-        marks=()
-        if folder.name in ("dw4", "toluene")
-        else (pytest.mark.slow, pytest.mark.timeout(900)),
+        marks=() if folder.name == "toluene" else (pytest.mark.slow, pytest.mark.timeout(900)),
     )
     for folder in FOLDERS
 ]

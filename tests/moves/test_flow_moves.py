@@ -122,7 +122,15 @@ def move_of_kind(kind: str, flow: EquivariantFlow) -> FlowMove | LatentMove | An
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("kind", ["independence", "multiple-try", "latent", "annealed"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "independence",
+        "multiple-try",
+        pytest.param("latent", marks=pytest.mark.slow),
+        pytest.param("annealed", marks=pytest.mark.slow),
+    ],
+)
 def test_moves_with_langevin_sample_the_harmonic_target(
     system: MolecularSystem, flow_path: Path, kind: str
 ) -> None:
@@ -425,12 +433,9 @@ def test_a_resumed_sampler_visits_nothing_twice(
     assert not first & second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "n_iterations"),
-    [
-        pytest.param("ReplicaExchangeSampler", 200, marks=pytest.mark.slow),
-        ("MultiStateSampler", 20),
-    ],
+    ("kind", "n_iterations"), [("ReplicaExchangeSampler", 200), ("MultiStateSampler", 20)]
 )
 def test_samplers_resume_in_a_fresh_process(
     flow_path: Path, tmp_path: Path, kind: str, n_iterations: int
