@@ -128,6 +128,40 @@ def test_steps_sample_a_skewed_target(name: str, lie: str | None) -> None:
     assert agrees(flow, STEPS[name]) == (lie is None)
 
 
+class Itself:
+    """The flow's own density as a target: whatever a flow step offers has weight one."""
+
+    kT = 2.5
+
+    def __init__(self, flow: EquivariantFlow) -> None:
+        self.flow = flow
+
+    def reduced_potential(self, x: Tensor) -> Tensor:
+        return -self.flow.log_prob(x)
+
+
+def spread(flow: EquivariantFlow, x: Tensor) -> float:
+    """Variance of the latent coordinate, which is 1, in standard errors."""
+    with torch.no_grad():
+        z = TwoBasins.coordinate(flow.inverse(x)[0])
+    return float((z.var() - 1.0).abs() * (len(z) / 2) ** 0.5)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_leave_the_flow_itself_as_it_is(name: str) -> None:
+    """From exact samples, many of them: sharp about the kernels of the latent coordinate."""
+    flow, generator = bend(), torch.Generator().manual_seed(8)
+    x = flow.sample(10_000, generator=generator)
+    advance = STEPS[name].begin(flow, Itself(flow), generator)
+    for _ in range(3):
+        x, moved = advance(x)
+    assert spread(flow, x) < 4
+    assert float(moved.double().mean()) > (0.5 if "langevin" in name else 0.85)
+    # Power: a spread that is off by a tenth.
+    assert spread(flow, 1.1**0.5 * flow.sample(10_000, generator=generator)) > 4
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_keep_the_centroid_and_what_is_refused(name: str) -> None:
     target, generator = TwoBasins(), torch.Generator().manual_seed(6)
