@@ -2,49 +2,49 @@ r"""Boltzmann samples of OpenMM systems from equivariant continuous normalizing 
 
 Where each equation lives, and which test checks it:
 
-==========================================  ===============  ============================================  =================================================================================
+==========================================  ===============  ============================================  ========================================================================================
 equation                                    symbol           dotted path                                   test
-==========================================  ===============  ============================================  =================================================================================
-ladj = int_0^1 div v dt                     ladj             flows.flow.rk4                                test_integrate::test_fourth_order
-y <- y + psi(x) - psi(phi(y))               y                flows.flow.rk4_inverse                        test_integrate::test_the_corrected_inverse_is_that_of_the_discrete_map
-log q(x) = log p0(z) - ladj - log volume    log q            flows.flow.EquivariantFlow                    test_flow::test_integral_of_q_is_one_for_two_particles
-tr dv/dx, D tangents of the readout         div v            vector_fields.leave_one_out.LeaveOneOutField  test_vector_fields::test_divergence_is_the_trace
-tr dv/dy = d1^T [W1 * (W0 W2)^T] d0         div v            vector_fields.chart.ChartField                test_chart_field::test_divergence_is_the_trace
-m sigma' . (sum_k U phi') (d_z d_p . W)     div v            vector_fields.contact.ContactField            test_contact_field::test_divergence_is_the_trace
-v_p + omega x (x_i - x_p) + dx/dq dq        dx/dy            vector_fields.chart_geometry.ChartGeometry    test_contact_field::test_derivative_of_the_positions
-sum_ij D phi + d phi'                       div v            vector_fields.kernel.KernelField              test_vector_fields::test_divergence_is_the_trace
-sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        test_vector_fields::test_divergence_is_the_trace
--sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               test_path::test_weights_forwards_and_backwards_give_log_z
-log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.RelaxedFlow                     test_path::test_weights_forwards_and_backwards_give_log_z
-du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   test_stochastic::test_regressors_are_divergence_minus_work
-h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
-sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     test_vector_fields::test_divergence_is_the_trace
--|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2         log p0           priors.gaussian.MeanFreeGaussian              test_gaussian_prior::test_normalised_on_the_mean_free_subspace
-log p(y) - log volume                       log p0           priors.internal.InternalCoordinatePrior       test_internal_prior::test_triatomic_density_integrates_to_one_and_matches_samples
-eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Conformers                    test_conformers::test_mixture_is_normalised_by_quadrature
-8 pi^2 N^(-3/2) prod b^2 sin theta          log volume       priors.zmatrix.ZMatrix.log_volume             test_zmatrix::test_volume_element_is_the_jacobian_determinant
-E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_internal_prior                 test_internal_prior::test_forces_make_the_fit_data_efficient
-div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              test_liouville::test_exact_field_has_no_residual
-w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 test_annealed::test_weights_give_moments_of_every_time
-exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      test_annealed::test_trajectories_leave_the_level_invariant
-|v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
--E_data[log q]                              NLL              training.divergences.LikelihoodLoss           test_objectives::test_likelihood_is_the_flows_own
-E_q[log q + u]                              KL(q|p)          training.divergences.ReverseKLLoss            test_objectives::test_reverse_kl_takes_forces_from_openmm
-grad_y (log q - log p) . dT/dtheta          grad KL(q|p)     training.divergences.ReversePathLoss          test_objectives_path::test_reverse_path_gradient_is_unbiased
-grad_z (log p_theta0 - log p0) . dz/dtheta  grad KL(p|q)     training.divergences.ForwardPathLoss          test_objectives_path::test_forward_path_gradient_is_unbiased
-sum_k w_k(s) L_k                            w_k              training.schedule.Schedule                    test_objectives_schedule::test_weights_are_piecewise_linear
-g = sum over shards of all processes        gradient         parallel.sum_over_processes                   test_distributed::test_the_loss_curve_is_that_of_one_process
-ds/dt = -grad_y (v . s + div v)             s_t              training.solve.transport_score                test_objectives::test_score_of_the_flow
-u_h + log(u - u_h + 1)                      u_reg            training.divergences.bound_energy             test_objectives::test_energy_is_bounded_and_its_slope_follows
-u = U / kT, +inf off the sector             u                targets.target.BoltzmannTarget                test_target::test_wrong_hand_and_failures_are_infinite_and_counted
-log w = -u - log q                          log_weight       runs.evaluation.draw_weighted                 test_workflow::test_evaluate_writes_the_keys_of_the_contract
-min(1, w(x') / w(x))                        log_acceptance   moves.metropolis.log_acceptance_ratio         test_metropolis::test_detailed_balance_is_exact
-multiple-try Metropolis                     P(choice)        moves.metropolis.multiple_try_probabilities   test_metropolis::test_detailed_balance_is_exact
-exp(-Delta H)                               acceptance       flows.kernels.hamiltonian_step                test_hamiltonian::test_stationary
-(sum w)^2 / n sum w^2                       relative_ess     analysis.weights.relative_ess                 test_diagnostics::test_gaussian_log_weights_reproduce_their_relative_ess
-log mean w                                  log Z            analysis.weights.log_z                        test_diagnostics::test_log_z_covers_the_truth_at_the_stated_rate
-|log q - log q(fine, float64)|              log_q_error_p99  flows.audit.audit                             test_audit::test_coarse_grid_fails_in_every_measure
-==========================================  ===============  ============================================  =================================================================================
+==========================================  ===============  ============================================  ========================================================================================
+ladj = int_0^1 div v dt                     ladj             flows.flow.rk4                                flows/test_integrate::test_fourth_order
+y <- y + psi(x) - psi(phi(y))               y                flows.flow.rk4_inverse                        flows/test_integrate::test_the_corrected_inverse_is_that_of_the_discrete_map
+log q(x) = log p0(z) - ladj - log volume    log q            flows.flow.EquivariantFlow                    flows/test_flow::test_integral_of_q_is_one_for_two_particles
+tr dv/dx, D tangents of the readout         div v            vector_fields.leave_one_out.LeaveOneOutField  vector_fields/test_contract::test_divergence_is_the_trace
+tr dv/dy = d1^T [W1 * (W0 W2)^T] d0         div v            vector_fields.chart.ChartField                vector_fields/test_contract::test_divergence_is_the_trace
+m sigma' . (sum_k U phi') (d_z d_p . W)     div v            vector_fields.contact.ContactField            vector_fields/test_contract::test_divergence_is_the_trace
+v_p + omega x (x_i - x_p) + dx/dq dq        dx/dy            vector_fields.chart_geometry.ChartGeometry    vector_fields/test_contact::test_derivative_of_the_positions
+sum_ij D phi + d phi'                       div v            vector_fields.kernel.KernelField              vector_fields/test_contract::test_divergence_is_the_trace
+sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        vector_fields/test_contract::test_divergence_is_the_trace
+-sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               flows/test_path::test_weights_forwards_and_backwards_give_log_z
+log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.RelaxedFlow                     flows/test_relaxed::test_weights_forwards_and_backwards_give_log_z
+du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_regressors_are_divergence_minus_work
+h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    flows/test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
+sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     vector_fields/test_contract::test_divergence_is_the_trace
+-|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2         log p0           priors.gaussian.MeanFreeGaussian              priors/test_gaussian::test_normalised_on_the_mean_free_subspace
+log p(y) - log volume                       log p0           priors.internal.InternalCoordinatePrior       priors/test_internal::test_triatomic_density_integrates_to_one_and_matches_samples
+eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Conformers                    priors/test_torsions::test_mixture_is_normalised_by_quadrature
+8 pi^2 N^(-3/2) prod b^2 sin theta          log volume       priors.zmatrix.ZMatrix.log_volume             priors/test_zmatrix::test_volume_element_is_the_jacobian_determinant
+E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_internal_prior                 priors/test_internal::test_forces_make_the_fit_data_efficient
+div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              training/test_liouville::test_exact_field_has_no_residual
+w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 training/test_pool::test_weights_give_moments_of_every_time
+exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      training/test_pool::test_trajectories_leave_the_level_invariant
+|v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       training/test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
+-E_data[log q]                              NLL              training.divergences.LikelihoodLoss           training/test_divergences::test_likelihood_is_the_flows_own
+E_q[log q + u]                              KL(q|p)          training.divergences.ReverseKLLoss            training/test_divergences::test_reverse_kl_takes_forces_from_openmm
+grad_y (log q - log p) . dT/dtheta          grad KL(q|p)     training.divergences.ReversePathLoss          training/test_path_gradients::test_reverse_path_gradient_is_unbiased
+grad_z (log p_theta0 - log p0) . dz/dtheta  grad KL(p|q)     training.divergences.ForwardPathLoss          training/test_path_gradients::test_forward_path_gradient_is_unbiased
+sum_k w_k(s) L_k                            w_k              training.schedule.Schedule                    training/test_schedule::test_weights_are_piecewise_linear
+g = sum over shards of all processes        gradient         parallel.sum_over_processes                   test_parallel::test_the_loss_curve_is_that_of_one_process
+ds/dt = -grad_y (v . s + div v)             s_t              training.solve.transport_score                training/test_divergences::test_score_of_the_flow
+u_h + log(u - u_h + 1)                      u_reg            training.divergences.bound_energy             training/test_divergences::test_energy_is_bounded_and_its_slope_follows
+u = U / kT, +inf off the sector             u                targets.target.BoltzmannTarget                targets/test_target::test_wrong_hand_and_failures_are_infinite_and_counted
+log w = -u - log q                          log_weight       runs.evaluation.draw_weighted                 runs/test_evaluation::test_weights_are_those_of_the_densities
+min(1, w(x') / w(x))                        log_acceptance   moves.metropolis.log_acceptance_ratio         moves/test_metropolis::test_detailed_balance_is_exact
+multiple-try Metropolis                     P(choice)        moves.metropolis.multiple_try_probabilities   moves/test_metropolis::test_detailed_balance_is_exact
+exp(-Delta H)                               acceptance       flows.kernels.hamiltonian_step                flows/test_kernels::test_stationary
+(sum w)^2 / n sum w^2                       relative_ess     analysis.weights.relative_ess                 analysis/test_weights_and_chains::test_gaussian_log_weights_reproduce_their_relative_ess
+log mean w                                  log Z            analysis.weights.log_z                        analysis/test_weights_and_chains::test_log_z_covers_the_truth_at_the_stated_rate
+|log q - log q(fine, float64)|              log_q_error_p99  flows.audit.audit                             flows/test_audit::test_coarse_grid_fails_in_every_measure
+==========================================  ===============  ============================================  ========================================================================================
 
 The names below load on first use, so that importing the package costs nothing.
 """  # noqa: E501

@@ -1,7 +1,24 @@
-"""Test processes side by side: torch's own threads would wait for each other, spinning."""
+"""Fixtures of many files; one thread: torch's own would wait for each other, spinning."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; for subprocesses too
+
+import pytest
+import torch
+from stand_ins.command_line import Shell
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """One thread, whatever a command line set in an earlier test."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shell(monkeypatch, capfd, tmp_path) -> Shell:
+    """The command line, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(monkeypatch, capfd)

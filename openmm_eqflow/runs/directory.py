@@ -15,22 +15,24 @@ from datetime import datetime
 from pathlib import Path
 from shlex import quote
 from typing import Any
+
 import yaml
 from openmm import unit
+
+from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.parallel import is_main
-from openmm_eqflow.errors import CheckpointError, ConfigurationError
+from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.targets.library import MolecularSystem, load_system, systems_directory
+from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.precision import resolve_device
 from openmm_eqflow.training.recipes import Recipe, make_recipe
-from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import masses_in_dalton
-from openmm_eqflow.priors.zmatrix import ZMatrix
 
 __all__ = [
+    "STAGES",
     "RunConfig",
     "RunDirectory",
-    "STAGES",
     "package_versions",
 ]
 

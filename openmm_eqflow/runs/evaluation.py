@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from openmm_eqflow.flows.audit import audit
-from openmm_eqflow.flows.storage import load_tensors, save_tensors
+
+from openmm_eqflow.analysis.chains import weighted_mean_with_error
 from openmm_eqflow.analysis.weights import (
     log_z,
     max_weight_share,
@@ -20,10 +21,10 @@ from openmm_eqflow.analysis.weights import (
     relative_ess,
     relative_ess_with_error,
 )
-from openmm_eqflow.analysis.chains import weighted_mean_with_error
-from openmm_eqflow.parallel import in_rounds, is_main
+from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.path import Path as FlowPath
-from openmm_eqflow.parallel import available_threads
+from openmm_eqflow.flows.storage import load_tensors, save_tensors
+from openmm_eqflow.parallel import available_threads, in_rounds, is_main
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.targets.target import BoltzmannTarget
 

@@ -11,40 +11,44 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import torch
-from openmm_eqflow.flows.audit import audit
-from openmm_eqflow.parallel import is_main
+from torch import Tensor, nn
+
+from openmm_eqflow.analysis.weights import relative_ess, relative_ess_with_error
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.priors.gaussian import MeanFreeGaussian
+from openmm_eqflow.files import PATH_COLUMNS, write_history
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.flow import EquivariantFlow
+from openmm_eqflow.flows.path import Path as FlowPath
+from openmm_eqflow.flows.softcore import SoftCorePath, energy_and_force
 from openmm_eqflow.flows.softcore_fit import FittedPath, fit_path
 from openmm_eqflow.flows.stochastic import StochasticFlow
 from openmm_eqflow.flows.streams import RowStreams
-from openmm_eqflow.flows.softcore import SoftCorePath, energy_and_force
-from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.training.loop import TrainingResult
-from openmm_eqflow.files import PATH_COLUMNS, write_history
-from collections.abc import Callable
-from dataclasses import replace
-from torch import Tensor, nn
-from openmm_eqflow.analysis.weights import relative_ess, relative_ess_with_error
-from openmm_eqflow.parallel import is_main, share, share_tensors, world_size
-from openmm_eqflow.flows.flow import EquivariantFlow
-from openmm_eqflow.flows.path import Path as FlowPath
-from openmm_eqflow.training.schedule import SIMULATING, Schedule
-from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
-from openmm_eqflow.parallel import available_threads, one_torch_thread
-from openmm_eqflow.training.precision import check_precision, training_precision
+from openmm_eqflow.parallel import (
+    available_threads,
+    is_main,
+    one_torch_thread,
+    share,
+    share_tensors,
+    world_size,
+)
 from openmm_eqflow.priors.base import Prior
-from openmm_eqflow.priors.fit import fit_internal_prior
+from openmm_eqflow.priors.fit import fit_internal_prior, refine_internal_prior
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.priors.fit import refine_internal_prior
-from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.runs.evaluation import latent_log_weights
 from openmm_eqflow.runs.reference.data import ReferenceData
+from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
+from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
+from openmm_eqflow.training.precision import check_precision, training_precision
+from openmm_eqflow.training.recipes import Recipe
+from openmm_eqflow.training.schedule import SIMULATING, Schedule
 from openmm_eqflow.vector_fields import ChartField, ContactField, LeaveOneOutField
 from openmm_eqflow.vector_fields.contact import CONTACT_OPTIONS
 
@@ -241,7 +245,7 @@ def build_field(
 ) -> nn.Module:
     """Untrained field of the recipe; its weights come from torch's global random stream."""
     options: dict[str, Any] = dict(recipe.field or {})
-    # Contacts need the chart's Jacobian, which has no nearly linear angles and three atoms or more.
+    # Contacts need the chart's Jacobian: three atoms or more, no nearly linear angle.
     if isinstance(prior, InternalCoordinatePrior) and (prior.bends or prior.n_particles < 3):
         options = {k: v for k, v in options.items() if k not in CONTACT_OPTIONS}
     if recipe.prior == "internal" and "contacts" in options:
@@ -384,7 +388,8 @@ def keep_prior(
     stream = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
     z = flow.prior.sample_latent(n, generator=stream)
     steps = max(flow.n_ode_steps, 16)
-    fine = EquivariantFlow(flow.prior, flow.module, grid=tuple(k / steps for k in range(steps + 1)))  # type: ignore[arg-type]
+    grid = tuple(k / steps for k in range(steps + 1))
+    fine = EquivariantFlow(flow.prior, flow.module, grid=grid)  # type: ignore[arg-type]
     with torch.no_grad():
         parts = [fine.transform(part) for part in z.to(flow.device).split(flow.chunk_size)]
         x, log_q = (torch.cat(column).cpu() for column in zip(*parts, strict=True))

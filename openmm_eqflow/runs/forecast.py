@@ -168,7 +168,7 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
     if heavy:
         most = max(c.gigabytes for c in heavy.values())
         warnings.append(
-            f"{', '.join(heavy)} may need {most:.1f} GB, more than half of this machine's: max_pool in system.yaml (settings: "
-            "recipe) bounds the largest part"
+            f"{', '.join(heavy)} may need {most:.1f} GB, more than half of this machine's: "
+            "max_pool in system.yaml (settings: recipe) bounds the largest part"
         )
     return lines, warnings

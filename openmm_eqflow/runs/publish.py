@@ -9,16 +9,17 @@ What ships in ``systems/NAME`` is written by this; ``evaluate --card`` renews th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from shlex import quote
 from typing import Any
+
 from openmm_eqflow.files import write_text
 from openmm_eqflow.flows.path import Path as FlowPath
-import json
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.parallel import machine_name
-from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.training.recipes import Recipe
 from openmm_eqflow.units import kelvin
 
 __all__ = [
@@ -143,8 +144,9 @@ def _card(
         if len(temperatures) > 1
         else f"Langevin dynamics at {temperatures[0]:.0f} K"
     )
+    command = f"openmm-eqflow run {quote(name)} --budget {config.budget} --seed {config.seed}"
     rows = {
-        "made by": f"`openmm-eqflow run {quote(name)} --budget {config.budget} --seed {config.seed}`",
+        "made by": f"`{command}`",
         "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
         f"{reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.maps.vector_field).__name__} "

@@ -11,46 +11,37 @@ The main job in one call: what ``openmm-eqflow run`` does, for scripts and noteb
 
 from __future__ import annotations
 
-from pathlib import Path
-from shlex import quote
-from typing import Any
-import mdtraj
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from openmm_eqflow import units as thermo
-from openmm_eqflow.files import atomic_path, write_npz
-from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
-from openmm_eqflow.geometry import align_rotations, rotate
-from openmm_eqflow.targets.forcefield import write_pdb
-from openmm_eqflow.targets.library import MolecularSystem
-from openmm_eqflow.moves.chains import ChainSamples
-from openmm_eqflow.flows.storage import load_flow, save_flow
-from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.runs.fit import split_frames
-from openmm_eqflow.flows.path import Path as FlowPath
-from openmm_eqflow.targets.library import MolecularSystem, load_system
-from openmm_eqflow.training.precision import resolve_device
-from openmm_eqflow.runs.reference.data import load_reference
-from openmm_eqflow.runs.directory import RunDirectory
-from openmm_eqflow.targets.target import system_sha256
 import logging
 import shutil
 import time
 from collections.abc import Callable
-from openmm_eqflow.files import write_json, write_npz
-from openmm_eqflow.flows.storage import save_flow
-from openmm_eqflow.parallel import is_main, share
-from openmm_eqflow.moves.steps import Proposals
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import mdtraj
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openmm_eqflow import units as thermo
+from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
 from openmm_eqflow.errors import ConfigurationError, TrainingError
+from openmm_eqflow.files import atomic_path, write_json, write_npz
+from openmm_eqflow.flows.path import Path as FlowPath
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.moves.chains import ChainSamples, run_chains
+from openmm_eqflow.moves.steps import Proposals
+from openmm_eqflow.parallel import is_main, main_first, share
+from openmm_eqflow.runs.directory import STAGES, RunDirectory
 from openmm_eqflow.runs.evaluation import evaluate_flow
 from openmm_eqflow.runs.fit import split_frames, train_flow
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
-from openmm_eqflow.runs.directory import STAGES, RunDirectory
-from openmm_eqflow.moves.chains import run_chains
-from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.parallel import main_first
-from openmm_eqflow.targets.library import load_system
+from openmm_eqflow.targets.forcefield import write_pdb
+from openmm_eqflow.targets.library import MolecularSystem, load_system
+from openmm_eqflow.targets.target import BoltzmannTarget, system_sha256
+from openmm_eqflow.training.precision import resolve_device
 
 __all__ = [
     "adopt_shipped_flow",

@@ -36,18 +36,18 @@ real       1       0.62    11.68(5)  14.85(5)  -23.81(8)
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.special import log_ndtr, ndtr
-from openmm_eqflow.analysis.observables import Torsion
-from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
 import logging
 import time
+
+import numpy as np
 import openmm
+from numpy.typing import NDArray
 from openmm import unit
+from scipy.special import log_ndtr, ndtr
+
+from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import EnergyError
 from openmm_eqflow.runs.reference.implicit_solvent import with_compiled_solvent
-from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.runs.reference.plan import (
     ReferenceSettings,
     SamplingPlan,
@@ -56,7 +56,15 @@ from openmm_eqflow.runs.reference.plan import (
     sampling_system,
     set_aside_singular_torsions,
 )
-from openmm_eqflow.units import energy_in_kj_mol, kelvin, masses_in_dalton, positions_in_nm
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.units import (
+    energy_in_kj_mol,
+    kelvin,
+    kt_in_kj_mol,
+    masses_in_dalton,
+    positions_in_nm,
+    temperature_quantity,
+)
 
 __all__ = [
     "choose_ladder",

@@ -17,23 +17,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
 import mdtraj
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from openmm_eqflow.files import atomic_path, write_json, write_npz, write_text
-from openmm_eqflow.runs.reference.calibration import make_plan
-from openmm_eqflow.runs.reference.tempering import Chunk, chunk_paths, last_state, read_chunk
+
 from openmm_eqflow.analysis.convergence import assess, features
 from openmm_eqflow.analysis.observables import Torsion, seen_once, torsion_angles
-from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
-from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.files import atomic_path, write_json, write_npz, write_text
+from openmm_eqflow.runs.reference.calibration import make_plan
 from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
+from openmm_eqflow.runs.reference.pool import WalkerPool
+from openmm_eqflow.runs.reference.tempering import Chunk, chunk_paths, last_state, read_chunk
 from openmm_eqflow.targets.isomers import find_isomers
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.targets.target import system_sha256
 from openmm_eqflow.units import kelvin, kt_in_kj_mol, positions_in_nm, temperature_quantity
-from openmm_eqflow.runs.reference.pool import WalkerPool
 
 __all__ = [
     "ReferenceData",

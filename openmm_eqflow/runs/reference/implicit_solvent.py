@@ -15,10 +15,12 @@ from __future__ import annotations
 import copy
 import re
 from typing import Any
+
 import numpy as np
 import openmm
 from numpy.typing import NDArray
 from openmm import unit
+
 from openmm_eqflow.targets.energies.terms import COULOMB, particle_parameters
 from openmm_eqflow.units import energy_in_kj_mol
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import openmm
 from numpy.typing import NDArray

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
 import openmm_eqflow
-from openmm_eqflow.runs.reference.tempering import last_state, walker_directory
 from openmm_eqflow.errors import CheckpointError, EnergyError
+from openmm_eqflow.runs.reference.tempering import last_state, walker_directory
 
 __all__ = [
     "WalkerPool",

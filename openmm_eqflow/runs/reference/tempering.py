@@ -24,19 +24,20 @@ move.
 
 from __future__ import annotations
 
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
-from openmm_eqflow.files import write_npz
-from openmm_eqflow.errors import CheckpointError
-import time
-from collections.abc import Callable
 import openmm
+from numpy.typing import NDArray
 from openmm import unit
-from openmm_eqflow.errors import EnergyError
+
+from openmm_eqflow.errors import CheckpointError, EnergyError
+from openmm_eqflow.files import write_npz
 from openmm_eqflow.runs.reference.plan import SamplingPlan, make_context
 from openmm_eqflow.units import energy_in_kj_mol, kt_in_kj_mol, temperature_quantity
 
@@ -184,7 +185,7 @@ class TemperingWalker:
     Parameters
     ----------
     plan, system
-        From :func:`openmm_eqflow.runs.reference.plan.make_plan`; the System has the sampling masses.
+        From :func:`~openmm_eqflow.runs.reference.calibration.make_plan`; sampling masses.
     walker
         Index of this walker: selects its random numbers.
     """

@@ -18,17 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+
 import numpy as np
 import openmm
+
+from openmm_eqflow.errors import CheckpointError, EqFlowError
+from openmm_eqflow.runs.reference.plan import SamplingPlan
 from openmm_eqflow.runs.reference.tempering import (
+    TemperingWalker,
     WalkerState,
     last_state,
     walker_directory,
     write_chunk,
 )
-from openmm_eqflow.errors import CheckpointError, EqFlowError
-from openmm_eqflow.runs.reference.plan import SamplingPlan
-from openmm_eqflow.runs.reference.tempering import TemperingWalker
 
 __all__ = [
     "main",

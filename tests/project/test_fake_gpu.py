@@ -1,0 +1,65 @@
+"""Where tensors live, without a GPU: forward passes on torch's fake tensors of device cuda."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from stand_ins.fake_cuda import fake_cuda, on_fake_cuda
+
+from openmm_eqflow import load_flow, load_system
+from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.runs.stages import build_target
+
+MAPS = ["dw4", "alanine-dipeptide", "toluene", "ala3"]
+
+
+def test_the_fake_gpu_finds_hidden_copies() -> None:
+    with fake_cuda():
+        x = torch.empty(3, device="cuda")
+        for wrong in (lambda: x + torch.empty(3), lambda: x[torch.tensor([0])], lambda: x[[0, 1]]):
+            with pytest.raises(RuntimeError):
+                wrong()
+        assert x[1:].is_cuda
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
+@pytest.mark.parametrize("name", MAPS)
+def test_a_flow_stays_on_its_device(name: str) -> None:
+    flow = load_flow(name)
+    with fake_cuda(), torch.no_grad():
+        there = on_fake_cuda(flow)
+        y = torch.randn(4, *flow.prior.event_shape, dtype=torch.float64, device="cuda")
+        streams = RowStreams(torch.zeros(4, dtype=torch.int64, device="cuda"))
+        end, change = there.forward(y, streams)
+        x, log_volume = there.prior.to_cartesian(end)
+        log_q = there.prior.latent_log_prob(y) + change - log_volume
+        back, _ = there.prior.from_cartesian(x)
+        start, _ = there.backward(back, RowStreams.of(x))
+        for tensor in (end, x, log_q, start, streams.normal(3), streams.uniform()):
+            assert tensor.is_cuda
+
+
+@pytest.mark.parametrize("name", [*MAPS, "lj55"])
+def test_energies_stay_on_their_device(name: str) -> None:
+    with build_target(load_system(name)) as target, fake_cuda():
+        there = copy.copy(target)
+        there.evaluator = on_fake_cuda(target.evaluator)
+        there.evaluator._device = torch.device("cuda", 0)
+        there._signs = on_fake_cuda(target._signs)
+        shape = (4, target.n_particles, target.n_dims)
+        u = there.reduced_potential(torch.randn(shape, dtype=torch.float64, device="cuda"))
+        assert u.is_cuda
+        assert u.dtype == torch.float64
+
+
+def test_layers_of_a_cluster_stay_on_their_device() -> None:
+    flow = load_flow("lj55")
+    with fake_cuda(), torch.no_grad():
+        y = torch.randn(4, 55, 3, dtype=torch.float64, device="cuda")
+        streams = RowStreams(torch.zeros(4, dtype=torch.int64, device="cuda"))
+        kernel = on_fake_cuda(flow.layers[0])
+        y, change = kernel.forward(y, streams)
+        assert y.is_cuda
+        assert change.is_cuda
