@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
+from openmm import unit
 from openmmtools.cache import ContextCache
 from openmmtools.mcmc import MCMCMove
 from openmmtools.states import SamplerState, ThermodynamicState
@@ -49,7 +50,7 @@ from openmm_eqflow.moves.steps import (
     latent_step,
 )
 from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.units import positions_in_nm, positions_quantity
+from openmm_eqflow.units import masses_in_dalton, positions_in_nm, positions_quantity
 
 __all__ = [
     "AnnealedMove",
@@ -127,7 +128,10 @@ class FlowMoveBase(MCMCMove):
         sampler_state: SamplerState,
         context_cache: ContextCache | None = None,
     ) -> None:
-        """Make one move: positions change or stay bit for bit; velocities always stay.
+        """Make one move: positions change or stay bit for bit.
+
+        Velocities stay; with constraints, which bind them to the positions, they are drawn anew
+        when the positions change.
 
         Parameters
         ----------
@@ -152,12 +156,19 @@ class FlowMoveBase(MCMCMove):
             )
         x = torch.from_numpy(positions[:, :d].copy())
         target, identity = target_for(thermodynamic_state, x)
+        self._flow.check_target(target)
         new = self._propose(x[None], target, identity)
         self._stream.n_consumed += 1
         if new is not None:
             moved = positions.copy()
             moved[:, :d] = new[0].numpy()
             sampler_state.positions = positions_quantity(moved)
+            if target.constraints is not None and sampler_state.velocities is not None:
+                masses = masses_in_dalton(target.system)
+                velocities = target.constraints.velocities(
+                    moved, masses, target.kT, self._stream.generator
+                )
+                sampler_state.velocities = velocities * unit.nanometer / unit.picosecond
 
     @abstractmethod
     def _propose(self, x: Tensor, target: BoltzmannTarget, identity: int) -> Tensor | None:

@@ -199,6 +199,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
                 n_dims=self.flow.n_dims,
                 evaluator=_StateEvaluator(self._sampler, i, self.flow.n_particles),
             )
+            self.flow.check_target(target)
             self._buffers[i] = ProposalBuffer(
                 self.flow,
                 target,
@@ -250,6 +251,12 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         positions[:, :d] = new[0].numpy()
         self._sampler.applyState(state_index)
         context.setPositions(positions)
+        target = self._targets[state_index]
+        if bool(info.accepted[0]) and target.constraints is not None:
+            velocities = target.constraints.velocities(
+                positions, masses_in_dalton(target.system), target.kT, self._generator
+            )
+            context.setVelocities(velocities)
         if bool(info.accepted[0]):
             self.replicaConformation[index] = context.getState(
                 positions=True, velocities=True, parameters=True, integratorParameters=True

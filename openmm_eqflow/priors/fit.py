@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,7 @@ def fit_internal_prior(
     order: int = 3,
     tail_share: float = 0.1,
     tail_scale: float = 1.2,
+    constraints: Mapping[tuple[int, int], float] | None = None,
 ) -> InternalCoordinatePrior:
     """Fit to frames of the target temperature.
 
@@ -135,9 +136,17 @@ def fit_internal_prior(
         Highest harmonic of the mean function; lowered until the frames can carry it.
     tail_share, tail_scale
         Defensive tail of the stiff residuals.
+    constraints
+        Length in nm of every constrained bond, by its pair of atoms.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        A constraint is no bond of the Z-matrix.
     """
     x = x.double()
     zmatrix = ZMatrix.from_bonds(x.shape[1], bonds, masses=masses)
+    fixed = zmatrix.fixed_bonds(constraints or {})
     internal = zmatrix.to_internal(x)
     centre, spread = _circular(internal.torsions)
     lead = zmatrix.lead
@@ -154,7 +163,7 @@ def fit_internal_prior(
     while order > 1 and 12 * len(fourier_modes(len(soft), fold, pairs, order)) > len(x):
         order -= 1
     modes = fourier_modes(len(soft), fold, pairs, order)
-    n_stiff = 2 * zmatrix.n_particles - 3 + len(stiff)
+    n_stiff = 2 * zmatrix.n_particles - 3 - len(fixed) + len(stiff)
     prior = InternalCoordinatePrior(
         zmatrix,
         soft=soft,
@@ -165,6 +174,7 @@ def fit_internal_prior(
         torsions=density,
         tail_share=tail_share,
         tail_scale=tail_scale,
+        fixed=fixed,
     )
     prior.bends = _nearly_linear(internal.angles)
     s = prior.stiff_vector(internal)

@@ -13,7 +13,8 @@ isotropic Gaussians (the wider one is the defensive tail). An angle that comes c
 coordinate is :math:`\Phi^{-1}(1 - e^{-\kappa c})`, which then is a Gaussian and has no end.
 
 The density is with respect to Lebesgue measure on the mean-free subspace, Haar-distributed
-orientation included. It is invariant by construction (any invariant prior will do: Köhler, Klein,
+orientation included; with constrained bonds with respect to the same volume element without their
+:math:`db` (in the free coordinates q, :math:`J(q)\,dq`). It is invariant by construction (any invariant prior will do: Köhler, Klein,
 Noé 2020, theorem 1), carries chirality and topology, and involves no ODE.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angl
 __all__ = [
     "InternalCoordinatePrior",
 ]
+
+_PLACES = ("_places", "_back", "_free", "_lengths")
 
 
 class InternalCoordinatePrior:
@@ -56,6 +60,9 @@ class InternalCoordinatePrior:
         Density of the soft torsions.
     tail_share, tail_scale
         Weight and standard deviation of the wide component of rho.
+    fixed
+        Lengths in nm of bonds that are constrained, by their index in the Z-matrix: numbers, not
+        coordinates.
 
     Attributes
     ----------
@@ -78,8 +85,10 @@ class InternalCoordinatePrior:
         torsions: TorsionDensity | None,
         tail_share: float = 0.1,
         tail_scale: float = 1.2,
+        fixed: Mapping[int, float] | None = None,
     ) -> None:
         self.bends: dict[int, float] = {}
+        self.fixed = {int(k): float(length) for k, length in sorted((fixed or {}).items())}
         self.zmatrix = zmatrix
         self.n_particles = zmatrix.n_particles
         self.soft = list(soft)
@@ -97,6 +106,14 @@ class InternalCoordinatePrior:
         order = [*self.stiff, *self.soft]
         self._places = torch.tensor(order, dtype=torch.int64)
         self._back = torch.argsort(self._places)
+        bonds = range(self.n_particles - 1)
+        self._free = torch.tensor([k for k in bonds if k not in self.fixed], dtype=torch.int64)
+        self._lengths = torch.tensor([self.fixed.get(k, 0.0) for k in bonds]).double()
+        if self.n_stiff != len(self._free) + self.n_particles - 2 + len(self.stiff):
+            raise ValueError(
+                f"{self.n_stiff} stiff coordinates, {len(self._free)} free bonds, "
+                f"{self.n_particles - 2} angles and {len(self.stiff)} stiff torsions do not match"
+            )
 
     def copy(self) -> InternalCoordinatePrior:
         """Shallow copy whose parameters can be replaced."""
@@ -105,11 +122,27 @@ class InternalCoordinatePrior:
     def to(self, device: torch.device | str) -> InternalCoordinatePrior:
         """Return the same density with its tensors on ``device``."""
         made = self.copy()
-        for name in ("centre", "modes", "coefficients", "cholesky", "_places", "_back"):
+        for name in ("centre", "modes", "coefficients", "cholesky", *_PLACES):
             setattr(made, name, getattr(self, name).to(device))
         if self.torsions is not None:
             made.torsions = self.torsions.to(device)
         return made
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        r"""Mean (1 + 2 n_modes, m) and factor (m, n_stiff) of all m bonds, angles, stiff torsions.
+
+        As ``coefficients`` and ``cholesky``, with rows of zeros where a bond is constrained.
+        """
+        if not self.fixed:
+            return self.coefficients, self.cholesky
+        rest = torch.arange(self.n_particles - 1, self.n_stiff + len(self.fixed))
+        rows = torch.cat([self._free, rest])
+        mean = self.coefficients.new_zeros(len(self.coefficients), len(rest) + len(self._lengths))
+        mean[0, : len(self._lengths)] = self._lengths.to(mean)
+        mean[:, rows] = self.coefficients
+        factor = self.cholesky.new_zeros(mean.shape[1], self.n_stiff)
+        factor[rows] = self.cholesky
+        return mean, factor
 
     # -- stiff coordinates --------------------------------------------------------------------
 
@@ -119,7 +152,7 @@ class InternalCoordinatePrior:
         return torch.cat([tau.new_ones(len(tau), 1), torch.cos(phase), torch.sin(phase)], 1)
 
     def stiff_vector(self, internal: InternalCoordinates) -> Tensor:
-        """Concatenate bonds, angles and centred stiff torsions, (n, n_stiff)."""
+        """Concatenate free bonds, angles and centred stiff torsions, (n, n_stiff)."""
         angles = internal.angles
         if self.bends:
             index, kappa = self._bends(angles)
@@ -127,12 +160,11 @@ class InternalCoordinatePrior:
             angles = angles.index_copy(1, index, own)
         stiff = self._places.to(angles.device)[: len(self.stiff)]
         torsion = wrap_angle(internal.torsions[:, stiff] - self.centre.to(angles))
-        return torch.cat([internal.bonds, angles, torsion], 1)
+        return torch.cat([internal.bonds[:, self._free.to(angles.device)], angles, torsion], 1)
 
     def internal_from_stiff(self, s: Tensor, tau: Tensor) -> InternalCoordinates:
         """Inverse of :meth:`stiff_vector`."""
-        nb = self.n_particles - 1
-        na = self.n_particles - 2
+        nb, na = len(self._free), self.n_particles - 2
         stiff = s[:, nb + na :] + self.centre.to(s)
         torsions = torch.cat([stiff, tau], 1)[:, self._back.to(s.device)]
         angles = s[:, nb : nb + na]
@@ -141,7 +173,14 @@ class InternalCoordinatePrior:
             c = -torch.special.log_ndtr(-angles[:, index]) / kappa
             bent = 2 * torch.acos(torch.sqrt(c.clamp(max=2.0) / 2))
             angles = angles.index_copy(1, index, bent)
-        return InternalCoordinates(s[:, :nb], angles, torsions)
+        return InternalCoordinates(self._with_fixed(s[:, :nb]), angles, torsions)
+
+    def _with_fixed(self, free: Tensor) -> Tensor:
+        """All bonds (n, N - 1) from the free ones."""
+        if not self.fixed:
+            return free
+        lengths = self._lengths.to(free).expand(len(free), -1)
+        return lengths.index_copy(1, self._free.to(free.device), free)
 
     def place(self, s: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, InternalCoordinates]:
         """Positions (n, N, 3), their log volume by (s, tau), and internal coordinates."""
@@ -158,7 +197,7 @@ class InternalCoordinatePrior:
         if not self.bends:
             return 0.0
         index, kappa = self._bends(s)
-        own = s[:, self.n_particles - 1 + index]
+        own = s[:, len(self._free) + index]
         log_dc = -0.5 * own.square() - 0.5 * math.log(2 * math.pi)
         log_dc = log_dc - torch.special.log_ndtr(-own) - torch.log(kappa)
         return (log_dc - torch.log(torch.sin(internal.angles[:, index]))).sum(1)
@@ -203,7 +242,7 @@ class InternalCoordinatePrior:
         z, tau = self.split(y)
         s = self.features(tau) @ self.coefficients.to(y) + z @ self.cholesky.to(y).T
         x, log_volume, (bonds, angles, _) = self.place(s, tau)
-        turns = s[:, 2 * self.n_particles - 3 :]
+        turns = s[:, len(self._free) + self.n_particles - 2 :]
         # Further out sin(theta) is positive again, so a nan of its logarithm would not tell.
         outside = (
             (bonds <= 0).any(1)
@@ -216,8 +255,15 @@ class InternalCoordinatePrior:
         return torch.log(torch.diagonal(self.cholesky)).sum()
 
     def from_cartesian(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent points (n, n_stiff + n_soft) of positions and ``log_volume`` (n,)."""
+        """Latent points (n, n_stiff + n_soft) of positions and ``log_volume`` (n,).
+
+        Constrained bonds may be off their lengths by what an integrator tolerates: the point is
+        that of the configuration with the exact ones.
+        """
         internal = self.zmatrix.to_internal(x)
+        if self.fixed:
+            free = internal.bonds[:, self._free.to(x.device)]
+            internal = internal._replace(bonds=self._with_fixed(free))
         tau = internal.torsions[:, self._places.to(x.device)[len(self.stiff) :]]
         s = self.stiff_vector(internal)
         residual = s - self.features(tau) @ self.coefficients.to(x)
@@ -273,6 +319,8 @@ class InternalCoordinatePrior:
         }
         if self.bends:  # absent where there are none: the flows that ship know no such key
             config["bends"] = [[k, kappa] for k, kappa in self.bends.items()]
+        if self.fixed:
+            config["fixed"] = [[k, length] for k, length in self.fixed.items()]
         if self.torsions is not None and self.torsions.conformers is not None:
             config["conformers"], coupling = self.torsions.conformers.state()
             tensors |= coupling
@@ -307,6 +355,7 @@ class InternalCoordinatePrior:
             torsions=density,
             tail_share=config["tail_share"],
             tail_scale=config["tail_scale"],
+            fixed=dict(config.get("fixed", ())),
         )
         made.bends = {int(k): float(kappa) for k, kappa in config.get("bends", ())}
         return made

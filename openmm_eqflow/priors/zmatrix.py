@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,6 +161,23 @@ class ZMatrix:
                 parent[i] = p
                 queue.append(i)
         return cls(tuple(order), tuple(lead), tuple(fold))
+
+    def fixed_bonds(self, constraints: Mapping[tuple[int, int], float]) -> dict[int, float]:
+        """Lengths of constrained bonds by the index of the bond.
+
+        Raises
+        ------
+        UnsupportedSystemError
+            A constraint is no bond of the tree.
+        """
+        places = {frozenset(row[:2]): k for k, row in enumerate(self.rows[1:])}
+        for a, b in constraints:
+            if frozenset((a, b)) not in places:
+                raise UnsupportedSystemError(
+                    f"the constraint between atoms {a + 1} and {b + 1} is no bond of the tree that "
+                    "internal coordinates follow: constrain bonds to hydrogen only (HBonds)"
+                )
+        return {places[frozenset(pair)]: length for pair, length in constraints.items()}
 
     # -- differentiable maps ------------------------------------------------------------------
 

@@ -205,7 +205,13 @@ def fit_prior(
     ]
     hot_gradient = None if hot is None else target.reduced_potential_and_gradient(hot)[1]
     prior = fit_internal_prior(
-        frames, bonds, masses, gradient=gradient, hot=hot, hot_gradient=hot_gradient
+        frames,
+        bonds,
+        masses,
+        gradient=gradient,
+        hot=hot,
+        hot_gradient=hot_gradient,
+        constraints=None if target.constraints is None else target.constraints.lengths,
     )
     return refine_internal_prior(
         prior,

@@ -27,6 +27,7 @@ import openmm
 from openmm import unit
 
 from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.targets.constraints import constraint_lengths
 
 __all__ = [
     "ForceTerms",
@@ -120,6 +121,11 @@ def force_terms(system: openmm.System) -> ForceTerms:
         else:
             for p in range(len(out.colours)):
                 out.colours[p] += (p,)
+    for pair, length in constraint_lengths(system).items():
+        _add(out, ("constraint", round(length, 9)), pair)
+    if system.getNumConstraints():  # masses enter the density then
+        for p in range(len(out.colours)):
+            out.colours[p] += (round(system.getParticleMass(p)._value, 6),)
     return out
 
 

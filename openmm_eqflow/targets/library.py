@@ -278,6 +278,8 @@ def _build(content: Mapping[str, Any], directory: Path) -> MolecularSystem:
         )
     if info.kind == "molecule":
         complete_bonds(topology, system)
+    if system.getNumConstraints():
+        positions = constrained(system, positions)
     return MolecularSystem(
         name=info.name,
         kind=info.kind,

@@ -15,6 +15,7 @@ import yaml
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
+from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.energies.base import FloatArray
 from openmm_eqflow.targets.forcefield import (
     build_from_forcefield,
@@ -223,6 +224,7 @@ def _check_same_atoms(topology: app.Topology, system: openmm.System, pdb: Path) 
         for force in forces
         for index in range(force.getNumBonds())
     }
+    terms |= {frozenset(pair) for pair in constraint_lengths(system)}
     wrong = sorted(tuple(sorted(pair)) for pair in bonds - terms)
     if terms and wrong:
         first, second = (atoms[index] for index in wrong[0])

@@ -8,6 +8,7 @@ import openmm
 from openmm import app
 
 from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.energies.base import FloatArray
 
 __all__ = [
@@ -28,18 +29,13 @@ _MAX_GROUPS = 32
 
 
 def check_system(system: openmm.System) -> None:
-    """Refuse constraints, periodic boxes, barostats, virtual sites, Drude and frozen particles.
+    """Refuse periodic boxes, barostats, virtual sites, Drude and frozen particles.
 
     Raises
     ------
     UnsupportedSystemError
         With the reason, the force's class and what to do.
     """
-    if n := system.getNumConstraints():
-        _refuse(
-            f"the System has {n} constraints, under which energies of unconstrained proposals are "
-            "wrong: rebuild it with constraints=None, rigidWater=False"
-        )
     for force in system.getForces():
         name = type(force).__name__
         if isinstance(force, _BAROSTATS):
@@ -211,16 +207,18 @@ def complete_bonds(topology: app.Topology, system: openmm.System) -> None:
         if isinstance(force, openmm.HarmonicAngleForce | openmm.CustomAngleForce)
         for parameters in map(force.getAngleParameters, range(force.getNumAngles()))
     }
+    listed = list(constraint_lengths(system))
     for force in system.getForces():
         if not isinstance(force, openmm.HarmonicBondForce | openmm.CustomBondForce):
             continue
         pairs = [force.getBondParameters(k)[:2] for k in range(force.getNumBonds())]
         if all(frozenset(pair) in spans for pair in pairs):
             continue
-        for a, b in pairs:
-            if not graph.has_edge(a, b):
-                graph.add_edge(a, b)
-                topology.addBond(atoms[a], atoms[b])
+        listed += pairs
+    for a, b in listed:
+        if not graph.has_edge(a, b):
+            graph.add_edge(a, b)
+            topology.addBond(atoms[a], atoms[b])
 
 
 def _bonds_of(topology: app.Topology) -> nx.Graph:

@@ -47,6 +47,7 @@ from openmm_eqflow.targets.automorphisms import (
     orbits,
     twin_classes,
 )
+from openmm_eqflow.targets.constraints import constraint_lengths
 
 #: In smaller rings a double bond is cis.
 _RIGID_RING = 8
@@ -284,7 +285,8 @@ def double_bonds(
     0.139 nm, C-N or N-N than 0.130 nm at rest. Triple bonds, whose ends have nothing to the
     side, are none.
     """
-    kinds, orders, lengths = elements(system, topology), {}, {}
+    kinds, orders = elements(system, topology), {}
+    lengths = {frozenset(pair): r for pair, r in constraint_lengths(system).items()}
     for bond in () if topology is None else topology.bonds():
         pair = frozenset((bond[0].index, bond[1].index))
         if bond.order is not None:
@@ -342,6 +344,7 @@ def bond_graph(system: openmm.System, topology: app.Topology | None = None) -> n
         kinds[len(particles)].add(particles)
     if kinds[3]:
         graph.add_edges_from(kinds[2])
+        graph.add_edges_from(constraint_lengths(system))
     return graph
 
 

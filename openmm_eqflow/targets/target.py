@@ -6,7 +6,9 @@ One name for one potential: SHA-256 of the serialised System.
 
 a density on the mean-free subspace (an OpenMM potential without external field is invariant under
 rigid motions, so it is normalisable only there; Köhler, Klein, Noé 2020). The *sector* is that of
-the reference positions: every stereocentre has their sign. Mirror images have the same energy, so
+the reference positions: every stereocentre has their sign. With constrained bonds u has the term
+:math:`-\tfrac12 \log\det H` of :mod:`openmm_eqflow.targets.constraints`, and the density is in the
+free coordinates. Mirror images have the same energy, so
 without the indicator a Metropolis test would accept the wrong enantiomer.
 """
 
@@ -25,6 +27,8 @@ import torch
 from openmm import app, unit
 from torch import Tensor
 
+from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.targets.constraints import Constraints
 from openmm_eqflow.targets.energies.base import EnergyEvaluator, FloatArray
 from openmm_eqflow.targets.energies.choose import choose_evaluator
 from openmm_eqflow.targets.energies.contexts import probe_positions
@@ -55,8 +59,8 @@ class BoltzmannTarget:
     Parameters
     ----------
     system
-        OpenMM System without constraints, box, barostat, virtual sites, Drude particles or
-        external force; anything else is refused by name.
+        OpenMM System without box, barostat, virtual sites, Drude particles or external force, its
+        constraints bonds; anything else is refused by name.
     topology
         Its topology (for the bond graph).
     temperature
@@ -111,6 +115,11 @@ class BoltzmannTarget:
             )
             raise ValueError(msg)
         check_system(system)
+        self.constraints = Constraints.of(system)
+        if self.constraints is not None and n_dims == 2:
+            raise UnsupportedSystemError(
+                "constraints are for molecules in space: rebuild the planar System without"
+            )
         self.system = system
         self.topology = topology
         self.n_particles: int = system.getNumParticles()
@@ -279,7 +288,11 @@ class BoltzmannTarget:
         x = x.detach().to(torch.float64)
         full = torch.nn.functional.pad(x, (0, 3 - self.n_dims))
         energies, forces = self._energies(full, gradient=gradient)
-        u = energies / self.kT
+        u, metric = energies / self.kT, None
+        if self.constraints is not None:
+            self.constraints.check(x)
+            half_log_det, metric = self.constraints.half_log_det(x, gradient=gradient)
+            u = u - torch.where(torch.isfinite(half_log_det), half_log_det, -torch.inf)
         right = self.in_sector(x)
         u = torch.where(right, u, torch.inf)
         self.n_evaluated += len(u)
@@ -288,6 +301,8 @@ class BoltzmannTarget:
         if forces is None:
             return u, None
         du_dx = forces[..., : self.n_dims] / -self.kT
+        if metric is not None:
+            du_dx = torch.where(torch.isfinite(u)[:, None, None], du_dx - metric, 0.0)
         return u, torch.where(right[:, None, None], du_dx, 0.0)
 
     def _energies(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -73,6 +73,8 @@ class ChartGeometry(nn.Module):
         Indices of the soft torsions.
     n_modes
         Number of Fourier modes of the mean.
+    n_fixed
+        Number of constrained bonds.
 
     Example
     -------
@@ -86,28 +88,29 @@ class ChartGeometry(nn.Module):
     (torch.Size([2, 4, 3]), torch.Size([2, 4, 3, 6]))
     """
 
-    def __init__(self, zmatrix: dict[str, Any], soft: list[int], n_modes: int) -> None:
+    def __init__(self, zmatrix: dict[str, Any], soft: list[int], n_modes: int, n_fixed: int = 0) -> None:
         super().__init__()
         self.zmatrix = ZMatrix.from_config(zmatrix)
         n = self.n_particles = self.zmatrix.n_particles
         torsions = len(self.zmatrix.lead)
         stiff = [k for k in range(torsions) if k not in set(soft)]
-        self.n_soft, self.n_stiff = len(soft), 2 * n - 3 + len(stiff)
+        self.n_all = 2 * n - 3 + len(stiff)  # with the bonds that are constrained
+        self.n_soft, self.n_stiff = len(soft), self.n_all - n_fixed
         self.register_buffer("modes", torch.zeros(n_modes, self.n_soft))
-        self.register_buffer("mean", torch.zeros(1 + 2 * n_modes, self.n_stiff))
-        self.register_buffer("factor", torch.eye(self.n_stiff))
+        self.register_buffer("mean", torch.zeros(1 + 2 * n_modes, self.n_all))
+        self.register_buffer("factor", torch.eye(self.n_all, self.n_stiff))
         self.register_buffer("centre", torch.zeros(len(stiff)))
         # Torsions out of (s, tau), as they are stored, and relative to the fixed reference.
-        pick = torch.zeros(torsions, self.n_stiff + self.n_soft)
+        pick = torch.zeros(torsions, self.n_all + self.n_soft)
         for j, k in enumerate(stiff):
             pick[k, 2 * n - 3 + j] = 1
         for j, k in enumerate(soft):
-            pick[k, self.n_stiff + j] = 1
+            pick[k, self.n_all + j] = 1
         absolute = pick.clone()
         for k, lead in enumerate(self.zmatrix.lead):
             if lead not in (-1, k):
                 absolute[k] += pick[lead]
-        lengths = torch.eye(self.n_stiff + self.n_soft)[: 2 * n - 3]
+        lengths = torch.eye(self.n_all + self.n_soft)[: 2 * n - 3]
         self.register_buffer("pick", pick, False)
         self.register_buffer("select", torch.cat([lengths, absolute]), False)
         # Atoms in the order in which they are placed, level by level.
@@ -161,10 +164,11 @@ class ChartGeometry(nn.Module):
                 "distances in the chart are for molecules of three atoms or more without nearly "
                 "linear angles: use a ChartField"
             )
-        made = cls(prior.zmatrix.config(), prior.soft, len(prior.modes))
+        made = cls(prior.zmatrix.config(), prior.soft, len(prior.modes), len(prior.fixed))
         made.modes.copy_(prior.modes)
-        made.mean.copy_(prior.coefficients)
-        made.factor.copy_(prior.cholesky)
+        mean, factor = prior.affine()
+        made.mean.copy_(mean)
+        made.factor.copy_(factor)
         made.centre.copy_(prior.centre)
         return made
 
@@ -175,7 +179,7 @@ class ChartGeometry(nn.Module):
         cos, sin = torch.cos(phase), torch.sin(phase)
         s = torch.cat([torch.ones_like(y[:, :1]), cos, sin], 1) @ self.mean + z @ self.factor.T
         n = self.n_particles
-        centre = self.pick[:, 2 * n - 3 : self.n_stiff] @ self.centre
+        centre = self.pick[:, 2 * n - 3 : self.n_all] @ self.centre
         torsions = torch.cat([s, tau], 1) @ self.pick.T + centre
         return InternalCoordinates(s[:, : n - 1], s[:, n - 1 : 2 * n - 3], torsions), cos, sin
 
@@ -190,7 +194,7 @@ class ChartGeometry(nn.Module):
         x, _ = self.zmatrix.from_internal(internal)
         n, count = len(y), self.n_particles
         # dq/dy: constant in z, through the mean and directly in tau.
-        stiff = self.select[:, : self.n_stiff]
+        stiff = self.select[:, : self.n_all]
         dq = torch.cat([(stiff @ self.factor).expand(n, -1, -1), self._slope(cos, sin)], 2)
         along, out, up = self._base(internal)
         second = _outer(along, dq[:, 0])
@@ -262,7 +266,7 @@ class ChartGeometry(nn.Module):
             for unit, slot in ((along, 1), (out, 2), (up, 2))
         ]
         inner = torch.cat([*first, *own], 1)
-        stiff = self.select[self.listed, : self.n_stiff] @ (self.factor @ columns)
+        stiff = self.select[self.listed, : self.n_all] @ (self.factor @ columns)
         return (inner * stiff).sum(1), motion.slope.transpose(1, 2) @ inner
 
     def _slope(self, cos: Tensor, sin: Tensor) -> Tensor:
@@ -270,7 +274,7 @@ class ChartGeometry(nn.Module):
         half = 1 + len(self.modes)
         slope = torch.einsum("nm,mk,mi->nik", cos, self.modes, self.mean[half:])
         slope = slope - torch.einsum("nm,mk,mi->nik", sin, self.modes, self.mean[1:half])
-        return self.select[:, : self.n_stiff] @ slope + self.select[:, self.n_stiff :]
+        return self.select[:, : self.n_all] @ slope + self.select[:, self.n_all :]
 
     @staticmethod
     def _base(internal: InternalCoordinates) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,8 @@ class ContactField(ChartField):
         Hidden units of the contact network.
     n_rbf
         Features per distance.
+    n_fixed
+        Number of constrained bonds.
     options
         Of :class:`~openmm_eqflow.vector_fields.chart.ChartField`.
 
@@ -88,9 +90,10 @@ class ContactField(ChartField):
         pairs: list[list[int]],
         contacts: int = 64,
         n_rbf: int = 8,
+        n_fixed: int = 0,
         **options: Any,
     ) -> None:
-        geometry = ChartGeometry(zmatrix, list(soft), n_modes)
+        geometry = ChartGeometry(zmatrix, list(soft), n_modes, n_fixed)
         fold = [geometry.zmatrix.fold[k] for k in soft]
         super().__init__(geometry.n_stiff, geometry.n_soft, fold, **options)
         self.config = {
@@ -101,6 +104,8 @@ class ContactField(ChartField):
             "contacts": contacts,
             "n_rbf": n_rbf,
         } | options
+        if n_fixed:  # absent where there are none: the flows that ship know no such key
+            self.config["n_fixed"] = n_fixed
         self.geometry = geometry
         first, second = [a for a, _ in pairs], [b for _, b in pairs]
         self.register_buffer("first", torch.tensor(first, dtype=torch.long), False)
@@ -151,6 +156,8 @@ class ContactField(ChartField):
         d = torch.linalg.vector_norm(x[:, i] - x[:, j], dim=-1)
         keep = (d.std(0) > _STIFF) & (d.quantile(0.02, 0) < reach)
         pairs = torch.stack([i[keep], j[keep]], 1).tolist()
+        if prior.fixed:
+            options["n_fixed"] = len(prior.fixed)
         field = cls(prior.zmatrix.config(), prior.soft, len(prior.modes), pairs, **options)
         field.geometry.load_state_dict(ChartGeometry.of(prior).state_dict())
         low = d[:, keep].quantile(0.0005, 0) - 0.01

@@ -11,7 +11,8 @@ For two temperatures with normal, independent energies the exchange exponent
 
 How reference data are sampled: masses, time step, platform and temperature ladder.
 
-The configurational Boltzmann density does not depend on the masses, so they are chosen for speed.
+The configurational Boltzmann density does not depend on the masses, so they are chosen for speed
+(with constrained bonds it does: then they are the System's own).
 Hydrogens get 6 u: with the heavy atoms unchanged the fastest vibration is then a carbonyl stretch,
 at half the frequency of a real N-H bond.
 
@@ -43,6 +44,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 from openmm import unit
+from scipy.linalg import null_space
 from scipy.special import log_ndtr, ndtr
 
 from openmm_eqflow.analysis.observables import Torsion
@@ -56,6 +58,7 @@ from openmm_eqflow.runs.reference.plan import (
     sampling_system,
     set_aside_singular_torsions,
 )
+from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.units import (
     energy_in_kj_mol,
@@ -194,9 +197,10 @@ def make_plan(
     target = kelvin(system.temperature)
     hottest = target * settings.max_temperature_ratio
     masses = masses_in_dalton(system.system)
-    for index, atom in enumerate(system.topology.atoms()):
-        if atom.element is not None and atom.element.atomic_number == 1:
-            masses[index] = _HYDROGEN_MASS
+    if not system.system.getNumConstraints():  # with constraints masses enter the density
+        for index, atom in enumerate(system.topology.atoms()):
+            if atom.element is not None and atom.element.atomic_number == 1:
+                masses[index] = _HYDROGEN_MASS
     start = positions_in_nm(system.positions)
     copy = sampling_system(system.system, masses)
     if aside := set_aside_singular_torsions(copy, start):
@@ -284,6 +288,14 @@ def _largest_frequency(context: openmm.Context, x: FloatArray, masses: FloatArra
     hessian: FloatArray = np.array(rows)
     weights = 1.0 / np.sqrt(np.repeat(masses, 3))
     hessian = 0.5 * (hessian + hessian.T) * weights[:, None] * weights[None, :]
+    pairs = list(constraint_lengths(context.getSystem()))
+    if pairs:  # motions that keep the constraints
+        along = np.zeros((len(pairs), *x.shape))
+        for k, (a, b) in enumerate(pairs):
+            along[k, a] = (x[a] - x[b]) / np.linalg.norm(x[a] - x[b])
+            along[k, b] = -along[k, a]
+        basis = null_space(along.reshape(len(pairs), -1) * weights)
+        hessian = basis.T @ hessian @ basis
     return float(np.sqrt(max(np.linalg.eigvalsh(hessian)[-1], 0.0)))
 
 

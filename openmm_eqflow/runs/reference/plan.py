@@ -217,6 +217,7 @@ def make_context(
     )
     if any(force.getForceGroup() == _ASIDE for force in system.getForces()):
         integrator.setIntegrationForceGroups(set(range(_ASIDE)))
+    integrator.setConstraintTolerance(1e-7)
     properties = {"Threads": "1", "DeterministicForces": "true"} if platform == "CPU" else {}
     return openmm.Context(
         system, integrator, openmm.Platform.getPlatformByName(platform), properties

@@ -1,0 +1,180 @@
+r"""Constrained bonds: what density constrained dynamics samples.
+
+With bonds s(x) held at lengths s_0, positions and velocities, the momenta live in the tangent space
+of the mass metric, and the free coordinates q have the density (Fixman 1974, PNAS 71, 3050)
+
+.. math:: p(q) \propto e^{-U/kT} \sqrt{\det G_q} \propto
+          e^{-U/kT}\, J(q, s_0) \sqrt{\det H(q)}, \qquad H = C M^{-1} C^T, \quad C = \partial s/\partial x,
+
+J being the volume element of all internal coordinates. So on the chart of
+:class:`~openmm_eqflow.priors.internal.InternalCoordinatePrior` a constrained bond is a number, the
+volume element stays, and the reduced potential is :math:`u_c = U/kT - \tfrac12 \log\det H`. Two
+constraints couple where they share an atom i: :math:`H_{jk} = \cos(\text{angle}) / m_i`. Masses
+enter. Divided by its diagonal H has no unit and is 1 for bonds that share no atom.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+import numpy as np
+import openmm
+import torch
+from openmm import unit
+from torch import Tensor
+
+from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
+from openmm_eqflow.targets.energies.base import FloatArray
+
+__all__ = [
+    "Constraints",
+    "constrained",
+    "constraint_lengths",
+]
+
+_OFF = 1e-3  # share of its length by which a bond may be off; integrators allow 1e-5
+
+
+def constraint_lengths(system: openmm.System) -> dict[tuple[int, int], float]:
+    """Length in nm of every constraint, by its pair of atoms."""
+    listed = map(system.getConstraintParameters, range(system.getNumConstraints()))
+    return {(min(a, b), max(a, b)): float(length._value) for a, b, length in listed}
+
+
+def constrained(system: openmm.System, positions: unit.Quantity) -> unit.Quantity:
+    """Move atoms as little as the constraints ask for (a PDB file has three digits)."""
+    integrator = openmm.VerletIntegrator(1e-3)
+    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    context.setPositions(positions)
+    context.applyConstraints(1e-9)
+    return context.getState(positions=True).getPositions()
+
+
+class Constraints:
+    r"""The constrained bonds of a System, and :math:`\tfrac12 \log\det H`.
+
+    Parameters
+    ----------
+    lengths
+        Length in nm of every constraint, by its pair of atoms.
+    masses
+        (n_particles,), in any unit.
+
+    Attributes
+    ----------
+    lengths
+        As given.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        The constraints close a ring, three atoms of a rigid angle included.
+
+    Examples
+    --------
+    >>> import torch
+    >>> three = Constraints({(0, 1): 0.1, (1, 2): 0.1}, [12.0, 2.0, 12.0])
+    >>> x = torch.tensor([[[0.1, 0, 0], [0, 0, 0], [0, 0.1, 0]]], dtype=torch.float64)
+    >>> three.half_log_det(x)[0]  # a right angle: nothing couples
+    tensor([0.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, lengths: dict[tuple[int, int], float], masses: FloatArray | list[float]
+    ) -> None:
+        graph = nx.Graph(list(lengths))
+        try:
+            ring = [edge[0] for edge in nx.find_cycle(graph)]
+        except nx.NetworkXNoCycle:
+            ring = []
+        if ring:
+            atoms = "-".join(str(k + 1) for k in ring)
+            raise UnsupportedSystemError(
+                f"the constraints of atoms {atoms} close a ring (a rigid angle or a rigid ring): "
+                "rebuild the System with constraints=HBonds, rigidWater=False"
+            )
+        if len(lengths) >= len(masses) - 1 and len(masses) < 3:
+            raise UnsupportedSystemError(
+                "the constraints leave nothing that moves: rebuild the System with "
+                "constraints=None"
+            )
+        self.lengths = dict(lengths)
+        sign = torch.zeros(len(lengths), len(masses), dtype=torch.float64)
+        for k, (a, b) in enumerate(lengths):
+            sign[k, a], sign[k, b] = 1.0, -1.0
+        self._first, self._second = (
+            torch.tensor([pair[end] for pair in lengths], dtype=torch.int64) for end in (0, 1)
+        )
+        weight = (sign / torch.as_tensor(np.array(masses), dtype=torch.float64)) @ sign.T
+        scale = torch.diagonal(weight).rsqrt()
+        self._sign, self._weight = sign, scale[:, None] * weight * scale
+        self._nominal = torch.tensor(list(lengths.values()), dtype=torch.float64)
+
+    @classmethod
+    def of(cls, system: openmm.System) -> Constraints | None:
+        """Those of a System, or None."""
+        lengths = constraint_lengths(system)
+        if not lengths:
+            return None
+        n = system.getNumParticles()
+        return cls(lengths, [system.getParticleMass(i)._value for i in range(n)])
+
+    def half_log_det(self, x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+        r"""Return :math:`\tfrac12 \log\det H` (n,) of (n, N, 3) nm, and its gradient in 1/nm.
+
+        With A the inverse of H and w its constant factors the derivative by the unit vector u_j
+        of a bond is :math:`\sum_k A_{jk} w_{jk} u_k`.
+        """
+        weight = self._weight.to(x)
+        v = self._vectors(x)
+        r = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        u = v / r
+        h = weight * (u @ u.transpose(1, 2))
+        factor, failed = torch.linalg.cholesky_ex(h)
+        value = torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
+        value = torch.where(failed == 0, value, torch.nan)
+        if not gradient:
+            return value, None
+        # Only neighbours have a weight: the inverse is needed there alone, but is cheap as it is.
+        by_unit = (torch.cholesky_inverse(factor) * weight) @ u
+        across = (by_unit - (by_unit * u).sum(-1, keepdim=True) * u) / r
+        return value, torch.einsum("mi,nmd->nid", self._sign.to(x), across)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse positions (n, N, 3) that do not keep the constraints.
+
+        Raises
+        ------
+        ConfigurationError
+            They were made for another System, most likely one without constraints.
+        """
+        nominal = self._nominal.to(x)
+        off = (torch.linalg.vector_norm(self._vectors(x), dim=-1) / nominal - 1).abs()
+        worst = float(torch.nan_to_num(off, nan=0.0, posinf=0.0).max()) if len(x) else 0.0
+        if worst > _OFF:
+            raise ConfigurationError(
+                f"positions miss the System's constraints by up to {worst:.1%} of a bond: they, or "
+                "the flow that proposed them, were made for other constraints; train a flow for "
+                "this System, or remove its constraints"
+            )
+
+    def velocities(
+        self, x: FloatArray, masses: FloatArray, kt: float, generator: torch.Generator
+    ) -> FloatArray:
+        r"""Draw velocities (N, 3) in nm/ps of the Maxwell-Boltzmann density that keep them.
+
+        :math:`v = \xi - M^{-1} C^T H^{-1} C\, \xi` for free velocities :math:`\xi`: the projection
+        that is orthogonal in the mass metric. ``kt`` in kJ/mol, masses in dalton, x (N, 3) nm.
+        """
+        inverse = 1.0 / torch.as_tensor(masses)
+        noise = torch.randn(len(x), 3, generator=generator, dtype=torch.float64)
+        v = noise * (kt * inverse).sqrt()[:, None]
+        along = self._vectors(torch.as_tensor(x)[None])[0]
+        c = self._sign[:, :, None] * (along / along.norm(dim=1, keepdim=True))[:, None]
+        c = c.flatten(1)
+        three = inverse.repeat_interleave(3)
+        solved = torch.linalg.solve((c * three) @ c.T, c @ v.flatten())
+        kept: FloatArray = (v - (three * (c.T @ solved)).reshape(-1, 3)).numpy()
+        return kept
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        return x[:, self._first.to(x.device)] - x[:, self._second.to(x.device)]
