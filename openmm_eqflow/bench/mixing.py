@@ -49,9 +49,10 @@ from openmm_eqflow.analysis.convergence import features
 from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import write_json
-from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.kernels import tune_step_size
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.chains import local_move
 from openmm_eqflow.moves.flow_moves import FlowMove
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.parallel import machine_name
@@ -137,7 +138,8 @@ def run_many_chains(
     start = positions_in_nm(system.positions)[:, : system.n_dims]
     x = torch.from_numpy(start - start.mean(axis=0)).expand(_N_CHAINS, -1, -1).clone()
     with build_target(system) as target:
-        size, x = tune_step_size(target, x, n_steps=_N_LEAPFROG, generator=generator)
+        step = local_move(flow, target, x, _N_LEAPFROG, generator)
+        size, x = tune_step_size(step, x)
         buffer = ProposalBuffer(
             flow, target, n_proposals=1, n_predraw=_N_CHAINS * _N_FLOW_STEPS, generator=generator
         )
@@ -145,9 +147,7 @@ def run_many_chains(
         kept: list[Tensor] = []
         before, began = target.n_evaluated, time.perf_counter()
         while time.perf_counter() - began < seconds or len(kept) < 16:
-            x, _ = hamiltonian_step(
-                target, x, step_size=size, n_steps=_N_LEAPFROG, generator=generator
-            )
+            x, _ = step(x, step_size=size)
             for _ in range(_N_FLOW_STEPS):
                 x, _ = flow_step(flow, target, x, buffer, generator, memory=memory)
                 kept.append(x.float())

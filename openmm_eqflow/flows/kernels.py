@@ -27,9 +27,10 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.streams import RowStreams
-from openmm_eqflow.geometry import remove_mean
-from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
+from openmm_eqflow.priors.base import Prior, check_space
 
 __all__ = [
     "Bridge",
@@ -37,6 +38,7 @@ __all__ = [
     "HamiltonianInfo",
     "LevelState",
     "Trajectory",
+    "chart_step",
     "hamiltonian_step",
     "latent_target",
     "prior_score",
@@ -44,6 +46,7 @@ __all__ = [
     "tuned",
 ]
 
+_MEDIAN_OF_CHI_SQUARE = 0.455
 _LONGEST = 2.0  # scale of a coordinate that feels no force, such as a free rotor
 
 
@@ -205,7 +208,16 @@ def hamiltonian_step(
     -------
     (Tensor, HamiltonianInfo)
         New positions, rejected rows unchanged bit for bit.
+
+    Raises
+    ------
+    ConfigurationError
+        The target has constraints, which steps in positions do not keep.
     """
+    if getattr(target, "constraints", None) is not None:
+        raise ConfigurationError(
+            "a trajectory in positions does not keep constraints: take chart_step, or LatentMove"
+        )
 
     def evaluate(y: Tensor) -> _Positions:
         return _Positions(y, *target.reduced_potential_and_gradient(y))
@@ -225,22 +237,21 @@ def hamiltonian_step(
 
 
 def tune_step_size(
-    target: DifferentiablePotential,
+    step: Callable[..., tuple[Tensor, HamiltonianInfo]],
     x: Tensor,
     *,
-    n_steps: int,
-    generator: torch.Generator,
     aim: float = 0.8,
     start: float = 1e-3,
     n_rounds: int = 30,
 ) -> tuple[float, Tensor]:
-    """Find a step size whose mean acceptance is ``aim``; the chains move meanwhile (burn-in)."""
+    """Find a step size whose mean acceptance is ``aim``; the chains move meanwhile (burn-in).
+
+    ``step`` is :func:`hamiltonian_step` or :func:`chart_step` of (x, step_size).
+    """
 
     def move(size: Tensor) -> Tensor:
         nonlocal x
-        x, info = hamiltonian_step(
-            target, x, step_size=float(size), n_steps=n_steps, generator=generator
-        )
+        x, info = step(x, step_size=float(size))
         return info.acceptance.mean().cpu()[None]
 
     first = torch.tensor([start], dtype=torch.float64)
@@ -324,6 +335,7 @@ class Bridge:
     """
 
     def __init__(self, prior: Prior, target: DifferentiablePotential) -> None:
+        check_space(prior, target)
         self.prior, self.target = prior, target
         self._functions: Any = prior
         self._last = threading.local()
@@ -375,6 +387,61 @@ class Bridge:
     def scales(squares: Tensor) -> Tensor:
         """Scale of every coordinate from its largest mean square score, (d,)."""
         return squares.rsqrt().clamp(max=_LONGEST)
+
+    def measured_scales(self, z: Tensor, y: Tensor) -> Tensor:
+        """Scales from scores of the prior at z, of the target at y, (d,); medians bear clashes."""
+        scores = self.at(z).score_prior, self.at(y).score_target
+        squares = torch.stack([s.square().median(0).values for s in scores]).amax(0)
+        return self.scales(squares / _MEDIAN_OF_CHI_SQUARE)
+
+
+def chart_step(
+    bridge: Bridge,
+    x: Tensor,
+    *,
+    scales: Tensor,
+    step_size: float,
+    n_steps: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, HamiltonianInfo]:
+    r"""One Metropolised trajectory of every chain in the chart, where constraints are kept.
+
+    The new configuration is turned to best overlap with the old one at the old centroid, which
+    keeps detailed balance: the rotation follows from the two shapes, and backwards is its inverse.
+
+    Parameters
+    ----------
+    bridge
+        Holds chart and target.
+    x
+        Positions (n_chains, N, 3) in nm, float64, any centroid.
+    scales
+        Of every coordinate of the chart, (d,).
+    step_size
+        Leapfrog step in scales.
+    n_steps, generator
+        As of :func:`hamiltonian_step`.
+
+    Returns
+    -------
+    (Tensor, HamiltonianInfo)
+        New positions, rejected rows unchanged bit for bit.
+    """
+    y, _ = bridge.prior.from_cartesian(x)
+    end, acceptance, accepted = trajectory(
+        bridge.at,
+        bridge.at(y),
+        1.0,
+        step=step_size * scales,
+        n_steps=n_steps,
+        velocity=torch.randn(y.shape, generator=generator, dtype=y.dtype),
+        uniform=torch.rand(len(y), generator=generator, dtype=y.dtype),
+    )
+    shape, log_volume = bridge.prior.to_cartesian(end.y)
+    centroid = x.mean(dim=1, keepdim=True)
+    turned = rotate(shape, align_rotations(shape, x - centroid)) + centroid
+    new = torch.where(accepted[:, None, None], turned, x)
+    return new, HamiltonianInfo(log_volume - end.log_target, acceptance, accepted)
 
 
 class Trajectory:

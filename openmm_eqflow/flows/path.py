@@ -20,7 +20,6 @@ subspace, in nm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -108,28 +107,6 @@ class Path:
     def device(self) -> torch.device:
         """Where the layers compute."""
         return torch.device("cpu")
-
-    def check_target(self, target: Any) -> None:
-        """Refuse a target whose constraints are not the flow's: the spaces differ.
-
-        Raises
-        ------
-        ConfigurationError
-            Naming the atoms.
-        """
-        prior: Any = self.prior
-        mine = getattr(prior, "fixed", None)
-        mine = {tuple(sorted(prior.zmatrix.rows[k + 1][:2])): r for k, r in (mine or {}).items()}
-        held = getattr(target, "constraints", None)
-        other = {} if held is None else held.lengths
-        for pair in sorted({*mine, *other}):
-            if abs(mine.get(pair, math.inf) - other.get(pair, math.inf)) < 1e-6:
-                continue
-            first, second = (f"{c[pair]:.5f} nm" if pair in c else "free" for c in (mine, other))
-            raise ConfigurationError(
-                f"the bond of atoms {pair[0] + 1} and {pair[1] + 1} is {first} in the flow and "
-                f"{second} in the System: train a flow for this System's constraints"
-            )
 
     # -- in the chart, one chunk ------------------------------------------------------------------
 

@@ -47,7 +47,6 @@ __all__ = [
 _FIRST_STEP = 0.4
 _TUNING_ROUNDS = 8
 _TUNING_POINTS = 64
-_MEDIAN_OF_CHI_SQUARE = 0.455
 _TUNING_STREAM = (0x72656C61,)  # names the child of a seed that tunes
 
 
@@ -184,7 +183,7 @@ def relax(
         z = flow.prior.sample_latent(_TUNING_POINTS, generator=generator).to(flow.device)
         streams = RowStreams.drawn(len(z), generator, flow.device)
         bridge = Bridge(flow.prior, target)
-        scales = _scales(bridge, z, flow.forward(z, streams)[0])
+        scales = bridge.measured_scales(z, flow.forward(z, streams)[0])
         sizes = _tuned(
             bridge, flow.layers[:-1], flow.grid[1:-1], z, scales, n_leapfrog, streams
         )
@@ -234,7 +233,7 @@ def anneal(
         z = prior.sample_latent(_TUNING_POINTS, generator=generator).to(device)
         streams = RowStreams.drawn(len(z), generator, device)
         bridge = Bridge(prior, _OneAtATime(target))
-        scales = _scales(bridge, z, z)
+        scales = bridge.measured_scales(z, z)
         sizes = _tuned(bridge, [None] * n_levels, times, z, scales, n_leapfrog, streams)
     layers = [
         Trajectory(bridge, t, size * scales, n_leapfrog)
@@ -271,13 +270,6 @@ def _tuning_stream(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
-def _scales(bridge: Bridge, z: Tensor, y: Tensor) -> Tensor:
-    """Scales from the scores of the prior at z, of the target at y, (d,); medians bear clashes."""
-    scores = bridge.at(z).score_prior, bridge.at(y).score_target
-    squares = torch.stack([s.square().median(0).values for s in scores]).amax(0)
-    return bridge.scales(squares / _MEDIAN_OF_CHI_SQUARE)
-
-
 def _tuned(
     bridge: Bridge,
     maps: Sequence[Layer | None],
@@ -312,6 +304,7 @@ class _OneAtATime:
 
     def __init__(self, target: DifferentiablePotential) -> None:
         self.target, self.lock = target, threading.Lock()
+        self.constraints = getattr(target, "constraints", None)
 
     def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """U (n,) and du/dx (n, N, D)."""

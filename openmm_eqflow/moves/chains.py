@@ -6,6 +6,7 @@ import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import Tensor
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.files import write_npz
 from openmm_eqflow.flows.audit import require_passed_audit
-from openmm_eqflow.flows.kernels import hamiltonian_step, tune_step_size
+from openmm_eqflow.flows.kernels import (
+    Bridge,
+    HamiltonianInfo,
+    chart_step,
+    hamiltonian_step,
+    tune_step_size,
+)
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.moves.steps import (
     ProposalBuffer,
@@ -27,11 +34,13 @@ from openmm_eqflow.moves.steps import (
     flow_step,
 )
 from openmm_eqflow.parallel import one_torch_thread
+from openmm_eqflow.priors.base import check_space
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
     "ChainSamples",
     "load_chains",
+    "local_move",
     "run_chains",
 ]
 
@@ -183,12 +192,14 @@ def _run_chains(
 ) -> ChainSamples:
     require_passed_audit(flow)
     generator = torch.Generator().manual_seed(seed)
+    check_space(flow.prior, target)
+    local_step = local_move(flow, target, start, n_local_steps, generator)
     done, x, size = _resume(folder, generator, (len(start), n_proposals))
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
         size = 0.0
         if n_local_steps:
-            size, x = tune_step_size(target, x, n_steps=n_local_steps, generator=generator)
+            size, x = tune_step_size(local_step, x)
     buffer = ProposalBuffer(
         flow,
         target,
@@ -208,9 +219,7 @@ def _run_chains(
     for step in range(first, n_steps):
         local_acceptance = math.nan
         if n_local_steps:
-            x, local = hamiltonian_step(
-                target, x, step_size=size, n_steps=n_local_steps, generator=generator
-            )
+            x, local = local_step(x, step_size=size)
             local_acceptance = float(local.acceptance.mean())
         # Both moves keep the centroid, and a state that stays keeps every bit: the memory of its
         # log q depends on it.
@@ -250,6 +259,22 @@ def _run_chains(
             rate = float(info.accepted.double().mean())
             progress((step + 1) / n_steps if step >= 0 else 0.0, f"acceptance {rate:.0%}")
     return load_chains(folder)
+
+
+def local_move(
+    flow: FlowPath,
+    target: BoltzmannTarget,
+    start: Tensor,
+    n_steps: int,
+    generator: torch.Generator,
+) -> Callable[..., tuple[Tensor, HamiltonianInfo]]:
+    """Step of (x, step_size): in positions, or, with constraints to keep, in the flow's chart."""
+    if target.constraints is None:
+        return partial(hamiltonian_step, target, n_steps=n_steps, generator=generator)
+    bridge = Bridge(flow.prior, target)
+    y, _ = flow.prior.from_cartesian(start.double())
+    scales = bridge.measured_scales(y, y)
+    return partial(chart_step, bridge, scales=scales, n_steps=n_steps, generator=generator)
 
 
 def _resume(

@@ -49,6 +49,7 @@ from openmm_eqflow.moves.steps import (
     flow_step,
     latent_step,
 )
+from openmm_eqflow.priors.base import check_space
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import masses_in_dalton, positions_in_nm, positions_quantity
 
@@ -156,7 +157,7 @@ class FlowMoveBase(MCMCMove):
             )
         x = torch.from_numpy(positions[:, :d].copy())
         target, identity = target_for(thermodynamic_state, x)
-        self._flow.check_target(target)
+        check_space(self._flow.prior, target)
         new = self._propose(x[None], target, identity)
         self._stream.n_consumed += 1
         if new is not None:

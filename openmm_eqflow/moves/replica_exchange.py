@@ -29,10 +29,11 @@ from openmm_eqflow.flows.audit import require_passed_audit
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
+from openmm_eqflow.priors.base import check_space
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
 from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.units import positions_in_nm, temperature_quantity
+from openmm_eqflow.units import masses_in_dalton, positions_in_nm, temperature_quantity
 
 __all__ = [
     "FlowReplicaExchangeSampler",
@@ -199,7 +200,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
                 n_dims=self.flow.n_dims,
                 evaluator=_StateEvaluator(self._sampler, i, self.flow.n_particles),
             )
-            self.flow.check_target(target)
+            check_space(self.flow.prior, target)
             self._buffers[i] = ProposalBuffer(
                 self.flow,
                 target,

@@ -13,13 +13,17 @@ distribution of orientations included.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from openmm_eqflow.errors import ConfigurationError
+
 __all__ = [
     "Prior",
+    "check_space",
 ]
 
 
@@ -66,3 +70,26 @@ class Prior(Protocol):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able configuration and tensors from which ``from_state`` rebuilds the prior."""
         ...
+
+
+def check_space(prior: Prior, target: object) -> None:
+    """Refuse a target whose constraints are not those of the chart: the spaces differ.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the atoms of a bond that is free in one and held in the other.
+    """
+    chart: Any = prior
+    fixed: dict[int, float] = getattr(chart, "fixed", {})
+    mine = {tuple(sorted(chart.zmatrix.rows[k + 1][:2])): r for k, r in fixed.items()}
+    held: Any = getattr(target, "constraints", None)
+    other = {} if held is None else held.lengths
+    for pair in sorted({*mine, *other}):
+        if abs(mine.get(pair, math.inf) - other.get(pair, math.inf)) < 1e-6:
+            continue
+        first, second = (f"{c[pair]:.5f} nm" if pair in c else "free" for c in (mine, other))
+        raise ConfigurationError(
+            f"the bond of atoms {pair[0] + 1} and {pair[1] + 1} is {first} in the flow and "
+            f"{second} in the System: train a flow for this System's constraints"
+        )

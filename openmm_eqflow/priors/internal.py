@@ -14,8 +14,9 @@ coordinate is :math:`\Phi^{-1}(1 - e^{-\kappa c})`, which then is a Gaussian and
 
 The density is with respect to Lebesgue measure on the mean-free subspace, Haar-distributed
 orientation included; with constrained bonds with respect to the same volume element without their
-:math:`db` (in the free coordinates q, :math:`J(q)\,dq`). It is invariant by construction (any invariant prior will do: Köhler, Klein,
-Noé 2020, theorem 1), carries chirality and topology, and involves no ODE.
+:math:`db` (in the free coordinates q, :math:`J(q)\,dq`). It is invariant by construction (any
+invariant prior will do: Köhler, Klein, Noé 2020, theorem 1), carries chirality and topology, and
+involves no ODE.
 """
 
 from __future__ import annotations

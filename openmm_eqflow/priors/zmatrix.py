@@ -174,8 +174,8 @@ class ZMatrix:
         for a, b in constraints:
             if frozenset((a, b)) not in places:
                 raise UnsupportedSystemError(
-                    f"the constraint between atoms {a + 1} and {b + 1} is no bond of the tree that "
-                    "internal coordinates follow: constrain bonds to hydrogen only (HBonds)"
+                    f"the constraint between atoms {a + 1} and {b + 1} is no bond of the tree "
+                    "that internal coordinates follow: constrain bonds to hydrogen only (HBonds)"
                 )
         return {places[frozenset(pair)]: length for pair, length in constraints.items()}
 

@@ -25,7 +25,7 @@ from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_tensors, save_tensors
 from openmm_eqflow.parallel import available_threads, in_rounds, is_main
-from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.base import Prior, check_space
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
@@ -66,6 +66,7 @@ def draw_weighted(
     an interrupted evaluation continues. Under torchrun the processes share the chunks: all return
     all samples.
     """
+    check_space(flow.prior, target)
     parts: list[FlowSamples] = []
     block = _CHUNKS_PER_BLOCK * flow.chunk_size if flow.device.type == "cpu" else _GPU_BLOCK
     starts = list(range(0, n, block))

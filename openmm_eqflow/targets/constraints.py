@@ -1,10 +1,11 @@
 r"""Constrained bonds: what density constrained dynamics samples.
 
-With bonds s(x) held at lengths s_0, positions and velocities, the momenta live in the tangent space
-of the mass metric, and the free coordinates q have the density (Fixman 1974, PNAS 71, 3050)
+With bonds s(x) held at lengths s_0, positions and velocities, the momenta live in the tangent
+space of the mass metric, and the free coordinates q have the density (Fixman 1974, PNAS 71, 3050)
 
 .. math:: p(q) \propto e^{-U/kT} \sqrt{\det G_q} \propto
-          e^{-U/kT}\, J(q, s_0) \sqrt{\det H(q)}, \qquad H = C M^{-1} C^T, \quad C = \partial s/\partial x,
+          e^{-U/kT}\, J(q, s_0) \sqrt{\det H(q)}, \qquad
+          H = C M^{-1} C^T, \quad C = \partial s/\partial x,
 
 J being the volume element of all internal coordinates. So on the chart of
 :class:`~openmm_eqflow.priors.internal.InternalCoordinatePrior` a constrained bond is a number, the
@@ -152,9 +153,9 @@ class Constraints:
         worst = float(torch.nan_to_num(off, nan=0.0, posinf=0.0).max()) if len(x) else 0.0
         if worst > _OFF:
             raise ConfigurationError(
-                f"positions miss the System's constraints by up to {worst:.1%} of a bond: they, or "
-                "the flow that proposed them, were made for other constraints; train a flow for "
-                "this System, or remove its constraints"
+                f"positions miss the System's constraints by up to {worst:.1%} of a bond: they, "
+                "or the flow that proposed them, were made for other constraints; train a flow "
+                "for this System, or remove its constraints"
             )
 
     def velocities(

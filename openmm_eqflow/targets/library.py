@@ -23,6 +23,7 @@ import yaml
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnknownSystemError
+from openmm_eqflow.targets.constraints import constrained
 from openmm_eqflow.targets.forcefield import build_from_forcefield, load_pdb, load_system_xml
 from openmm_eqflow.targets.model_systems import MODEL_DIMENSIONS, build_model
 from openmm_eqflow.targets.support import complete_bonds

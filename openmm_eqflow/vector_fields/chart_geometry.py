@@ -88,7 +88,9 @@ class ChartGeometry(nn.Module):
     (torch.Size([2, 4, 3]), torch.Size([2, 4, 3, 6]))
     """
 
-    def __init__(self, zmatrix: dict[str, Any], soft: list[int], n_modes: int, n_fixed: int = 0) -> None:
+    def __init__(
+        self, zmatrix: dict[str, Any], soft: list[int], n_modes: int, n_fixed: int = 0
+    ) -> None:
         super().__init__()
         self.zmatrix = ZMatrix.from_config(zmatrix)
         n = self.n_particles = self.zmatrix.n_particles

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from stand_ins.flows import stream
@@ -98,7 +100,9 @@ def test_invalid_energies_are_rejected_and_leave_the_rest_exact():
 @pytest.mark.parametrize("start", [1e-3, 5.0])
 def test_tuned_step_size_gives_the_acceptance_asked_for(start):
     x = exact(400)
-    size, x = tune_step_size(Springs(), x, n_steps=5, generator=stream(7), start=start)
+    size, x = tune_step_size(
+        partial(hamiltonian_step, Springs(), n_steps=5, generator=stream(7)), x, start=start
+    )
     accepted = [
         float(
             hamiltonian_step(Springs(), x, step_size=size, n_steps=5, generator=stream(k))[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -101,7 +102,9 @@ def run(
     log_w = -target.reduced_potential(samples) - log_q
     weights = torch.softmax(torch.nan_to_num(log_w, nan=-torch.inf), 0)
     x = samples[torch.multinomial(weights, N_CHAINS, generator=generator)]
-    size, x = tune_step_size(target, x, n_steps=4, generator=generator)
+    size, x = tune_step_size(
+        partial(hamiltonian_step, target, n_steps=4, generator=generator), x
+    )
     step = make_step(kind, flow, target, 2)
     u, positive, bins = [], [], []
     for i in range(n_steps):

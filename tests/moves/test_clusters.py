@@ -7,6 +7,7 @@ exactly: the mean of sum_i x_i . grad_i u is (N - 1) D.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,9 @@ def long_independent_chains(case_name: str, target: BoltzmannTarget, start: Tens
     generator = torch.Generator().manual_seed(1)
     x = start.repeat(400, 1, 1)
     x = x + 0.02 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    size, x = tune_step_size(target, x, n_steps=20, generator=generator)
+    size, x = tune_step_size(
+        partial(hamiltonian_step, target, n_steps=20, generator=generator), x
+    )
     seen = []
     for k in range(250):
         x, _ = hamiltonian_step(target, x, step_size=size, n_steps=20, generator=generator)
