@@ -51,7 +51,7 @@ from openmm_eqflow.moves.steps import (
 )
 from openmm_eqflow.priors.base import check_space
 from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.units import masses_in_dalton, positions_in_nm, positions_quantity
+from openmm_eqflow.units import positions_in_nm, positions_quantity
 
 __all__ = [
     "AnnealedMove",
@@ -165,9 +165,8 @@ class FlowMoveBase(MCMCMove):
             moved[:, :d] = new[0].numpy()
             sampler_state.positions = positions_quantity(moved)
             if target.constraints is not None and sampler_state.velocities is not None:
-                masses = masses_in_dalton(target.system)
                 velocities = target.constraints.velocities(
-                    moved, masses, target.kT, self._stream.generator
+                    moved, target.kT, self._stream.generator
                 )
                 sampler_state.velocities = velocities * unit.nanometer / unit.picosecond
 

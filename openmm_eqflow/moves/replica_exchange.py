@@ -33,7 +33,7 @@ from openmm_eqflow.priors.base import check_space
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
 from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.units import masses_in_dalton, positions_in_nm, temperature_quantity
+from openmm_eqflow.units import positions_in_nm, temperature_quantity
 
 __all__ = [
     "FlowReplicaExchangeSampler",
@@ -254,9 +254,7 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         context.setPositions(positions)
         target = self._targets[state_index]
         if bool(info.accepted[0]) and target.constraints is not None:
-            velocities = target.constraints.velocities(
-                positions, masses_in_dalton(target.system), target.kT, self._generator
-            )
+            velocities = target.constraints.velocities(positions, target.kT, self._generator)
             context.setVelocities(velocities)
         if bool(info.accepted[0]):
             self.replicaConformation[index] = context.getState(

@@ -80,16 +80,21 @@ def check_space(prior: Prior, target: object) -> None:
     ConfigurationError
         Naming the atoms of a bond that is free in one and held in the other.
     """
-    chart: Any = prior
-    fixed: dict[int, float] = getattr(chart, "fixed", {})
-    mine = {tuple(sorted(chart.zmatrix.rows[k + 1][:2])): r for k, r in fixed.items()}
-    held: Any = getattr(target, "constraints", None)
-    other = {} if held is None else held.lengths
-    for pair in sorted({*mine, *other}):
-        if abs(mine.get(pair, math.inf) - other.get(pair, math.inf)) < 1e-6:
+    mine, other = (getattr(end, "constraints", None) for end in (prior, target))
+    lengths = [{} if held is None else held.lengths for held in (mine, other)]
+    for pair in sorted({*lengths[0], *lengths[1]}):
+        if abs(lengths[0].get(pair, math.inf) - lengths[1].get(pair, math.inf)) < 1e-6:
             continue
-        first, second = (f"{c[pair]:.5f} nm" if pair in c else "free" for c in (mine, other))
+        first, second = (f"{c[pair]:.5f} nm" if pair in c else "free" for c in lengths)
         raise ConfigurationError(
             f"the bond of atoms {pair[0] + 1} and {pair[1] + 1} is {first} in the flow and "
             f"{second} in the System: train a flow for this System's constraints"
         )
+    if mine is None or other is None:
+        return
+    for k, (a, b) in enumerate(zip(mine.masses, other.masses, strict=True)):
+        if abs(a - b) > 1e-3:
+            raise ConfigurationError(
+                f"atom {k + 1} has a mass of {a:.3f} u in the flow and {b:.3f} u in the System, "
+                "and with constraints masses enter the density: train a flow for these masses"
+            )

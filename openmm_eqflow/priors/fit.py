@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
 from openmm_eqflow.priors.zmatrix import ZMatrix
+from openmm_eqflow.targets.constraints import Constraints
 
 __all__ = [
     "controlled_fit",
@@ -113,7 +114,7 @@ def fit_internal_prior(
     order: int = 3,
     tail_share: float = 0.1,
     tail_scale: float = 1.2,
-    constraints: Mapping[tuple[int, int], float] | None = None,
+    constraints: Constraints | None = None,
 ) -> InternalCoordinatePrior:
     """Fit to frames of the target temperature.
 
@@ -137,7 +138,7 @@ def fit_internal_prior(
     tail_share, tail_scale
         Defensive tail of the stiff residuals.
     constraints
-        Length in nm of every constrained bond, by its pair of atoms.
+        Bonds that are constrained.
 
     Raises
     ------
@@ -146,7 +147,6 @@ def fit_internal_prior(
     """
     x = x.double()
     zmatrix = ZMatrix.from_bonds(x.shape[1], bonds, masses=masses)
-    fixed = zmatrix.fixed_bonds(constraints or {})
     internal = zmatrix.to_internal(x)
     centre, spread = _circular(internal.torsions)
     lead = zmatrix.lead
@@ -163,7 +163,9 @@ def fit_internal_prior(
     while order > 1 and 12 * len(fourier_modes(len(soft), fold, pairs, order)) > len(x):
         order -= 1
     modes = fourier_modes(len(soft), fold, pairs, order)
-    n_stiff = 2 * zmatrix.n_particles - 3 - len(fixed) + len(stiff)
+    n_stiff = 2 * zmatrix.n_particles - 3 + len(stiff)
+    if constraints is not None:
+        n_stiff -= len(constraints.lengths)
     prior = InternalCoordinatePrior(
         zmatrix,
         soft=soft,
@@ -174,7 +176,7 @@ def fit_internal_prior(
         torsions=density,
         tail_share=tail_share,
         tail_scale=tail_scale,
-        fixed=fixed,
+        constraints=constraints,
     )
     prior.bends = _nearly_linear(internal.angles)
     s = prior.stiff_vector(internal)

@@ -13,17 +13,15 @@ isotropic Gaussians (the wider one is the defensive tail). An angle that comes c
 coordinate is :math:`\Phi^{-1}(1 - e^{-\kappa c})`, which then is a Gaussian and has no end.
 
 The density is with respect to Lebesgue measure on the mean-free subspace, Haar-distributed
-orientation included; with constrained bonds with respect to the same volume element without their
-:math:`db` (in the free coordinates q, :math:`J(q)\,dq`). It is invariant by construction (any
-invariant prior will do: Köhler, Klein, Noé 2020, theorem 1), carries chirality and topology, and
-involves no ODE.
+orientation included; with constrained bonds with respect to the volume element of
+:mod:`openmm_eqflow.targets.constraints`. It is invariant by construction (any invariant prior will
+do: Köhler, Klein, Noé 2020, theorem 1), carries chirality and topology, and involves no ODE.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from torch import Tensor
 from openmm_eqflow.geometry import random_rotations, rotate, where_drawn
 from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup
 from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
+from openmm_eqflow.targets.constraints import Constraints
 
 __all__ = [
     "InternalCoordinatePrior",
@@ -61,15 +60,16 @@ class InternalCoordinatePrior:
         Density of the soft torsions.
     tail_share, tail_scale
         Weight and standard deviation of the wide component of rho.
-    fixed
-        Lengths in nm of bonds that are constrained, by their index in the Z-matrix: numbers, not
-        coordinates.
+    constraints
+        Bonds that are constrained: numbers, not coordinates.
 
     Attributes
     ----------
     bends
         :math:`\kappa` of every angle that is described as nearly linear, by its index; none until
         a fit finds one.
+    fixed
+        Lengths in nm of the constrained bonds, by their index in the Z-matrix.
     """
 
     n_dims = 3
@@ -86,10 +86,12 @@ class InternalCoordinatePrior:
         torsions: TorsionDensity | None,
         tail_share: float = 0.1,
         tail_scale: float = 1.2,
-        fixed: Mapping[int, float] | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.bends: dict[int, float] = {}
-        self.fixed = {int(k): float(length) for k, length in sorted((fixed or {}).items())}
+        self.constraints = constraints
+        lengths = {} if constraints is None else constraints.lengths
+        self.fixed = dict(sorted(zmatrix.fixed_bonds(lengths).items()))
         self.zmatrix = zmatrix
         self.n_particles = zmatrix.n_particles
         self.soft = list(soft)
@@ -187,7 +189,11 @@ class InternalCoordinatePrior:
         """Positions (n, N, 3), their log volume by (s, tau), and internal coordinates."""
         internal = self.internal_from_stiff(s, tau)
         x, log_volume = self.zmatrix.from_internal(internal)
-        return x, log_volume + self._bend_volume(s, internal), internal
+        log_volume = log_volume + self._bend_volume(s, internal) + self._metric(x)
+        return x, log_volume, internal
+
+    def _metric(self, x: Tensor) -> Tensor | float:
+        return 0.0 if self.constraints is None else self.constraints.half_log_det(x)
 
     def _bends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.tensor(list(self.bends), dtype=torch.long, device=like.device)
@@ -270,7 +276,7 @@ class InternalCoordinatePrior:
         residual = s - self.features(tau) @ self.coefficients.to(x)
         z = torch.linalg.solve_triangular(self.cholesky.to(x), residual.T, upper=False).T
         log_volume = self.zmatrix.log_volume(internal) + self._bend_volume(s, internal)
-        log_volume = log_volume + self._log_det().to(x)
+        log_volume = log_volume + self._metric(x) + self._log_det().to(x)
         return torch.cat([z, tau], 1), log_volume
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -320,8 +326,8 @@ class InternalCoordinatePrior:
         }
         if self.bends:  # absent where there are none: the flows that ship know no such key
             config["bends"] = [[k, kappa] for k, kappa in self.bends.items()]
-        if self.fixed:
-            config["fixed"] = [[k, length] for k, length in self.fixed.items()]
+        if self.constraints is not None:
+            config["constraints"] = self.constraints.config()
         if self.torsions is not None and self.torsions.conformers is not None:
             config["conformers"], coupling = self.torsions.conformers.state()
             tensors |= coupling
@@ -336,7 +342,7 @@ class InternalCoordinatePrior:
             TorsionGroup(tuple(g["members"]), tuple(g["fold"]), g["width"], g["floor"])
             for g in config["groups"]
         ]
-        coupling = config.get("conformers")
+        coupling, held = config.get("conformers"), config.get("constraints")
         density = (
             TorsionDensity(
                 groups,
@@ -356,7 +362,7 @@ class InternalCoordinatePrior:
             torsions=density,
             tail_share=config["tail_share"],
             tail_scale=config["tail_scale"],
-            fixed=dict(config.get("fixed", ())),
+            constraints=None if held is None else Constraints.from_config(held),
         )
         made.bends = {int(k): float(kappa) for k, kappa in config.get("bends", ())}
         return made

@@ -211,7 +211,7 @@ def fit_prior(
         gradient=gradient,
         hot=hot,
         hot_gradient=hot_gradient,
-        constraints=None if target.constraints is None else target.constraints.lengths,
+        constraints=target.constraints,
     )
     return refine_internal_prior(
         prior,

@@ -7,14 +7,17 @@ space of the mass metric, and the free coordinates q have the density (Fixman 19
           e^{-U/kT}\, J(q, s_0) \sqrt{\det H(q)}, \qquad
           H = C M^{-1} C^T, \quad C = \partial s/\partial x,
 
-J being the volume element of all internal coordinates. So on the chart of
-:class:`~openmm_eqflow.priors.internal.InternalCoordinatePrior` a constrained bond is a number, the
-volume element stays, and the reduced potential is :math:`u_c = U/kT - \tfrac12 \log\det H`. Two
-constraints couple where they share an atom i: :math:`H_{jk} = \cos(\text{angle}) / m_i`. Masses
-enter. Divided by its diagonal H has no unit and is 1 for bonds that share no atom.
+J being the volume element of all internal coordinates. So the density is :math:`e^{-U/kT}` with
+respect to :math:`J \sqrt{\det H}\,dq`, and on the chart of
+:class:`~openmm_eqflow.priors.internal.InternalCoordinatePrior` a constrained bond is a number and
+:math:`\tfrac12 \log\det H` is added to the log volume, whatever the temperature. Two constraints
+couple where they share an atom i: :math:`H_{jk} = \cos(\text{angle}) / m_i`. Masses enter. Divided
+by its diagonal H has no unit and is 1 for bonds that share no atom.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -62,7 +65,7 @@ class Constraints:
 
     Attributes
     ----------
-    lengths
+    lengths, masses
         As given.
 
     Raises
@@ -75,7 +78,7 @@ class Constraints:
     >>> import torch
     >>> three = Constraints({(0, 1): 0.1, (1, 2): 0.1}, [12.0, 2.0, 12.0])
     >>> x = torch.tensor([[[0.1, 0, 0], [0, 0, 0], [0, 0.1, 0]]], dtype=torch.float64)
-    >>> three.half_log_det(x)[0]  # a right angle: nothing couples
+    >>> three.half_log_det(x)  # a right angle: nothing couples
     tensor([0.], dtype=torch.float64)
     """
 
@@ -98,7 +101,7 @@ class Constraints:
                 "the constraints leave nothing that moves: rebuild the System with "
                 "constraints=None"
             )
-        self.lengths = dict(lengths)
+        self.lengths, self.masses = dict(lengths), [float(m) for m in masses]
         sign = torch.zeros(len(lengths), len(masses), dtype=torch.float64)
         for k, (a, b) in enumerate(lengths):
             sign[k, a], sign[k, b] = 1.0, -1.0
@@ -119,26 +122,39 @@ class Constraints:
         n = system.getNumParticles()
         return cls(lengths, [system.getParticleMass(i)._value for i in range(n)])
 
-    def half_log_det(self, x: Tensor, *, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
-        r"""Return :math:`\tfrac12 \log\det H` (n,) of (n, N, 3) nm, and its gradient in 1/nm.
+    def half_log_det(self, x: Tensor) -> Tensor:
+        r"""Return :math:`\tfrac12 \log\det H` (n,) of (n, N, 3) nm, differentiable."""
+        return self._factor(x)[0]
+
+    def half_log_det_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Return :meth:`half_log_det` and its gradient (n, N, 3) in 1/nm, without a graph.
 
         With A the inverse of H and w its constant factors the derivative by the unit vector u_j
         of a bond is :math:`\sum_k A_{jk} w_{jk} u_k`.
         """
-        weight = self._weight.to(x)
+        value, factor, u, r = self._factor(x.detach())
+        # Only neighbours have a weight: the inverse is needed there alone, but is cheap as it is.
+        by_unit = (torch.cholesky_inverse(factor) * self._weight.to(x)) @ u
+        across = (by_unit - (by_unit * u).sum(-1, keepdim=True) * u) / r
+        return value, torch.einsum("mi,nmd->nid", self._sign.to(x), across)
+
+    def _factor(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Value, Cholesky factor of H, unit vectors and lengths of the bonds."""
         v = self._vectors(x)
         r = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
         u = v / r
-        h = weight * (u @ u.transpose(1, 2))
-        factor, failed = torch.linalg.cholesky_ex(h)
+        factor, failed = torch.linalg.cholesky_ex(self._weight.to(x) * (u @ u.transpose(1, 2)))
         value = torch.log(torch.diagonal(factor, dim1=1, dim2=2)).sum(1)
-        value = torch.where(failed == 0, value, torch.nan)
-        if not gradient:
-            return value, None
-        # Only neighbours have a weight: the inverse is needed there alone, but is cheap as it is.
-        by_unit = (torch.cholesky_inverse(factor) * weight) @ u
-        across = (by_unit - (by_unit * u).sum(-1, keepdim=True) * u) / r
-        return value, torch.einsum("mi,nmd->nid", self._sign.to(x), across)
+        return torch.where(failed == 0, value, torch.nan), factor, u, r
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able constructor arguments."""
+        return {"lengths": [[*pair, r] for pair, r in self.lengths.items()], "masses": self.masses}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Constraints:
+        """Rebuild from :meth:`config`."""
+        return cls({(int(a), int(b)): float(r) for a, b, r in config["lengths"]}, config["masses"])
 
     def check(self, x: Tensor) -> None:
         """Refuse positions (n, N, 3) that do not keep the constraints.
@@ -158,15 +174,13 @@ class Constraints:
                 "for this System, or remove its constraints"
             )
 
-    def velocities(
-        self, x: FloatArray, masses: FloatArray, kt: float, generator: torch.Generator
-    ) -> FloatArray:
+    def velocities(self, x: FloatArray, kt: float, generator: torch.Generator) -> FloatArray:
         r"""Draw velocities (N, 3) in nm/ps of the Maxwell-Boltzmann density that keep them.
 
         :math:`v = \xi - M^{-1} C^T H^{-1} C\, \xi` for free velocities :math:`\xi`: the projection
-        that is orthogonal in the mass metric. ``kt`` in kJ/mol, masses in dalton, x (N, 3) nm.
+        that is orthogonal in the mass metric. ``kt`` in kJ/mol, x (N, 3) nm.
         """
-        inverse = 1.0 / torch.as_tensor(masses)
+        inverse = 1.0 / torch.tensor(self.masses, dtype=torch.float64)
         noise = torch.randn(len(x), 3, generator=generator, dtype=torch.float64)
         v = noise * (kt * inverse).sqrt()[:, None]
         along = self._vectors(torch.as_tensor(x)[None])[0]

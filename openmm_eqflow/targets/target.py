@@ -6,10 +6,9 @@ One name for one potential: SHA-256 of the serialised System.
 
 a density on the mean-free subspace (an OpenMM potential without external field is invariant under
 rigid motions, so it is normalisable only there; Köhler, Klein, Noé 2020). The *sector* is that of
-the reference positions: every stereocentre has their sign. With constrained bonds u has the term
-:math:`-\tfrac12 \log\det H` of :mod:`openmm_eqflow.targets.constraints`, and the density is in the
-free coordinates. Mirror images have the same energy, so
-without the indicator a Metropolis test would accept the wrong enantiomer.
+the reference positions: every stereocentre has their sign. With constrained bonds the density is
+with respect to the volume element of :mod:`openmm_eqflow.targets.constraints`. Mirror images have
+the same energy, so without the indicator a Metropolis test would accept the wrong enantiomer.
 """
 
 from __future__ import annotations
@@ -286,13 +285,11 @@ class BoltzmannTarget:
             msg = f"x has shape {tuple(x.shape)}, expected {expected}"
             raise ValueError(msg)
         x = x.detach().to(torch.float64)
-        full = torch.nn.functional.pad(x, (0, 3 - self.n_dims))
-        energies, forces = self._energies(full, gradient=gradient)
-        u, metric = energies / self.kT, None
         if self.constraints is not None:
             self.constraints.check(x)
-            half_log_det, metric = self.constraints.half_log_det(x, gradient=gradient)
-            u = u - torch.where(torch.isfinite(half_log_det), half_log_det, -torch.inf)
+        full = torch.nn.functional.pad(x, (0, 3 - self.n_dims))
+        energies, forces = self._energies(full, gradient=gradient)
+        u = energies / self.kT
         right = self.in_sector(x)
         u = torch.where(right, u, torch.inf)
         self.n_evaluated += len(u)
@@ -301,8 +298,6 @@ class BoltzmannTarget:
         if forces is None:
             return u, None
         du_dx = forces[..., : self.n_dims] / -self.kT
-        if metric is not None:
-            du_dx = torch.where(torch.isfinite(u)[:, None, None], du_dx - metric, 0.0)
         return u, torch.where(right[:, None, None], du_dx, 0.0)
 
     def _energies(self, x: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
