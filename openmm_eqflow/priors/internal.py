@@ -111,7 +111,7 @@ class InternalCoordinatePrior:
         self._back = torch.argsort(self._places)
         bonds = range(self.n_particles - 1)
         self._free = torch.tensor([k for k in bonds if k not in self.fixed], dtype=torch.int64)
-        self._lengths = torch.tensor([self.fixed.get(k, 0.0) for k in bonds]).double()
+        self._lengths = torch.tensor([self.fixed.get(k, 0.0) for k in bonds], dtype=torch.float64)
         if self.n_stiff != len(self._free) + self.n_particles - 2 + len(self.stiff):
             raise ValueError(
                 f"{self.n_stiff} stiff coordinates, {len(self._free)} free bonds, "
