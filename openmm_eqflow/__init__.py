@@ -23,6 +23,7 @@ sum_k e_k . J e_k                           div v            vector_fields.diver
 log p(y) - log volume                       log p0           priors.internal.InternalCoordinatePrior       priors/test_internal::test_triatomic_density_integrates_to_one_and_matches_samples
 eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Conformers                    priors/test_torsions::test_mixture_is_normalised_by_quadrature
 8 pi^2 N^(-3/2) prod b^2 sin theta          log volume       priors.zmatrix.ZMatrix.log_volume             priors/test_zmatrix::test_volume_element_is_the_jacobian_determinant
+sqrt(det H), H = C M^-1 C^T                 log volume       targets.constraints.Constraints               targets/test_constraints::test_paths_give_the_angle_of_constrained_dynamics
 E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_internal_prior                 priors/test_internal::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              training/test_liouville::test_exact_field_has_no_residual
 w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 training/test_pool::test_weights_give_moments_of_every_time
