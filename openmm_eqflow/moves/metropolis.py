@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "ISirInfo",
-    "i_sir",
-    "i_sir_probabilities",
+    "MultipleTryInfo",
     "log_acceptance_ratio",
     "metropolis_accept",
+    "multiple_try",
     "multiple_try_probabilities",
 ]
 
 
-class ISirInfo(NamedTuple):
+class MultipleTryInfo(NamedTuple):
     """What one selection did, every field ``(n_chains,)``."""
 
     accepted: Tensor
@@ -102,25 +101,6 @@ def _relative_weights(
     return w[:, 0], w[:, 1:], frozen
 
 
-def i_sir_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -> Tensor:
-    r"""Give the selection probabilities of iterated sampling importance resampling.
-
-    .. math:: P(\text{choose } k) = \frac{w_k}{w_0 + \sum_{j=1}^{K} w_j}, \quad k = 0, \dots, K
-
-    with w_0 the current state's weight (Andrieu, Doucet, Holenstein 2010, conditional SMC with
-    one step; Samsonov et al. 2022).
-
-    Returns
-    -------
-    Tensor
-        ``(n_chains, n_proposals + 1)``; column 0 is the current state.
-    """
-    w_current, w, frozen = _relative_weights(log_w_current, log_w_proposals)
-    total = w_current + w.sum(dim=1)
-    safe = torch.where(total > 0.0, total, 1.0)
-    return _with_stay(torch.where(frozen[:, None], 0.0, w / safe[:, None]))
-
-
 def multiple_try_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -> Tensor:
     r"""Give the selection probabilities of the multiple-try Metropolised independence sampler.
 
@@ -130,9 +110,9 @@ def multiple_try_probabilities(log_w_current: Tensor, log_w_proposals: Tensor) -
     .. math:: P(\text{move to } k) = w_k \min\left(\frac{1}{W}, \frac{1}{W - w_k + w_0}\right),
               \qquad W = \sum_{j=1}^K w_j.
 
-    Every off-diagonal probability is at least that of i-SIR, :math:`w_k / (w_0 + W)`, so the
-    asymptotic variance of every average is at most that of i-SIR (Peskun 1973). With K = 1 it is
-    the Metropolis rule, where i-SIR is Barker's.
+    Every off-diagonal probability is at least that of iterated sampling importance resampling,
+    :math:`w_k / (w_0 + W)`, so the asymptotic variance of every average is at most that (Peskun
+    1973). With K = 1 it is the Metropolis rule.
 
     Returns
     -------
@@ -153,13 +133,11 @@ def _with_stay(move: Tensor) -> Tensor:
     return torch.cat([stay, move], dim=1)
 
 
-def i_sir(
+def multiple_try(
     log_w_current: Tensor,
     log_w_proposals: Tensor,
     generator: torch.Generator | None = None,
-    *,
-    metropolized: bool = False,
-) -> tuple[Tensor, ISirInfo]:
+) -> tuple[Tensor, MultipleTryInfo]:
     r"""Choose among the current state and K independent proposals, for many chains at once.
 
     Leaves the target of every chain invariant, whatever K and q, because proposals are
@@ -174,23 +152,20 @@ def i_sir(
         ``(n_chains, n_proposals)`` log weights of fresh proposals, distinct for every chain.
     generator
         Source of the uniform numbers, one per chain.
-    metropolized
-        Use :func:`multiple_try_probabilities` instead of :func:`i_sir_probabilities`.
 
     Returns
     -------
-    (Tensor, ISirInfo)
+    (Tensor, MultipleTryInfo)
         ``(n_chains,)`` int64: 0 keeps the current state, k picks proposal ``k - 1``; and what
         happened.
 
     Examples
     --------
-    >>> index, info = i_sir(torch.zeros(1), torch.tensor([[-torch.inf, 50.0]]))
+    >>> index, info = multiple_try(torch.zeros(1), torch.tensor([[-torch.inf, 50.0]]))
     >>> int(index), int(info.n_invalid)
     (2, 1)
     """
-    rule = multiple_try_probabilities if metropolized else i_sir_probabilities
-    probabilities = rule(log_w_current, log_w_proposals)
+    probabilities = multiple_try_probabilities(log_w_current, log_w_proposals)
     uniform = torch.rand(
         (probabilities.shape[0], 1),
         generator=generator,
@@ -205,7 +180,7 @@ def i_sir(
     _, w, _ = _relative_weights(torch.full_like(log_w_current, -torch.inf), log_w_proposals)
     square = w.square().sum(dim=1)
     effective = torch.where(square > 0.0, w.sum(dim=1) ** 2 / square.clamp_min(1e-300), 0.0)
-    return index, ISirInfo(
+    return index, MultipleTryInfo(
         accepted=index > 0,
         move_probability=1.0 - probabilities[:, 0],
         n_invalid=(~torch.isfinite(log_w_proposals)).sum(dim=1),

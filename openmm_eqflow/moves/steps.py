@@ -37,7 +37,7 @@ from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.geometry import align_rotations, random_rotations, remove_mean, rotate
-from openmm_eqflow.moves.metropolis import i_sir, metropolis_accept
+from openmm_eqflow.moves.metropolis import metropolis_accept, multiple_try
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -313,7 +313,7 @@ def flow_step(
     log_q, energy = _current_log_q_and_energy(flow, target, positions, memory)
     log_w_current = -energy / target.kT - log_q
     log_w_proposals = (-drawn.energy / target.kT - drawn.log_q).reshape(n_chains, k)
-    index, info = i_sir(log_w_current, log_w_proposals, generator, metropolized=True)
+    index, info = multiple_try(log_w_current, log_w_proposals, generator)
 
     rows = torch.arange(n_chains) * k + (index - 1).clamp_min(0)
     accepted = info.accepted
@@ -617,7 +617,7 @@ def annealed_step(
         n_moved += accepted[m:]
     log_path = total / (n_bridge + 1)
     log_w_proposals = log_path[m:].reshape(m, k)
-    index, info = i_sir(log_path[:m], log_w_proposals, generator, metropolized=True)
+    index, info = multiple_try(log_path[:m], log_w_proposals, generator)
 
     rows = torch.arange(m) * k + (index - 1).clamp_min(0)
     shape = remove_mean(state.x[m:][rows])

@@ -97,8 +97,6 @@ class Symmetry:
         neither.
     sector_generators
         Permutations generating the relabellings within a sector.
-    bond_distances
-        Bonds between particles, ``(n, n)``; -1 between molecules.
     """
 
     classes: tuple[int, ...]
@@ -109,7 +107,6 @@ class Symmetry:
     prochiral_centres: tuple[int, ...]
     n_sectors: int
     sector_generators: tuple[tuple[int, ...], ...]
-    bond_distances: NDArray[np.int64]
 
     @property
     def n_particles(self) -> int:
@@ -179,9 +176,6 @@ def _symmetry_of(
         _add_hands(terms, around, positions)
         terms.terms.update({("side", quad): 1 for quad in sides})
         sector, sector_order = _group(terms)
-    distances = np.full((len(classes), len(classes)), -1, dtype=np.int64)
-    for source, lengths in nx.all_pairs_shortest_path_length(graph):
-        distances[source, list(lengths)] = list(lengths.values())
     return Symmetry(
         classes=classes,
         generators=tuple(generators),
@@ -193,7 +187,6 @@ def _symmetry_of(
         ),
         n_sectors=order // sector_order,
         sector_generators=tuple(sector),
-        bond_distances=distances,
     )
 
 

@@ -20,7 +20,7 @@ from openmm_eqflow.flows.kernels import Bridge, Trajectory
 from openmm_eqflow.flows.path import Layer, Path
 from openmm_eqflow.flows.relaxed import relax
 from openmm_eqflow.flows.streams import RowStreams, philox
-from openmm_eqflow.moves.metropolis import i_sir
+from openmm_eqflow.moves.metropolis import multiple_try
 from openmm_eqflow.moves.steps import StateMemory, flow_step
 
 
@@ -250,7 +250,7 @@ def test_a_state_whose_path_fails_is_never_left(case: Case) -> None:
     assert (drawn[::2] == torch.inf).all()
     # Offered the best of draws, a chain leaves its state only where the path did not fail.
     offered = torch.full((4, 1), 1e4, dtype=torch.float64)
-    _, info = i_sir(-log_q, offered, stream(7), metropolized=True)
+    _, info = multiple_try(-log_q, offered, stream(7))
     assert info.accepted.tolist() == [False, True, False, True]
 
 

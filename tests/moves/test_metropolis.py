@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,29 +12,26 @@ from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z
 from openmm_eqflow.moves.metropolis import (
-    i_sir,
-    i_sir_probabilities,
     log_acceptance_ratio,
     metropolis_accept,
+    multiple_try,
     multiple_try_probabilities,
 )
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
 
 INF, NAN = torch.inf, torch.nan
-Rule = Callable[[Tensor, Tensor], Tensor]
-RULES = [i_sir_probabilities, multiple_try_probabilities]
 # Four states: ordinary, ordinary, without target mass, heavy where the flow is thin.
 TARGET = torch.tensor([0.3, 0.2, 0.0, 0.5], dtype=torch.float64)
 FLOW = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
 
 
-def transition_matrix(rule: Rule, log_w: Tensor, n_proposals: int, q: Tensor = FLOW) -> Tensor:
+def transition_matrix(log_w: Tensor, n_proposals: int, q: Tensor = FLOW) -> Tensor:
     """Sum over every tuple of proposals, weighted by its probability under q."""
     n = q.shape[0]
     tuples = torch.tensor(list(itertools.product(range(n), repeat=n_proposals)))
     matrix = torch.zeros(n, n, dtype=torch.float64)
     for start in range(n):
-        chosen = rule(log_w[start].expand(tuples.shape[0]), log_w[tuples])
+        chosen = multiple_try_probabilities(log_w[start].expand(tuples.shape[0]), log_w[tuples])
         chosen = chosen * q[tuples].prod(dim=1, keepdim=True)
         matrix[start, start] += chosen[:, 0].sum()
         matrix[start].index_add_(0, tuples.flatten(), chosen[:, 1:].flatten())
@@ -47,41 +43,28 @@ def balance_defect(matrix: Tensor, target: Tensor = TARGET) -> float:
     return float((flux - flux.T).abs().max())
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n_proposals", [1, 2, 4])
-def test_detailed_balance_is_exact(rule: Rule, n_proposals: int) -> None:
-    matrix = transition_matrix(rule, torch.log(TARGET / FLOW), n_proposals)
+def test_detailed_balance_is_exact(n_proposals: int) -> None:
+    matrix = transition_matrix(torch.log(TARGET / FLOW), n_proposals)
     torch.testing.assert_close(matrix.sum(dim=1), torch.ones(4, dtype=torch.float64))
     assert balance_defect(matrix) < 1e-15
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("sign", [0.0, -1.0])
-def test_detailed_balance_fails_without_log_q_or_with_its_sign_wrong(
-    rule: Rule, sign: float
-) -> None:
+def test_detailed_balance_fails_without_log_q_or_with_its_sign_wrong(sign: float) -> None:
     wrong = torch.log(TARGET) - sign * torch.log(FLOW)
-    assert balance_defect(transition_matrix(rule, wrong, 2)) > 1e-3
+    assert balance_defect(transition_matrix(wrong, 2)) > 1e-3
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_states_outside_the_flow_are_left_alone(rule: Rule) -> None:
+def test_states_outside_the_flow_are_left_alone() -> None:
     q = torch.tensor([0.6, 0.4, 0.0, 0.0], dtype=torch.float64)
     log_w = torch.tensor([0.2, -0.4, INF, NAN], dtype=torch.float64)
-    matrix = transition_matrix(rule, log_w, 2, q)
+    matrix = transition_matrix(log_w, 2, q)
     assert matrix[2].tolist() == [0, 0, 1, 0]
     assert matrix[3].tolist() == [0, 0, 0, 1]
     target = torch.tensor([0.6 * 0.2, 0.4 * -0.4, 0.0, 0.0], dtype=torch.float64)
     target = torch.where(q > 0, q * torch.exp(log_w.nan_to_num(0, 0)), 0.7)
     assert balance_defect(matrix, target) < 1e-15
-
-
-def test_multiple_try_moves_at_least_as_often_as_i_sir() -> None:
-    generator = torch.Generator().manual_seed(0)
-    log_w = 3 * torch.randn(500, 6, generator=generator, dtype=torch.float64)
-    slow = i_sir_probabilities(log_w[:, 0], log_w[:, 1:])
-    fast = multiple_try_probabilities(log_w[:, 0], log_w[:, 1:])
-    assert (fast[:, 1:] >= slow[:, 1:] - 1e-15).all()
 
 
 def test_one_proposal_is_the_metropolis_rule() -> None:
@@ -98,25 +81,22 @@ def test_invalid_proposals_are_never_chosen_and_counted() -> None:
     bad = torch.tensor([[NAN, INF, -INF]] * 1000, dtype=torch.float64)
     for current in (0.0, -INF):
         start = torch.full((1000,), current, dtype=torch.float64)
-        for metropolized in (False, True):
-            index, info = i_sir(start, bad, metropolized=metropolized)
-            assert not index.any()
-            assert (info.n_invalid == 3).all()
-            assert (info.effective_proposals == 0).all()
+        index, info = multiple_try(start, bad)
+        assert not index.any()
+        assert (info.n_invalid == 3).all()
+        assert (info.effective_proposals == 0).all()
     mixed = torch.cat([bad, torch.full((1000, 1), -1e4, dtype=torch.float64)], dim=1)
-    index, _ = i_sir(torch.full((1000,), -INF, dtype=torch.float64), mixed)
+    index, _ = multiple_try(torch.full((1000,), -INF, dtype=torch.float64), mixed)
     assert (index == 4).all()
     assert not metropolis_accept(torch.full((10,), NAN)).any()
 
 
-@pytest.mark.parametrize("metropolized", [False, True])
-def test_sampled_choices_follow_the_probabilities(metropolized: bool) -> None:
+def test_sampled_choices_follow_the_probabilities() -> None:
     n = 200_000
     log_w = torch.tensor([0.3, -1.0, 0.8, -INF, 0.1], dtype=torch.float64).expand(n, 5)
     generator = torch.Generator().manual_seed(1)
-    index, info = i_sir(log_w[:, 0], log_w[:, 1:], generator, metropolized=metropolized)
-    rule = multiple_try_probabilities if metropolized else i_sir_probabilities
-    expected = rule(log_w[:1, 0], log_w[:1, 1:])[0]
+    index, info = multiple_try(log_w[:, 0], log_w[:, 1:], generator)
+    expected = multiple_try_probabilities(log_w[:1, 0], log_w[:1, 1:])[0]
     frequency = torch.bincount(index, minlength=5) / n
     assert (frequency - expected).abs().max() < 5 * 0.5 / n**0.5
     torch.testing.assert_close(info.move_probability[0], 1 - expected[0])
@@ -124,7 +104,7 @@ def test_sampled_choices_follow_the_probabilities(metropolized: bool) -> None:
 
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"expected \(n_chains,\)"):
-        i_sir(torch.zeros(2), torch.zeros(3, 4))
+        multiple_try(torch.zeros(2), torch.zeros(3, 4))
     with pytest.raises(ValueError, match="equal shapes"):
         log_acceptance_ratio(torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match="n_proposals = 0"):
