@@ -163,6 +163,12 @@ def _bench_command(name: str, summary: str, *parameters: Any) -> None:
 
 _existing = click.Path(exists=True, path_type=Path)
 _bench_command("energies", "Energy evaluations per second of every evaluator.")
+_bench_command(
+    "chart",
+    "Value and score of both ends of a path in the chart: compiled and by autograd.",
+    click.argument("systems", metavar="[SYSTEM]...", nargs=-1),
+    click.option("--batch", type=click.IntRange(1), help="Configurations at once (default 512)."),
+)
 _bench_command("divergence", "Field, exact divergence and the tangents of an EGNN.")
 _bench_command(
     "mixing",

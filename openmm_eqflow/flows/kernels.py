@@ -31,6 +31,11 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.base import Prior, check_space
+from openmm_eqflow.priors.compiled_chart import (
+    covers,
+    prior_value_and_score,
+    target_value_and_score,
+)
 
 __all__ = [
     "Bridge",
@@ -268,20 +273,27 @@ def latent_target(
     y: Tensor,
     *,
     bound: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    autograd: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Log density of the target in the chart and its gradient.
 
     .. math:: \log p_1(y) = -u(x(y)) + \mathrm{log\_volume}(y)
 
-    ``bound`` may replace u (n,) and du/dx (n, N, D) before they are used.
+    ``bound`` may replace u (n,) and du/dx (n, N, D) before they are used. Compiled
+    (:mod:`openmm_eqflow.priors.compiled_chart`) where that covers the prior, unless ``autograd``.
     """
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        pair = target.reduced_potential_and_gradient(x)
+        return pair if bound is None else bound(*pair)
+
+    if not autograd and covers(prior, y):
+        return target_value_and_score(prior, evaluate, y)  # type: ignore[arg-type]
     point = y.detach().requires_grad_(True)
     with torch.enable_grad():
         x, log_volume = prior.to_cartesian(point)
         finite = torch.isfinite(log_volume.detach())
-        u, du = target.reduced_potential_and_gradient(x.detach())
-        if bound is not None:
-            u, du = bound(u, du)
+        u, du = evaluate(x.detach())
         inner = (x * du).sum((1, 2))
         log_p = torch.where(finite, log_volume - inner, torch.zeros_like(inner)).sum()
         gradient = torch.autograd.grad(log_p, point)[0]
@@ -289,8 +301,10 @@ def latent_target(
     return value, gradient
 
 
-def prior_score(prior: Prior, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Log density of the prior (n,) and its gradient in the chart, without a graph."""
+def prior_score(prior: Prior, y: Tensor, *, autograd: bool = False) -> tuple[Tensor, Tensor]:
+    """Log density of the prior (n,) and its gradient in the chart, as :func:`latent_target`."""
+    if not autograd and covers(prior, y):
+        return prior_value_and_score(prior, y)  # type: ignore[arg-type]
     with torch.enable_grad():
         point = y.detach().requires_grad_(True)
         log_p = prior.latent_log_prob(point)

@@ -368,6 +368,12 @@ class TorsionDensity:
             total = total + self.conformers.log_mixture(log_free, log_basin)
         return total
 
+    def basin_of_cell(self, g: int) -> Tensor | None:
+        """Basin of every grid cell of a group that conformers couple; None of others."""
+        if self.conformers is None or g not in self.conformers.groups:
+            return None
+        return self.conformers.basins[self.conformers.groups.index(g)]
+
     def _kernels(self, g: int, tau: Tensor) -> list[Tensor]:
         """Kernels of every centre, ``(n, 72)``, for each torsion of group ``g``."""
         group, centres = self.groups[g], self.centres.to(tau)

@@ -217,13 +217,17 @@ class ZMatrix:
 
     def log_volume(self, internal: InternalCoordinates) -> Tensor:
         r""":math:`\log |dx/d(b,\theta,\tau)|` with the orientation integrated out, ``(n,)``."""
-        turns = 4 * math.pi if self.n_particles == 2 else 8 * math.pi**2
-        const = math.log(turns) - 1.5 * math.log(self.n_particles)
         return (
             2 * torch.log(internal.bonds).sum(1)
             + torch.log(torch.sin(internal.angles)).sum(1)
-            + const
+            + self.constant
         )
+
+    @property
+    def constant(self) -> float:
+        """Log volume of orientations and of the mean-free subspace's scale."""
+        turns = 4 * math.pi if self.n_particles == 2 else 8 * math.pi**2
+        return math.log(turns) - 1.5 * math.log(self.n_particles)
 
     def levels(self) -> list[list[int]]:
         """Torsions (indices) whose atoms can be placed together, level by level."""
