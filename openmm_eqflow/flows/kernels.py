@@ -402,11 +402,11 @@ class Bridge:
         """Scale of every coordinate from its largest mean square score, (d,)."""
         return squares.rsqrt().clamp(max=_LONGEST)
 
-    def measured_scales(self, z: Tensor, y: Tensor) -> Tensor:
-        """Scales from scores of the prior at z, of the target at y, (d,); medians bear clashes."""
-        scores = self.at(z).score_prior, self.at(y).score_target
+    @classmethod
+    def median_scales(cls, *scores: Tensor) -> Tensor:
+        """Scales (d,) from the largest median square of scores (n, d): medians bear clashes."""
         squares = torch.stack([s.square().median(0).values for s in scores]).amax(0)
-        return self.scales(squares / _MEDIAN_OF_CHI_SQUARE)
+        return cls.scales(squares / _MEDIAN_OF_CHI_SQUARE)
 
 
 def chart_step(

@@ -35,9 +35,11 @@ from openmm_eqflow.flows.path import Layer, Path
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.vector_fields.baselines import StillField
 
 __all__ = [
     "AnnealedPath",
+    "Levels",
     "Relaxation",
     "RelaxedFlow",
     "anneal",
@@ -108,13 +110,8 @@ class RelaxedFlow(Path):
         ConfigurationError
             The target is not one of a System.
         """
-        if not isinstance(self.target, BoltzmannTarget):
-            raise ConfigurationError(
-                f"a relaxed flow is stored with its target, and a {type(self.target).__name__} is "
-                "no BoltzmannTarget: relax the flow with one, or keep it in memory"
-            )
         words = {
-            "target": self.target.record(),
+            "target": _record(self.target),
             "n_leapfrog": self.relaxation.n_leapfrog,
             "step_sizes": list(self.relaxation.step_sizes),
         }
@@ -183,7 +180,8 @@ def relax(
         z = flow.prior.sample_latent(_TUNING_POINTS, generator=generator).to(flow.device)
         streams = RowStreams.drawn(len(z), generator, flow.device)
         bridge = Bridge(flow.prior, target)
-        scales = bridge.measured_scales(z, flow.forward(z, streams)[0])
+        end = bridge.at(flow.forward(z, streams)[0])
+        scales = bridge.median_scales(bridge.at(z).score_prior, end.score_target)
         sizes = _tuned(
             bridge, flow.layers[:-1], flow.grid[1:-1], z, scales, n_leapfrog, streams
         )
@@ -233,26 +231,109 @@ def anneal(
         z = prior.sample_latent(_TUNING_POINTS, generator=generator).to(device)
         streams = RowStreams.drawn(len(z), generator, device)
         bridge = Bridge(prior, _OneAtATime(target))
-        scales = bridge.measured_scales(z, z)
+        start = bridge.at(z)
+        scales = bridge.median_scales(start.score_prior, start.score_target)
         sizes = _tuned(bridge, [None] * n_levels, times, z, scales, n_leapfrog, streams)
-    layers = [
-        Trajectory(bridge, t, size * scales, n_leapfrog)
-        for t, size in zip(times, sizes, strict=True)
-    ]
-    return AnnealedPath(bridge, layers, torch.device(device))
+    steps = torch.tensor(sizes, dtype=torch.float64)[:, None] * scales.cpu()
+    return AnnealedPath(prior, target, Levels(n_leapfrog, tuple(times), steps), device)
+
+
+class Levels(NamedTuple):
+    """Trajectories on levels of a bridge.
+
+    Leapfrog steps of one trajectory; levels (K,) up to 1; leapfrog steps of every coordinate on
+    each, (K, d), in units of the chart.
+    """
+
+    n_leapfrog: int
+    times: tuple[float, ...]
+    steps: Tensor
 
 
 class AnnealedPath(Path):
-    """Trajectories on levels of a bridge. Made by :func:`anneal`."""
+    """Trajectories on levels between a prior and a target, no map: see :func:`anneal`.
 
-    def __init__(self, bridge: Bridge, layers: Sequence[Layer], device: torch.device) -> None:
+    Parameters
+    ----------
+    prior, target
+        Both ends.
+    levels
+        What is between.
+    device
+        Where the layers compute.
+    """
+
+    kind = "annealed"
+
+    def __init__(
+        self,
+        prior: Prior,
+        target: DifferentiablePotential,
+        levels: Levels,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.target, self.levels, self._device = target, levels, torch.device(device)
+        self.bridge = bridge = Bridge(prior.to(device), _OneAtATime(target))
+        layers = [
+            Trajectory(bridge, t, step.to(device), levels.n_leapfrog)
+            for t, step in zip(levels.times, levels.steps, strict=True)
+        ]
         super().__init__(bridge.prior, layers)
-        self.bridge, self._device = bridge, device
 
     @property
     def device(self) -> torch.device:
         """Where the layers compute."""
         return self._device
+
+    @property
+    def maps(self) -> EquivariantFlow:
+        """The path without its trajectories: the identity."""
+        still = StillField(n_coordinates=self.prior.event_shape[0]).to(self.device)
+        return EquivariantFlow(
+            self.prior,
+            still,  # type: ignore[arg-type]
+            grid=(0.0, 1.0),
+            chunk_size=self.chunk_size,
+        )
+
+    def stored_layers(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Target, leapfrog steps and levels; the steps of every coordinate.
+
+        Raises
+        ------
+        ConfigurationError
+            The target is not one of a System.
+        """
+        words = {
+            "target": _record(self.target),
+            "n_leapfrog": self.levels.n_leapfrog,
+            "times": list(self.levels.times),
+        }
+        return words, {"steps": self.levels.steps}
+
+    @classmethod
+    def from_layers(
+        cls, flow: EquivariantFlow, words: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> AnnealedPath:
+        """Rebuild from the identity and :meth:`stored_layers`."""
+        levels = Levels(words["n_leapfrog"], tuple(words["times"]), tensors["steps"])
+        return cls(flow.prior, BoltzmannTarget.from_record(words["target"]), levels, flow.device)
+
+    def describe_layers(self) -> str:
+        """Say what the layers are."""
+        return (
+            f"{len(self.levels.times)} levels, on each a Hamiltonian trajectory of "
+            f"{self.levels.n_leapfrog} leapfrog steps"
+        )
+
+
+def _record(target: DifferentiablePotential) -> dict[str, Any]:
+    if not isinstance(target, BoltzmannTarget):
+        raise ConfigurationError(
+            f"trajectories are stored with their target, and a {type(target).__name__} is no "
+            "BoltzmannTarget: make the path with one, or keep it in memory"
+        )
+    return target.record()
 
 
 def _check_chart(prior: Prior) -> None:

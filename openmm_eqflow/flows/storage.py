@@ -15,7 +15,7 @@ from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import atomic_path, plain_json, write_json
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.path import Path as FlowPath
-from openmm_eqflow.flows.relaxed import RelaxedFlow
+from openmm_eqflow.flows.relaxed import AnnealedPath, RelaxedFlow
 from openmm_eqflow.flows.stochastic import StochasticFlow
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -235,6 +235,13 @@ def _relaxed(
     return RelaxedFlow.from_layers(flow, record["layers"], tensors)
 
 
+def _annealed(
+    prior: Prior, field: Any, record: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> AnnealedPath:
+    flow = _plain(prior, field, record, tensors)
+    return AnnealedPath.from_layers(flow, record["layers"], tensors)
+
+
 def _stochastic(
     prior: Any, field: Any, record: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> StochasticFlow:
@@ -242,4 +249,9 @@ def _stochastic(
 
 
 #: Classes of flows by the kind of their layers; files of stochastic flows name none.
-_MAKERS: dict[str, Any] = {"": _plain, "relaxed": _relaxed, "stochastic": _stochastic}
+_MAKERS: dict[str, Any] = {
+    "": _plain,
+    "annealed": _annealed,
+    "relaxed": _relaxed,
+    "stochastic": _stochastic,
+}

@@ -269,11 +269,12 @@ def local_move(
     generator: torch.Generator,
 ) -> Callable[..., tuple[Tensor, HamiltonianInfo]]:
     """Step of (x, step_size): in positions, or, with constraints to keep, in the flow's chart."""
-    if target.constraints is None:
+    if getattr(target, "constraints", None) is None:
         return partial(hamiltonian_step, target, n_steps=n_steps, generator=generator)
     bridge = Bridge(flow.prior, target)
     y, _ = flow.prior.from_cartesian(start.double())
-    scales = bridge.measured_scales(y, y)
+    state = bridge.at(y)
+    scales = bridge.median_scales(state.score_prior, state.score_target)
     return partial(chart_step, bridge, scales=scales, n_steps=n_steps, generator=generator)
 
 

@@ -107,16 +107,34 @@ def prior_value_and_score(prior: InternalCoordinatePrior, y: Tensor) -> tuple[Te
 
 
 def _stiff(prior: InternalCoordinatePrior, z: Tensor) -> tuple[Tensor, Tensor]:
-    half = 0.5 * z.square().sum(1)
+    """Log density (n,) and gradient of the stiff coordinates."""
+    mixture = prior.mixture
+    if mixture is None:
+        value, pull = _radial(prior, 0.5 * z.square().sum(1))
+        return value, -pull[:, None] * z
+    away = (z[:, None] - mixture.means).permute(1, 2, 0)
+    own = torch.linalg.solve_triangular(mixture.factors, away, upper=False)
+    terms, pull = _radial(prior, 0.5 * own.square().sum(1))
+    log_scale = torch.log(torch.diagonal(mixture.factors, dim1=1, dim2=2)).sum(1)
+    terms = terms.T + torch.log(mixture.weights) - log_scale
+    value = torch.logsumexp(terms, 1)
+    share = torch.exp(terms - value[:, None]).T * pull
+    by_own = torch.linalg.solve_triangular(
+        mixture.factors.transpose(1, 2), share[:, None] * own, upper=True
+    )
+    return value, -by_own.sum(0).T
+
+
+def _radial(prior: InternalCoordinatePrior, half: Tensor) -> tuple[Tensor, Tensor]:
+    """Log of the spherical density at half the squared radius, and minus its slope there."""
     constant = -0.5 * prior.n_stiff * math.log(2 * math.pi)
     share, scale = prior.tail_share, prior.tail_scale
     if share == 0.0:
-        return constant - half, -z
+        return constant - half, torch.ones_like(half)
     narrow = math.log1p(-share) - half
     wide = math.log(share) - half / scale**2 - prior.n_stiff * math.log(scale)
     both = torch.logaddexp(narrow, wide)
-    pull = torch.exp(narrow - both) + torch.exp(wide - both) / scale**2
-    return both + constant, -pull[:, None] * z
+    return both + constant, torch.exp(narrow - both) + torch.exp(wide - both) / scale**2
 
 
 def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:

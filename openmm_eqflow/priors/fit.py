@@ -40,18 +40,24 @@ from openmm_eqflow.analysis.balance import balance_log_weights, bennett_log_z
 from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.mixture import StiffMixture
 from openmm_eqflow.priors.torsions import TorsionDensity
 from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.targets.constraints import Constraints
 
 __all__ = [
+    "controlled_covariance",
     "controlled_fit",
     "coupled_pairs",
     "fit_internal_prior",
     "fourier_modes",
+    "nearly_linear",
     "refine_internal_prior",
+    "refit",
     "ridge_penalty",
+    "shrunk_covariance",
     "stiff_score",
+    "whitened_mixture",
 ]
 
 _MAX_MISS = 4.0  # standard deviations between a hot frame's controlled target and the fit
@@ -178,7 +184,7 @@ def fit_internal_prior(
         tail_scale=tail_scale,
         constraints=constraints,
     )
-    prior.bends = _nearly_linear(internal.angles)
+    prior.bends = nearly_linear(internal.angles)
     s = prior.stiff_vector(internal)
     features = prior.features(tau)
     penalty = ridge_penalty(modes)
@@ -186,7 +192,7 @@ def fit_internal_prior(
     residual = s - features @ prior.coefficients
     # A regression on the forces needs more frames than unknowns; below that it diverges.
     if gradient is None or len(x) < _FORCES_NEED * (n_stiff + features.shape[1]):
-        covariance = _shrunk_covariance(residual, features.shape[1])
+        covariance = shrunk_covariance(residual, features.shape[1])
     else:
         score = stiff_score(prior, s, tau, gradient.double(), x)
         extra = _Extra.from_frames(prior, hot, hot_gradient)
@@ -197,7 +203,7 @@ def fit_internal_prior(
     return prior
 
 
-def _nearly_linear(angles: Tensor) -> dict[int, float]:
+def nearly_linear(angles: Tensor) -> dict[int, float]:
     r"""Angles whose distribution reaches :math:`\pi`, with the :math:`\kappa` of each."""
     if len(angles) < 2 or not angles.shape[1]:
         return {}
@@ -262,6 +268,13 @@ def controlled_fit(
     return _positive(covariance, sigma)
 
 
+def controlled_covariance(residual: Tensor, score: Tensor, weights: Tensor) -> Tensor:
+    """Covariance of residuals (n, d) about a known mean; see the module docstring."""
+    sigma = _score_covariance(residual, score, weights)
+    correction = (residual * weights[:, None]).T @ (residual + score @ sigma)
+    return _positive(sigma + 0.5 * (correction + correction.T), sigma)
+
+
 def stiff_score(
     prior: InternalCoordinatePrior, s: Tensor, tau: Tensor, gradient: Tensor, x: Tensor
 ) -> Tensor:
@@ -304,7 +317,7 @@ def _positive(covariance: Tensor, fallback: Tensor) -> Tensor:
     return fallback
 
 
-def _shrunk_covariance(residual: Tensor, n_features: int) -> Tensor:
+def shrunk_covariance(residual: Tensor, n_features: int) -> Tensor:
     """Ledoit-Wolf type shrinkage of correlations towards the diagonal (Schäfer, Strimmer 2005)."""
     n = len(residual)
     scale = torch.sqrt((residual**2).sum(0) / max(n - n_features, 1))
@@ -359,7 +372,7 @@ def refine_internal_prior(
             prior, frames.double(), evaluate, n_samples, generator
         )
         try:
-            new = _fit_again(prior, x, gradient, weights, order, generator)
+            new = refit(prior, x, gradient, weights, order=order, generator=generator)
             gain = float(weights @ (new.log_prob(x) - prior.log_prob(x)))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             gain = -torch.inf
@@ -414,14 +427,33 @@ def _weighted_points(
     return x, gradient, _tempered_weights(relative, from_prior)
 
 
-def _fit_again(
+def refit(
     prior: InternalCoordinatePrior,
     x: Tensor,
     gradient: Tensor,
     weights: Tensor,
+    *,
     order: int,
-    generator: torch.Generator | None,
+    ground: TorsionDensity | None = None,
+    share: float = 0.05,
+    generator: torch.Generator | None = None,
 ) -> InternalCoordinatePrior:
+    """Fit everything again to weighted points: torsions, means, covariance, components.
+
+    Parameters
+    ----------
+    prior
+        Whose chart and components stay.
+    x, gradient, weights
+        Points (n, N, 3), du/dx there, and weights (n,) that sum to one.
+    order
+        Highest harmonic of the mean function.
+    ground, share
+        Density of the soft torsions that stays in, by default that of ``prior``, and its share;
+        of a component of the stiff density a fiftieth of its equal share stays.
+    generator
+        Random stream.
+    """
     internal = prior.zmatrix.to_internal(x)
     tau = internal.torsions[:, prior.soft]
     new = prior.copy()
@@ -434,8 +466,8 @@ def _fit_again(
             fold=prior.fold,
             coupled=pairs,
             weights=weights,
-            extra=prior.torsions.sample(20_000, generator=generator),
-            extra_share=0.05,
+            extra=(ground or prior.torsions).sample(20_000, generator=generator),
+            extra_share=share,
         )
         joint = [g.members for g in new.torsions.groups if len(g.members) == 2]
         modes = fourier_modes(prior.n_soft, prior.fold, joint, order)
@@ -443,12 +475,92 @@ def _fit_again(
     s = new.stiff_vector(internal)
     features = new.features(tau)
     new.coefficients = torch.zeros(features.shape[1], s.shape[1], dtype=s.dtype)
-    start = prior.features(tau) @ prior.coefficients
+    start, penalty = prior.features(tau) @ prior.coefficients, ridge_penalty(modes)
+    shifts = None if prior.mixture is None else _Shifts.of(prior, x, weights)
+    if shifts is not None:
+        features = torch.cat([features, shifts.indicator], 1)
+        penalty = torch.cat([penalty, torch.full_like(shifts.indicator[0], 1e-8)])
+        start = start + shifts.indicator @ shifts.old
     # Torch's default, gelsy, starts from pivots it leaves uninitialised: other bits every time.
     new.coefficients = torch.linalg.lstsq(
         features * weights.sqrt()[:, None], start * weights.sqrt()[:, None], driver="gelsd"
     ).solution
     score = stiff_score(new, s, tau, gradient, x)
-    covariance = controlled_fit(new, s, features, score, weights, ridge_penalty(modes))
+    covariance = controlled_fit(new, s, features, score, weights, penalty)
     new.cholesky = torch.linalg.cholesky(covariance)
+    if shifts is not None:
+        residual = s - features @ new.coefficients
+        n_features = features.shape[1] - shifts.indicator.shape[1]
+        moved, new.coefficients = new.coefficients[n_features:], new.coefficients[:n_features]
+        new.mixture = shifts.mixture(prior, new, moved, residual, score, weights)
     return new
+
+
+class _Shifts(NamedTuple):
+    """Component of every point, as columns that shift the mean of the stiff coordinates.
+
+    The heaviest component has none: its mean is that of the prior.
+    """
+
+    component: Tensor
+    heaviest: int
+    indicator: Tensor
+    old: Tensor
+
+    @classmethod
+    def of(cls, prior: InternalCoordinatePrior, x: Tensor, weights: Tensor) -> _Shifts:
+        assert prior.mixture is not None
+        component = prior.components(prior.from_cartesian(x)[0])
+        m = len(prior.mixture.weights)
+        mass = torch.zeros(m, dtype=weights.dtype).index_add(0, component, weights)
+        heaviest = int(mass.argmax())
+        others = [c for c in range(m) if c != heaviest]
+        indicator = (component[:, None] == torch.tensor(others)).to(weights)
+        means = prior.mixture.means @ prior.cholesky.T
+        return cls(component, heaviest, indicator, (means - means[heaviest])[others])
+
+    def mixture(
+        self,
+        prior: InternalCoordinatePrior,
+        new: InternalCoordinatePrior,
+        moved: Tensor,
+        residual: Tensor,
+        score: Tensor,
+        weights: Tensor,
+    ) -> StiffMixture:
+        """Components in the whitened coordinates of ``new``; those hardly seen as they were."""
+        old, m = prior.mixture, len(self.indicator[0]) + 1
+        assert old is not None
+        n_stiff = residual.shape[1]
+        mass, centres, covariances = [], [], []
+        others = iter(range(m - 1))
+        for c in range(m):
+            own = weights[self.component == c]
+            mass.append(float(own.sum()))
+            seen = 1 / (own / own.sum()).square().sum() if len(own) else torch.zeros(())
+            k = None if c == self.heaviest else next(others)
+            few = float(seen) < max(30.0, 0.5 * n_stiff)
+            shift = torch.zeros(n_stiff, dtype=residual.dtype)
+            if k is not None:
+                shift = self.old[k] if few else moved[k]
+            centres.append(shift)
+            if few:
+                factor = prior.cholesky @ old.factors[c]
+                covariances.append(factor @ factor.T)
+                continue
+            r, g = residual[self.component == c], score[self.component == c]
+            covariances.append(controlled_covariance(r, g, own / own.sum()))
+        shares = 0.98 * torch.tensor(mass, dtype=residual.dtype) + 0.02 / m
+        return whitened_mixture(
+            new.cholesky, shares, torch.stack(centres), torch.stack(covariances)
+        )
+
+
+def whitened_mixture(
+    cholesky: Tensor, weights: Tensor, means: Tensor, covariances: Tensor
+) -> StiffMixture:
+    """Components given by means (m, n_stiff) and covariances in stiff coordinates."""
+    solve = torch.linalg.solve_triangular
+    factors = solve(cholesky, torch.linalg.cholesky(covariances), upper=False)
+    centres = solve(cholesky, means.T, upper=False).T
+    return StiffMixture(weights / weights.sum(), centres, factors)

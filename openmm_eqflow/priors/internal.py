@@ -7,7 +7,8 @@ soft torsions tau. With s = (b, theta, tau_stiff),
           \log p(x) = \log p(y) - \log|\det L| - \sum 2\log b - \sum\log\sin\theta - const,
 
 where :math:`\mu` is a Fourier series in the soft torsions and :math:`\rho` a mixture of two
-isotropic Gaussians (the wider one is the defensive tail). An angle that comes close to
+isotropic Gaussians (the wider one is the defensive tail), or one such pair for every ring
+conformer (:mod:`~openmm_eqflow.priors.mixture`). An angle that comes close to
 :math:`\pi` (at a triple bond, say) is no Gaussian: there :math:`\sin\theta\,d\theta = dc` with
 :math:`c = 1 + \cos\theta`, and a harmonic bend has :math:`p(c) \propto e^{-\kappa c}`. Its stiff
 coordinate is :math:`\Phi^{-1}(1 - e^{-\kappa c})`, which then is a Gaussian and has no end.
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.geometry import random_rotations, rotate, where_drawn
+from openmm_eqflow.priors.mixture import StiffMixture
 from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup
 from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix, wrap_angle
 from openmm_eqflow.targets.constraints import Constraints
@@ -70,6 +72,8 @@ class InternalCoordinatePrior:
         a fit finds one.
     fixed
         Lengths in nm of the constrained bonds, by their index in the Z-matrix.
+    mixture
+        Components of the stiff density; None for one.
     """
 
     n_dims = 3
@@ -92,6 +96,7 @@ class InternalCoordinatePrior:
         self.constraints = constraints
         lengths = {} if constraints is None else constraints.lengths
         self.fixed = dict(sorted(zmatrix.fixed_bonds(lengths).items()))
+        self.mixture: StiffMixture | None = None
         self.zmatrix = zmatrix
         self.n_particles = zmatrix.n_particles
         self.soft = list(soft)
@@ -129,6 +134,8 @@ class InternalCoordinatePrior:
             setattr(made, name, getattr(self, name).to(device))
         if self.torsions is not None:
             made.torsions = self.torsions.to(device)
+        if self.mixture is not None:
+            made.mixture = self.mixture.to(device)
         return made
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -221,6 +228,8 @@ class InternalCoordinatePrior:
         z = torch.randn(n, self.n_stiff, generator=generator, **place)
         wide = torch.rand(n, 1, generator=generator, **place) < self.tail_share
         z = torch.where(wide, self.tail_scale * z, z)
+        if self.mixture is not None:
+            z = self.mixture.place(z, generator=generator)
         if self.torsions is None:
             return z
         return torch.cat([z, self.torsions.sample(n, generator=generator)], 1)
@@ -228,7 +237,16 @@ class InternalCoordinatePrior:
     def latent_log_prob(self, y: Tensor) -> Tensor:
         """Log density of latent points with respect to dz dtau, ``(n,)``."""
         z, tau = self.split(y)
-        half = 0.5 * (z**2).sum(1)
+        log_z = self.stiff_log_prob(z)
+        return log_z if self.torsions is None else log_z + self.torsions.log_prob(tau)
+
+    def stiff_log_prob(self, z: Tensor) -> Tensor:
+        r"""Evaluate :math:`\log\rho` at z (n, n_stiff)."""
+        if self.mixture is None:
+            return self._radial(0.5 * (z**2).sum(1))
+        return torch.logsumexp(self.mixture.log_components(z, self._radial), 1)
+
+    def _radial(self, half: Tensor) -> Tensor:
         narrow = math.log1p(-self.tail_share) - half
         wide = (
             math.log(self.tail_share)
@@ -237,8 +255,13 @@ class InternalCoordinatePrior:
             if self.tail_share > 0
             else torch.full_like(half, -math.inf)
         )
-        log_z = torch.logaddexp(narrow, wide) - 0.5 * self.n_stiff * math.log(2 * math.pi)
-        return log_z if self.torsions is None else log_z + self.torsions.log_prob(tau)
+        return torch.logaddexp(narrow, wide) - 0.5 * self.n_stiff * math.log(2 * math.pi)
+
+    def components(self, y: Tensor) -> Tensor:
+        """Component (n,) of the stiff density that each latent point most likely belongs to."""
+        if self.mixture is None:
+            return torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        return self.mixture.log_components(self.split(y)[0], self._radial).argmax(1)
 
     def to_cartesian(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Positions (n, N, 3), mean-free in the root frame, and ``log_volume`` (n,).
@@ -331,6 +354,8 @@ class InternalCoordinatePrior:
         if self.torsions is not None and self.torsions.conformers is not None:
             config["conformers"], coupling = self.torsions.conformers.state()
             tensors |= coupling
+        if self.mixture is not None:
+            tensors |= self.mixture.state()
         return config, tensors
 
     @classmethod
@@ -365,6 +390,7 @@ class InternalCoordinatePrior:
             constraints=None if held is None else Constraints.from_config(held),
         )
         made.bends = {int(k): float(kappa) for k, kappa in config.get("bends", ())}
+        made.mixture = StiffMixture.from_state(tensors)
         return made
 
 

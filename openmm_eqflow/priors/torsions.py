@@ -374,6 +374,14 @@ class TorsionDensity:
             return None
         return self.conformers.basins[self.conformers.groups.index(g)]
 
+    def log_groups(self, tau: Tensor) -> Tensor:
+        """Log density of every group by itself, ``(n, n_groups)``."""
+        columns = [
+            self._log_mixture(group, self._kernels(g, tau), table[None])[:, 0]
+            for g, (group, table) in enumerate(zip(self.groups, self.tables, strict=True))
+        ]
+        return torch.stack(columns, 1) if columns else tau.new_zeros(len(tau), 0)
+
     def _kernels(self, g: int, tau: Tensor) -> list[Tensor]:
         """Kernels of every centre, ``(n, 72)``, for each torsion of group ``g``."""
         group, centres = self.groups[g], self.centres.to(tau)

@@ -23,6 +23,7 @@ from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.parallel import is_main
 from openmm_eqflow.priors.zmatrix import ZMatrix
+from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.library import MolecularSystem, load_system, systems_directory
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.precision import resolve_device
@@ -134,7 +135,8 @@ class RunDirectory:
         if recipe.prior == "internal":  # refused now, not after the reference data are made
             bonds = [(bond[0].index, bond[1].index) for bond in system.topology.bonds()]
             masses = [float(m) for m in masses_in_dalton(system.system)]
-            ZMatrix.from_bonds(system.n_particles, bonds, masses=masses)
+            chart = ZMatrix.from_bonds(system.n_particles, bonds, masses=masses)
+            chart.fixed_bonds(constraint_lengths(system.system))
         config = RunConfig(
             source,
             target.system_hash,

@@ -8,7 +8,7 @@ import openmm
 from openmm import app
 
 from openmm_eqflow.errors import UnsupportedSystemError
-from openmm_eqflow.targets.constraints import constraint_lengths
+from openmm_eqflow.targets.constraints import Constraints, constraint_lengths
 from openmm_eqflow.targets.energies.base import FloatArray
 
 __all__ = [
@@ -29,13 +29,14 @@ _MAX_GROUPS = 32
 
 
 def check_system(system: openmm.System) -> None:
-    """Refuse periodic boxes, barostats, virtual sites, Drude and frozen particles.
+    """Refuse rings of constraints, periodic boxes, barostats, virtual sites, Drude and frozen particles.
 
     Raises
     ------
     UnsupportedSystemError
         With the reason, the force's class and what to do.
     """
+    Constraints.of(system)
     for force in system.getForces():
         name = type(force).__name__
         if isinstance(force, _BAROSTATS):

@@ -1,7 +1,7 @@
 """Vector fields: importing this package registers every field, so that any flow file loads."""
 
 from openmm_eqflow.vector_fields.base import VectorField, build_vector_field
-from openmm_eqflow.vector_fields.baselines import EGNNField, MLPField
+from openmm_eqflow.vector_fields.baselines import EGNNField, MLPField, StillField
 from openmm_eqflow.vector_fields.chart import ChartField
 from openmm_eqflow.vector_fields.contact import ContactField
 from openmm_eqflow.vector_fields.kernel import KernelField
@@ -16,6 +16,7 @@ __all__ = [
     "LeaveOneOutField",
     "MLPField",
     "RadialSplineField",
+    "StillField",
     "VectorField",
     "build_vector_field",
 ]

@@ -45,6 +45,7 @@ from openmm_eqflow.vector_fields.features import (
 __all__ = [
     "EGNNField",
     "MLPField",
+    "StillField",
 ]
 
 TIME_WIDTH = 32
@@ -232,3 +233,31 @@ class MLPField(nn.Module):
         """Velocity and its exact divergence ``(batch,)``."""
         directions = mean_free_directions(*self.event_shape, like=y)
         return exact_divergence(lambda x: self(t, x), y, directions, chunk_size=self.tangent_chunk)
+
+
+@register_vector_field
+class StillField(nn.Module):
+    """No velocity: the map of a path of Monte Carlo levels alone is the identity.
+
+    Parameters
+    ----------
+    n_coordinates
+        Of the chart.
+    """
+
+    exact_divergence = True
+
+    def __init__(self, *, n_coordinates: int) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {"n_coordinates": n_coordinates}
+        self.event_shape = (n_coordinates,)
+        # Precision and device of a flow are those of its field's weights.
+        self.nothing = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        """Zero, shape of y."""
+        return torch.zeros_like(y)
+
+    def with_divergence(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero, and its divergence (batch,)."""
+        return torch.zeros_like(y), torch.zeros_like(y[:, 0])

@@ -191,7 +191,8 @@ def test_malformed_yaml(shell, tmp_path, text):
 
 def constrained() -> openmm.System:
     made = peroxide()
-    made.addConstraint(0, 1, 0.097)
+    for pair in ((0, 1), (1, 2), (0, 2)):
+        made.addConstraint(*pair, 0.15)
     return made
 
 
@@ -235,7 +236,7 @@ def external() -> openmm.System:
 
 
 REFUSED: dict[str, tuple[Callable[[], openmm.System], str]] = {
-    "constraints": (constrained, "1 constraints"),
+    "constraints": (constrained, "close a ring (a rigid angle or a rigid ring): rebuild the System"),
     "periodic": (periodic, "NonbondedForce uses periodic boundary conditions"),
     "barostat": (barostat, "MonteCarloBarostat"),
     "virtual": (virtual_site, "atom 4 is a virtual site"),

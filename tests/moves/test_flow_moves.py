@@ -27,7 +27,6 @@ from openmm_eqflow.errors import (
     AuditError,
     CheckpointError,
     ConfigurationError,
-    UnsupportedSystemError,
 )
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.flow import EquivariantFlow
@@ -233,7 +232,7 @@ def test_systems_and_sizes_are_checked(system: MolecularSystem, flow_path: Path)
         )
     constrained = copy.deepcopy(system.system)
     constrained.addConstraint(0, 1, 0.1)
-    with pytest.raises(UnsupportedSystemError, match="constraints"):
+    with pytest.raises(ConfigurationError, match=r"atoms 1 and 2 is free in the flow and 0\.1000"):
         move.apply(
             ThermodynamicState(constrained, 300 * unit.kelvin), SamplerState(system.positions)
         )

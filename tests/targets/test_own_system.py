@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import openmm
 import pytest
+import torch
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
+from openmm_eqflow.targets.constraints import Constraints
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.targets.target import system_sha256
-from openmm_eqflow.units import masses_in_dalton
+from openmm_eqflow.units import masses_in_dalton, positions_in_nm
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
 AMBER = ["amber14-all.xml", "implicit/obc2.xml"]
@@ -103,11 +105,17 @@ def test_atoms_in_pdb_and_system_differ(tmp_path):
     assert not (tmp_path / "mol").exists()
 
 
-def test_constraints_are_refused_with_the_remedy(tmp_path):
+def test_constrained_bonds_are_taken_and_the_structure_is_moved_to_them(tmp_path):
     write_system(tmp_path / "in.xml", constraints=app.HBonds)
-    with pytest.raises(UnsupportedSystemError, match="constraints=None"):
-        init_system(tmp_path / "mol", pdb=DIPEPTIDE, system_xml=tmp_path / "in.xml")
-    assert not (tmp_path / "mol").exists()
+    made = init_system(tmp_path / "mol", pdb=DIPEPTIDE, system_xml=tmp_path / "in.xml")
+    held = Constraints.of(made.system)
+    assert len(held.lengths) == 12
+    held.check(torch.from_numpy(positions_in_nm(made.positions))[None])
+    rigid = write_system(tmp_path / "rigid.xml", constraints=app.HAngles)
+    assert rigid.getNumConstraints() > 12
+    with pytest.raises(UnsupportedSystemError, match="constraints=HBonds"):
+        init_system(tmp_path / "stiff", pdb=DIPEPTIDE, system_xml=tmp_path / "rigid.xml")
+    assert not (tmp_path / "stiff").exists()
 
 
 def test_external_force_is_refused_by_name(tmp_path):

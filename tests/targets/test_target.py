@@ -152,9 +152,14 @@ def spring_system(n=3):
 
 
 def test_refusals():
-    constrained = spring_system()
-    constrained.addConstraint(0, 1, 0.1)
-    assert "constraints=None" in refuse(constrained)
+    rigid = spring_system()
+    for pair in ((0, 1), (1, 2), (0, 2)):
+        rigid.addConstraint(*pair, 0.1)
+    assert "constraints=HBonds" in refuse(rigid)
+
+    planar = spring_system()
+    planar.addConstraint(0, 1, 0.1)
+    assert "without" in refuse(planar, n_dims=2)
 
     barostat = spring_system()
     barostat.addForce(openmm.MonteCarloBarostat(1, 300))

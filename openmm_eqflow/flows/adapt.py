@@ -1,0 +1,501 @@
+r"""From a molecule's bonds to a path with the efficiency asked for, without reference data.
+
+A round carries a population of points from the prior to the target once, by sequential Monte Carlo
+(Del Moral, Doucet, Jasra 2006): the next level is where the conditional effective sample size
+
+.. math:: \frac{(\sum_i W_i e^{\delta_i})^2}{\sum_i W_i e^{2\delta_i}}, \qquad
+          \delta_i = (t' - t) \log w(y_i),
+
+has fallen to a given share (Zhou, Johansen, Aston 2016), points are resampled systematically when
+few carry the weight, and a Hamiltonian trajectory follows. Where levels came to lie measures the
+path: with :math:`\sigma_k^2 = -\log` of that share, :math:`\Lambda = \sum_k \sigma_k` is its
+thermodynamic length, and the variance of log w over K evenly spread levels about
+:math:`\Lambda^2 / K`. The weighted points at the end teach a better prior
+(:func:`~openmm_eqflow.priors.fit.refit`), in which the torsion density from chemistry keeps a
+share for good; from there the path is shorter. A round that makes the path longer, or loses weight
+(log Z falls), is dropped.
+
+At last the number of levels is doubled until fresh points have the ESS asked for. Resampling
+serves the rounds only: the path that is returned is plain annealed importance sampling, exact for
+any prior, with frozen levels and steps.
+
+A mode that the refits lost, only the floor still proposes. :func:`floor_weight` is the share of
+the target's weight that comes from there; where it is much more than the floor's own share, a mode
+is missing and log Z is not to be believed until the path has more levels or points.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openmm_eqflow.analysis.weights import log_z, relative_ess
+from openmm_eqflow.flows.audit import audit
+from openmm_eqflow.flows.kernels import Bridge, LevelState
+from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
+from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.priors.chemistry import chemical_prior
+from openmm_eqflow.priors.fit import coupled_pairs, fourier_modes, refit
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity
+from openmm_eqflow.targets.target import BoltzmannTarget
+
+__all__ = [
+    "Adaptation",
+    "Pilot",
+    "Round",
+    "adapt",
+    "carry",
+    "floor_weight",
+    "path_from_chemistry",
+    "spread_levels",
+]
+
+logger = logging.getLogger(__name__)
+_STREAM = 0x61646170  # names the children of a seed that adapt: no evaluation draws from them
+_AIM = 0.8  # acceptance
+_CHUNK = 256
+_FALL = 0.5  # of log Z, in kT, between rounds that is more than chance
+_ORDER = 4
+
+
+class Pilot(NamedTuple):
+    """A population carried from a prior to a target.
+
+    Final points (n, d) with both log densities, log weights (n,) since the last resampling, log Z;
+    levels (K,), the spread of log w between them (K,), and leapfrog steps (K, d).
+    """
+
+    state: LevelState
+    log_weight: Tensor
+    log_z: float
+    times: tuple[float, ...]
+    spreads: tuple[float, ...]
+    steps: Tensor
+
+    @property
+    def length(self) -> float:
+        r"""Thermodynamic length :math:`\Lambda`."""
+        return sum(self.spreads)
+
+    @property
+    def weights(self) -> Tensor:
+        """Normalised weights (n,)."""
+        return torch.softmax(self.log_weight, 0)
+
+
+class Round(NamedTuple):
+    """What a round found: points, levels, length, relative ESS of the prior alone, log Z.
+
+    ``kept`` says whether its prior is better than the one before; ``seconds`` is the time since
+    the start.
+    """
+
+    n: int
+    n_levels: int
+    length: float
+    prior_ess: float
+    log_z: float
+    kept: bool
+    seconds: float
+
+
+class Adaptation(NamedTuple):
+    """A path, the rounds that led to it, and what its last fresh points say.
+
+    ``trials`` are (levels, points, relative ESS, log Z) of the doublings; ``floor`` is the weight
+    that only the floor of the prior proposes (:func:`floor_weight`).
+    """
+
+    path: AnnealedPath
+    rounds: tuple[Round, ...]
+    trials: tuple[tuple[int, int, float, float], ...]
+    floor: dict[str, float]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able words, such as for the metadata of :func:`~.storage.save_flow`."""
+        return {
+            "rounds": [r._asdict() for r in self.rounds],
+            "trials": [
+                dict(zip(("n_levels", "n", "ess", "log_z"), t, strict=True)) for t in self.trials
+            ],
+            "floor": self.floor,
+            "seconds": self.seconds,
+        }
+
+
+def _child(seed: int, *name: int) -> torch.Generator:
+    entropy = np.random.SeedSequence(seed, spawn_key=(_STREAM, *name))
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+def carry(
+    prior: InternalCoordinatePrior,
+    target: BoltzmannTarget,
+    n: int,
+    *,
+    share: float = 0.9,
+    n_leapfrog: int = 5,
+    generator: torch.Generator,
+    max_levels: int = 400,
+) -> Pilot:
+    """Carry ``n`` points of the prior to the target; see the module docstring.
+
+    Parameters
+    ----------
+    prior, target
+        Both ends.
+    n
+        Points.
+    share
+        Conditional ESS at which the next level is.
+    n_leapfrog
+        Leapfrog steps of the trajectory on every level.
+    generator
+        Random stream.
+    max_levels
+        After so many the rest of the way is one step.
+    """
+    bridge = Bridge(prior, target)
+
+    def at(y: Tensor) -> LevelState:
+        return _joined([bridge.at(part) for part in y.split(_CHUNK)])
+
+    state = at(prior.sample_latent(n, generator=generator))
+    t, log_size, log_weight, total = 0.0, math.log(0.4), torch.zeros(n).double(), 0.0
+    times: list[float] = []
+    spreads: list[float] = []
+    steps: list[Tensor] = []
+    while t < 1.0:
+        log_ratio = state.log_target - state.log_prior
+        step = _next(log_ratio, log_weight, 1.0 - t, share)
+        step = 1.0 - t if len(times) + 1 >= max_levels else step
+        spreads.append(math.sqrt(max(-math.log(_conditional(log_ratio, log_weight, step)), 1e-12)))
+        t = 1.0 if step == 1.0 - t else t + step
+        log_weight = log_weight + step * log_ratio
+        if _ess(log_weight) < 0.5 * n:
+            total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
+            state = _rows(state, _systematic(torch.softmax(log_weight, 0), generator))
+            log_weight = torch.zeros_like(log_weight)
+        scores = state.score(t)[torch.isfinite(log_weight)]
+        step_sizes = math.exp(log_size) * bridge.median_scales(scores)
+        times.append(t)
+        steps.append(step_sizes)
+        moved, accepted = [], []
+        keys = RowStreams.drawn(n, generator).keys
+        for rows, own in zip(torch.arange(n).split(_CHUNK), keys.split(_CHUNK), strict=True):
+            new, acceptance = bridge.move(
+                _rows(state, rows), t, step=step_sizes, n_steps=n_leapfrog, streams=RowStreams(own)
+            )
+            moved.append(new)
+            accepted.append(acceptance)
+        state = _joined(moved)
+        log_size += 0.5 * (float(torch.cat(accepted).mean()) - _AIM)
+    total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
+    return Pilot(state, log_weight, total, tuple(times), tuple(spreads), torch.stack(steps))
+
+
+def _joined(states: list[LevelState]) -> LevelState:
+    return LevelState(*(torch.cat(column) for column in zip(*states, strict=True)))
+
+
+def _rows(state: LevelState, index: Tensor) -> LevelState:
+    return LevelState(*(v[index] for v in state))
+
+
+def _ess(log_weight: Tensor) -> float:
+    return 1 / float(torch.softmax(log_weight, 0).square().sum())
+
+
+def _conditional(log_ratio: Tensor, log_weight: Tensor, step: float) -> float:
+    """Conditional ESS, as a share, of a step between levels."""
+    log_w = torch.log_softmax(log_weight, 0)
+    one, two = (torch.logsumexp(log_w + m * step * log_ratio, 0) for m in (1, 2))
+    return float(torch.exp(2 * one - two))
+
+
+def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> float:
+    """Largest step, up to ``rest``, whose conditional ESS is at least ``share``."""
+    # Points without density are lost whatever the step: the others decide.
+    alive = torch.isfinite(log_ratio) & torch.isfinite(log_weight)
+    log_ratio, log_weight = log_ratio[alive], log_weight[alive]
+    if not len(log_ratio) or _conditional(log_ratio, log_weight, rest) >= share:
+        return rest
+    low, high = -40.0, math.log(rest)
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        if _conditional(log_ratio, log_weight, math.exp(middle)) >= share:
+            low = middle
+        else:
+            high = middle
+    return math.exp(low)
+
+
+def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw indices (n,) by systematic resampling: each weight times n, rounded up or down."""
+    n = len(weights)
+    u = torch.rand((), generator=generator, dtype=torch.float64)
+    places = (torch.arange(n, dtype=torch.float64) + u) / n
+    return torch.searchsorted(weights.cumsum(0), places).clamp(max=n - 1)
+
+
+def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tensor]:
+    """Levels (K,) evenly spread over a pilot's thermodynamic length, and steps (K, d) on them."""
+    known = np.concatenate([[0.0], np.cumsum(pilot.spreads)])
+    at = np.concatenate([[0.0], pilot.times])
+    # Between the pilot's levels log t is closer to linear than t, but for the first.
+    place = np.linspace(0.0, known[-1], n_levels + 1)[1:]
+    log_t = np.log(np.maximum(at, at[1] * 1e-2))
+    times = np.exp(np.interp(place, known, log_t))
+    times[-1] = 1.0
+    log_steps = pilot.steps.log().numpy()
+    steps = np.stack(
+        [np.interp(place, known[1:], log_steps[:, k]) for k in range(log_steps.shape[1])], 1
+    )
+    return tuple(float(t) for t in times), torch.from_numpy(np.exp(steps))
+
+
+def floor_weight(
+    prior: InternalCoordinatePrior,
+    ground: TorsionDensity,
+    share: float,
+    y: Tensor,
+    log_weight: Tensor,
+) -> dict[str, float]:
+    r"""Share of the target's weight that only the floor of the prior proposes.
+
+    Of every group of soft torsions, the weighted mean of
+    :math:`\eta\, p_{\text{floor}}(\tau) / p(\tau)`, by "torsions 0-1"; of every component of the
+    stiff density "component 2": its share of the weight over that of the prior.
+
+    Parameters
+    ----------
+    prior
+        A refit one.
+    ground, share
+        The floor and its share.
+    y, log_weight
+        End points of paths (n, d), and their log weights (n,).
+    """
+    weights = torch.softmax(log_weight, 0)
+    tau = prior.split(y)[1]
+    found: dict[str, float] = {}
+    if prior.torsions is not None:
+        floor, fitted = ground.log_groups(tau), prior.torsions.log_groups(tau)
+        for g, group in enumerate(prior.torsions.groups):
+            own = [
+                floor[:, k] for k, one in enumerate(ground.groups)
+                if set(one.members) <= set(group.members)
+            ]  # fmt: skip
+            ratio = share * torch.exp(torch.stack(own).sum(0) - fitted[:, g])
+            name = "torsions " + "-".join(str(k) for k in group.members)
+            found[name] = float(weights @ ratio.clamp(max=1.0))
+    if prior.mixture is not None:
+        component = prior.components(y)
+        for c, expected in enumerate(prior.mixture.weights):
+            found[f"component {c}"] = float(weights[component == c].sum() / expected)
+    return found
+
+
+def adapt(
+    prior: InternalCoordinatePrior,
+    target: BoltzmannTarget,
+    *,
+    n_points: int = 1000,
+    n_leapfrog: int = 5,
+    share: float = 0.02,
+    max_rounds: int = 4,
+    seed: int = 0,
+) -> tuple[InternalCoordinatePrior, Pilot, tuple[Round, ...]]:
+    """Adaptive rounds: carry points, refit, again; returns the best prior and its pilot.
+
+    Parameters
+    ----------
+    prior
+        From chemistry; its torsion density stays in every refit with ``share``.
+    target
+        Boltzmann target.
+    n_points
+        Points of the first round. After a round that was dropped there are twice as many.
+    n_leapfrog
+        Leapfrog steps on every level.
+    share
+        Of the floor.
+    max_rounds
+        Refits at most.
+    seed
+        Of all random streams, which are children of it by name.
+    """
+    started, ground, rounds, n = time.monotonic(), prior.torsions, [], n_points
+
+    def run(candidate: InternalCoordinatePrior, k: int) -> Pilot:
+        return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=_child(seed, 0, k))
+
+    best = run(prior, 0)
+    rounds.append(_round(prior, target, best, n, True, started, _child(seed, 1, 0)))
+    for k in range(1, max_rounds + 1):
+        new = _refitted(prior, target, best, ground, share, _child(seed, 2, k))
+        pilot = None if new is None else run(new, k)
+        better = (
+            pilot is not None
+            and pilot.length < best.length
+            and pilot.log_z > best.log_z - _FALL
+        )
+        if new is not None and pilot is not None:
+            rounds.append(_round(new, target, pilot, n, better, started, _child(seed, 1, k)))
+        if new is None or pilot is None or not better:
+            logger.info("round %d of adapting the prior was dropped", k)
+            n *= 2
+            if k < max_rounds:
+                best = run(prior, 100 + k)
+            continue
+        gain = best.length / pilot.length
+        prior, best = new, pilot
+        if gain < 1.1:
+            break
+    return prior, best, tuple(rounds)
+
+
+def _round(
+    prior: InternalCoordinatePrior,
+    target: BoltzmannTarget,
+    pilot: Pilot,
+    n: int,
+    kept: bool,
+    started: float,
+    generator: torch.Generator,
+) -> Round:
+    y = prior.sample_latent(n, generator=generator)
+    x, log_volume = prior.to_cartesian(y)
+    log_w = log_volume - prior.latent_log_prob(y) - target.reduced_potential(x)
+    log_w = torch.where(torch.isfinite(log_w), log_w, -torch.inf)
+    ess, seconds = relative_ess(log_w.numpy()), time.monotonic() - started
+    made = Round(n, len(pilot.times), pilot.length, float(ess), pilot.log_z, kept, seconds)
+    logger.info("%s", made)
+    return made
+
+
+def _refitted(
+    prior: InternalCoordinatePrior,
+    target: BoltzmannTarget,
+    pilot: Pilot,
+    ground: TorsionDensity | None,
+    share: float,
+    generator: torch.Generator,
+) -> InternalCoordinatePrior | None:
+    """Prior fitted to a pilot's points; None where they cannot carry a fit."""
+    x = prior.to_cartesian(pilot.state.y)[0]
+    u, gradient = target.reduced_potential_and_gradient(x)
+    valid = torch.isfinite(u) & torch.isfinite(pilot.log_weight)
+    weights = torch.softmax(pilot.log_weight[valid], 0)
+    effective = 1 / float(weights.square().sum())
+    order, pairs = _ORDER, coupled_pairs(prior.zmatrix, prior.soft)
+    while order > 1 and 4 * len(fourier_modes(prior.n_soft, prior.fold, pairs, order)) > effective:
+        order -= 1
+    try:
+        return refit(
+            prior,
+            x[valid],
+            gradient[valid],
+            weights,
+            order=order,
+            ground=ground,
+            share=share,
+            generator=generator,
+        )
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return None
+
+
+def path_from_chemistry(
+    target: BoltzmannTarget,
+    *,
+    ess: float = 0.9,
+    seed: int = 0,
+    n_points: int = 1000,
+    n_leapfrog: int = 5,
+    floor: float = 0.02,
+    max_rounds: int = 4,
+    max_levels: int = 640,
+) -> Adaptation:
+    """Make a path to a molecule's Boltzmann distribution from its bonds alone.
+
+    Parameters
+    ----------
+    target
+        Of a bonded molecule with reference positions, which say which isomer of stereocentres and
+        double bonds is meant and nothing else.
+    ess
+        Relative ESS of path weights asked for.
+    seed
+        Of all random streams, which are children of it by name: draws with the same seed from the
+        path share none.
+    n_points
+        Points of a round, and of a trial of a number of levels.
+    n_leapfrog
+        Leapfrog steps on every level.
+    floor
+        Share of the torsion density from chemistry that stays.
+    max_rounds, max_levels
+        Bounds of the work.
+
+    Examples
+    --------
+    >>> from openmm_eqflow import load_system
+    >>> from openmm_eqflow.runs.stages import build_target
+    >>> with build_target(load_system("toluene")) as target:  # doctest: +SKIP
+    ...     path = path_from_chemistry(target, ess=0.9).path
+    """
+    started = time.monotonic()
+    start = chemical_prior(target, seed=seed)
+    prior, pilot, rounds = adapt(
+        start,
+        target,
+        n_points=n_points,
+        n_leapfrog=n_leapfrog,
+        share=floor,
+        max_rounds=max_rounds,
+        seed=seed,
+    )
+    wanted = -math.log(ess)
+    n_levels = max(1, min(max_levels, math.ceil(0.5 * pilot.length**2 / wanted)))
+    trials: list[tuple[int, int, float, float]] = []
+    while True:
+        times, steps = spread_levels(pilot, n_levels)
+        path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
+        x, log_q = path.sample_and_log_prob(
+            n_points, generator=_child(seed, 3, len(trials))
+        )
+        log_w = -target.reduced_potential(x) - log_q
+        found = float(relative_ess(log_w.numpy()))
+        trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))
+        logger.info("%d levels: ESS %.3f, log Z %.3f", n_levels, found, trials[-1][3])
+        if found >= ess or n_levels >= max_levels:
+            break
+        n_levels = min(max_levels, 2 * n_levels)
+    if trials[-1][2] < ess:
+        logger.warning(
+            "relative ESS is %.2f on %d levels, %.2f was asked for: raise max_levels or "
+            "n_points, or ask for less",
+            trials[-1][2],
+            n_levels,
+            ess,
+        )
+    shares = {}
+    if start.torsions is not None or prior.mixture is not None:
+        y = prior.from_cartesian(x)[0]
+        keep = torch.isfinite(log_w)
+        ground = start.torsions or TorsionDensity([], [])
+        shares = floor_weight(prior, ground, floor, y[keep], log_w[keep])
+    audit(path, n=32, generator=_child(seed, 4))
+    seconds = time.monotonic() - started
+    made = Adaptation(path, rounds, tuple(trials), shares, seconds)
+    path.metadata["adaptation"] = made.record()
+    return made
