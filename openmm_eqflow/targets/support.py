@@ -29,7 +29,7 @@ _MAX_GROUPS = 32
 
 
 def check_system(system: openmm.System) -> None:
-    """Refuse rings of constraints, periodic boxes, barostats, virtual sites, Drude and frozen particles.
+    """Refuse rings of constraints, boxes, barostats, virtual sites, Drude and frozen particles.
 
     Raises
     ------

@@ -236,7 +236,7 @@ def external() -> openmm.System:
 
 
 REFUSED: dict[str, tuple[Callable[[], openmm.System], str]] = {
-    "constraints": (constrained, "close a ring (a rigid angle or a rigid ring): rebuild the System"),
+    "constraints": (constrained, "close a ring (a rigid angle or a rigid ring): rebuild"),
     "periodic": (periodic, "NonbondedForce uses periodic boundary conditions"),
     "barostat": (barostat, "MonteCarloBarostat"),
     "virtual": (virtual_site, "atom 4 is a virtual site"),
