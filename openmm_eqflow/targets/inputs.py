@@ -7,6 +7,7 @@ Amber, GROMACS or CHARMM is built without cutoff and without constraints. A part
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,10 @@ class Structure:
 def _reading(path: Path, what: str, advice: str, read: Callable[[], Any]) -> Any:
     # OpenMM's readers raise whatever comes: ValueError, KeyError, their own, plain Exception.
     try:
-        return read()
+        with warnings.catch_warnings():
+            # Some of them leave files for Python to close.
+            warnings.simplefilter("ignore", ResourceWarning)
+            return read()
     except Exception as error:
         raise ConfigurationError(
             f"{path} cannot be read as {what} ({one_line(error)}): {advice}"

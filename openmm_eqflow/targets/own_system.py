@@ -175,9 +175,9 @@ def init_system(
         for name, energy in [*energies, ("total", sum(e for _, e in energies))]:
             tell(f"{name:<28} {energy:18.6f} kJ/mol")
 
-    as_given = part is whole and not add_hydrogens and COORDINATES.get(pdb.suffix.lower()) == "PDB"
-    structure = pdb.name if forcefield is not None and pdb.suffix == ".pdb" else "topology.pdb"
-    structure = pdb.name if as_given else structure
+    is_pdb = COORDINATES.get(pdb.suffix.lower(), "PDB") == "PDB"
+    as_given = part is whole and not add_hydrogens and is_pdb and topology is None
+    structure = pdb.name if as_given or (forcefield is not None and is_pdb) else "topology.pdb"
     content: dict[str, Any] = {
         "name": directory.name,
         "kind": "molecule",
