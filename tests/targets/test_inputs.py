@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import openmm
+import openmmtools
 import pytest
 from openmm import app, unit
 from stand_ins.program_files import write_methanol
@@ -18,7 +19,7 @@ from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.units import positions_in_nm
 
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
-TOOLS = Path(__import__("openmmtools").__file__).parent / "data"
+TOOLS = Path(openmmtools.__file__).parent / "data"
 VACUUM = TOOLS / "alanine-dipeptide-gbsa" / "alanine-dipeptide.prmtop"
 WET = TOOLS / "alanine-dipeptide-explicit" / "alanine-dipeptide.prmtop"
 
