@@ -23,7 +23,7 @@ from openmm_eqflow.cli import measure
 from openmm_eqflow.cli.measure import device_option, seed_option
 from openmm_eqflow.cli.memory import keep_freed_memory
 from openmm_eqflow.cli.progress import stage_progress
-from openmm_eqflow.errors import EqFlowError
+from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.training.recipes import BUDGETS
 
 if TYPE_CHECKING:
@@ -55,7 +55,12 @@ _budget = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(_version(), prog_name="openmm-eqflow")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--allow-code",
+    is_flag=True,
+    help="Load files that hold Python code; only those that you trust.",
+)
+def cli(debug: bool, allow_code: bool) -> None:
     """Boltzmann samples of an OpenMM System from an equivariant normalizing flow.
 
     Start with: openmm-eqflow run alanine-dipeptide --budget quick
@@ -169,7 +174,6 @@ def systems() -> None:
 @click.option(
     "--pdb",
     type=click.Path(path_type=Path),
-    required=True,
     help="All atoms of the molecule; CONECT records where OpenMM does not know the residue.",
 )
 @click.option("--forcefield", multiple=True, help="OpenMM force-field file; repeat or list.")
@@ -181,15 +185,36 @@ def systems() -> None:
 )
 @click.option("--temperature", type=float, default=300.0, show_default=True, help="Kelvin.")
 @click.option("--add-hydrogens", is_flag=True, help="Add missing hydrogens first.")
+@click.option("--cif", type=click.Path(path_type=Path), help="mmCIF structure, instead of --pdb.")
+@click.option("--prmtop", type=click.Path(path_type=Path), help="Amber topology.")
+@click.option("--inpcrd", type=click.Path(path_type=Path), help="Amber coordinates.")
+@click.option("--top", type=click.Path(path_type=Path), help="GROMACS topology.")
+@click.option("--gro", type=click.Path(path_type=Path), help="GROMACS structure.")
+@click.option("--psf", type=click.Path(path_type=Path), help="CHARMM topology.")
+@click.option("--crd", type=click.Path(path_type=Path), help="CHARMM coordinates.")
+@click.option(
+    "--params",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="CHARMM parameter file, or folder of GROMACS force fields; repeat.",
+)
+@click.option("--chain", help="Take this chain alone.")
+@click.option("--residue", help="Take residues of this name or number alone.")
+@click.option("--strip-solvent", is_flag=True, help="Remove water and ions first.")
 @click.argument("more_forcefields", nargs=-1)
 def init(
     folder: Path,
-    pdb: Path,
+    pdb: Path | None,
     forcefield: tuple[str, ...],
     system_xml: Path | None,
     temperature: float,
     add_hydrogens: bool,
     more_forcefields: tuple[str, ...],
+    params: tuple[Path, ...],
+    chain: str | None,
+    residue: str | None,
+    strip_solvent: bool,
+    **files: Path | None,
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
     from openmm_eqflow.runs.forecast import describe_system
@@ -197,10 +222,26 @@ def init(
     from openmm_eqflow.targets.own_system import init_system
     from openmm_eqflow.units import temperature_quantity
 
+    def one_of(*names: str) -> Path | None:
+        given = {name: path for name, path in files.items() if name in names and path is not None}
+        if len(given) > 1:
+            raise ConfigurationError(f"--{' and --'.join(given)} say the same: give one")
+        return next(iter(given.values()), None)
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    files["pdb"] = pdb
     check_temperature(temperature, "temperature")
     made = init_system(
         folder,
-        pdb=pdb,
+        pdb=one_of("pdb", "cif", "inpcrd", "gro", "crd"),
+        topology=one_of("prmtop", "top", "psf"),
+        parameters=params,
+        chain=chain,
+        residue=residue,
+        strip_solvent=strip_solvent,
+        tell=tell,
         forcefield=[*forcefield, *more_forcefields] or None,
         system_xml=system_xml,
         temperature=temperature_quantity(temperature),
@@ -208,7 +249,7 @@ def init(
     )
     lines, cautions = describe_system(made)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        tell(line)
     for caution in cautions:
         errors.print(f"warning: {caution}", highlight=False, soft_wrap=True, markup=False)
     text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {quote(str(folder))}"
@@ -259,8 +300,10 @@ def _processes() -> AbstractContextManager[None]:
 
 def main() -> None:
     """Entry point: one line per error, exit code 2, traceback only with --debug."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--allow-code")]
+    debug = "--debug" in sys.argv[1:]
+    if "--allow-code" in sys.argv[1:]:
+        os.environ["OPENMM_EQFLOW_ALLOW_CODE"] = "1"  # seen by the processes of a run as well
     if not debug:
         sys.excepthook = _unexpected
         logging.raiseExceptions = False  # run.log on a full disk: the stage itself will tell

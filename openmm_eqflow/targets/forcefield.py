@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,33 +14,37 @@ from openmm import app, unit
 from openmm_eqflow.errors import ConfigurationError
 
 __all__ = [
+    "CODE_ALLOWED",
     "build_from_forcefield",
+    "fullest_locations",
     "load_pdb",
     "load_system_xml",
+    "one_line",
     "write_pdb",
 ]
 
 
-_ANOTHER_STRUCTURE = "write the structure as a PDB file and give that with --pdb"
-_ANOTHER_FORCE_FIELD = (
-    "load it with openmm.app (GromacsTopFile, AmberPrmtopFile, CharmmPsfFile), write its System "
-    "by openmm.XmlSerializer and give that with --system"
-)
+#: Environment variable, set by --allow-code, under which files that hold code may be loaded.
+CODE_ALLOWED = "OPENMM_EQFLOW_ALLOW_CODE"
 #: What a file is by its ending, and what to do with it.
 _FORMATS = {
-    ".gro": ("a GROMACS structure", _ANOTHER_STRUCTURE),
-    ".cif": ("an mmCIF structure", _ANOTHER_STRUCTURE),
-    ".mol2": ("a MOL2 structure", _ANOTHER_STRUCTURE),
-    ".sdf": ("an SD file", _ANOTHER_STRUCTURE),
-    ".xyz": ("an XYZ structure", _ANOTHER_STRUCTURE),
-    ".inpcrd": ("Amber coordinates", _ANOTHER_STRUCTURE),
-    ".rst7": ("Amber coordinates", _ANOTHER_STRUCTURE),
-    ".top": ("a topology of GROMACS or Amber", _ANOTHER_FORCE_FIELD),
-    ".itp": ("a GROMACS topology", _ANOTHER_FORCE_FIELD),
-    ".prmtop": ("an Amber topology", _ANOTHER_FORCE_FIELD),
-    ".parm7": ("an Amber topology", _ANOTHER_FORCE_FIELD),
-    ".psf": ("a CHARMM topology", _ANOTHER_FORCE_FIELD),
-    ".offxml": ("an OpenFF force field", _ANOTHER_FORCE_FIELD),
+    ".gro": ("a GROMACS structure", "give it with --gro and its topology with --top"),
+    ".cif": ("an mmCIF structure", "give it with --cif"),
+    ".mol2": ("a MOL2 structure", "write it as a PDB or SD file and give that (--pdb, --sdf)"),
+    ".sdf": ("an SD file", "give it with --sdf, alone"),
+    ".mol": ("an MDL molecule", "give it with --sdf, alone"),
+    ".xyz": ("an XYZ structure", "write it as a PDB file and give that with --pdb"),
+    ".inpcrd": ("Amber coordinates", "give it with --inpcrd and its topology with --prmtop"),
+    ".rst7": ("Amber coordinates", "give it with --inpcrd and its topology with --prmtop"),
+    ".top": ("a topology of GROMACS or Amber", "give it with --top (and --gro) or --prmtop"),
+    ".itp": ("a GROMACS topology", "give the .top file that includes it with --top"),
+    ".prmtop": ("an Amber topology", "give it with --prmtop and coordinates with --inpcrd"),
+    ".parm7": ("an Amber topology", "give it with --prmtop and coordinates with --inpcrd"),
+    ".psf": ("a CHARMM topology", "give it with --psf, parameters with --params"),
+    ".offxml": (
+        "an OpenFF force field",
+        "make a System with the OpenFF toolkit and give that with --system",
+    ),
     ".pdb": ("a PDB file", "give it with --pdb"),
 }
 _ROOTS = {
@@ -67,15 +72,15 @@ def _refuse_other(path: Path, expected: str) -> None:
 
 
 def load_pdb(path: Path) -> tuple[app.Topology, unit.Quantity]:
-    """Topology and positions of the first model of a PDB file."""
+    """Topology and positions of the first model of a PDB file, of the fullest locations."""
     _refuse_other(path, ".pdb")
     try:
-        with path.open(encoding="utf-8") as handle:
-            empty = not any(line.startswith(("ATOM", "HETATM")) for line in handle)
-        pdb = None if empty else app.PDBFile(str(path))
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        empty = not any(line.startswith(("ATOM", "HETATM")) for line in lines)
+        pdb = None if empty else app.PDBFile(io.StringIO("".join(fullest_locations(lines))))
     except (AttributeError, ValueError, IndexError, KeyError, OSError) as error:
         raise ConfigurationError(
-            f"{path} cannot be read as a PDB file ({_told(error)}): check it, or write it anew "
+            f"{path} cannot be read as a PDB file ({one_line(error)}): check it, or write it anew "
             "with openmm.app.PDBFile.writeFile"
         ) from error
     if pdb is None or pdb.topology.getNumAtoms() == 0:
@@ -83,6 +88,33 @@ def load_pdb(path: Path) -> tuple[app.Topology, unit.Quantity]:
             f"{path} holds no ATOM or HETATM record: give a PDB file with all atoms"
         )
     return pdb.topology, pdb.getPositions(asNumpy=True)
+
+
+def fullest_locations(lines: list[str]) -> list[str]:
+    """Lines of a PDB file without the alternate locations of lower occupancy.
+
+    Of every residue one location is kept, that with the largest sum of occupancies (the first of
+    equals), so that its atoms belong together; atoms without a mark stay.
+    """
+    weights: dict[tuple[int, str], dict[str, float]] = {}
+    model = 0
+    marked: list[tuple[int, str] | None] = []
+    for line in lines:
+        model += line.startswith("MODEL ")
+        place = None
+        if line.startswith(("ATOM", "HETATM")) and line[16:17].strip():
+            place = (model, line[21:27])
+            mass = weights.setdefault(place, {})
+            occupancy = line[54:60].strip()
+            mass[line[16]] = mass.get(line[16], 0.0) + (float(occupancy) if occupancy else 1.0)
+        marked.append(place)
+    kept = []
+    for line, place in zip(lines, marked, strict=True):
+        if place is None:
+            kept.append(line)
+        elif line[16] == max(weights[place], key=lambda name: weights[place][name]):
+            kept.append(f"{line[:16]} {line[17:]}")
+    return kept
 
 
 def write_pdb(path: Path, topology: app.Topology, positions: unit.Quantity) -> None:
@@ -106,7 +138,8 @@ def write_pdb(path: Path, topology: app.Topology, positions: unit.Quantity) -> N
     path.write_text("\n".join([*kept, "END", ""]), encoding="utf-8")
 
 
-def _told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return what an exception says on one line, or what it is called."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -122,12 +155,13 @@ def build_from_forcefield(topology: app.Topology, files: list[str]) -> openmm.Sy
     for path in map(Path, files):
         if path.is_file():
             _refuse_other(path, "ForceField")
+            _refuse_code(path, path.read_bytes())
     # OpenMM raises plain Exceptions, here for a file that is no XML, there for several templates.
     try:
         forcefield = app.ForceField(*files)
     except Exception as error:
         raise ConfigurationError(
-            f"force field {', '.join(files)} cannot be read: {_told(error)}; "
+            f"force field {', '.join(files)} cannot be read: {one_line(error)}; "
             "expected files shipped with OpenMM (amber14-all.xml, implicit/obc2.xml) or paths"
         ) from error
     try:
@@ -136,7 +170,7 @@ def build_from_forcefield(topology: app.Topology, files: list[str]) -> openmm.Sy
         )
     except Exception as error:
         raise ConfigurationError(
-            f"{_told(error)} -> {_template_advice(str(error), topology, files)}"
+            f"{one_line(error)} -> {_template_advice(str(error), topology, files)}"
         ) from error
 
 
@@ -163,24 +197,50 @@ def _template_advice(told: str, topology: app.Topology, files: list[str]) -> str
     )
 
 
+def _refuse_code(path: Path, content: str | bytes) -> None:
+    """Refuse an XML file that runs Python when OpenMM reads it, and those it includes.
+
+    A PythonForce is stored as a pickle; force fields hold scripts.
+    """
+    if os.environ.get(CODE_ALLOWED, "0") == "1":
+        return
+    try:
+        elements = list(ElementTree.fromstring(content).iter())
+    except ElementTree.ParseError:
+        return  # OpenMM refuses it as well
+    found = {e.tag for e in elements if e.tag in ("Script", "InitializationScript")}
+    if "PythonForce" in {value for e in elements for value in e.attrib.values()}:
+        found.add("PythonForce")
+    if found:
+        raise ConfigurationError(
+            f"{path} holds code that runs when it is loaded ({', '.join(sorted(found))}): if you "
+            f"trust it, give --allow-code (in Python: set {CODE_ALLOWED}=1)"
+        )
+    for element in elements:
+        other = path.parent / element.get("file", "")
+        if element.tag == "Include" and other.is_file() and other != path:
+            _refuse_code(other, other.read_bytes())
+
+
 def load_system_xml(path: Path) -> openmm.System:
     """Read a System written by ``openmm.XmlSerializer``."""
     _refuse_other(path, "System")
     try:
         text = path.read_text(encoding="utf-8")
         ElementTree.fromstring(text)
+        _refuse_code(path, text)
     except ElementTree.ParseError as error:
         raise ConfigurationError(
             f"{path} is no complete XML file ({error}): write it again with "
             "openmm.XmlSerializer.serialize(system)"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {_told(error)}") from error
+        raise ConfigurationError(f"{path} cannot be read: {one_line(error)}") from error
     try:
         system = openmm.XmlSerializer.deserialize(text)
     except (openmm.OpenMMException, ValueError) as error:
         raise ConfigurationError(
-            f"{path} is not a serialised OpenMM System: {_told(error)} (this is OpenMM "
+            f"{path} is not a serialised OpenMM System: {one_line(error)} (this is OpenMM "
             f"{openmm.__version__}); write it again with openmm.XmlSerializer.serialize(system)"
         ) from error
     if not isinstance(system, openmm.System):

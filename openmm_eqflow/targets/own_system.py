@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,19 @@ from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.energies.base import FloatArray
 from openmm_eqflow.targets.forcefield import (
     build_from_forcefield,
-    load_pdb,
+    fullest_locations,
     load_system_xml,
     write_pdb,
+)
+from openmm_eqflow.targets.inputs import (
+    COORDINATES,
+    Structure,
+    check_scale,
+    force_energies,
+    read_structure,
+    read_topology,
+    select,
+    subset,
 )
 from openmm_eqflow.targets.library import (
     SYSTEM_FILE,
@@ -34,10 +44,10 @@ from openmm_eqflow.targets.support import (
     check_solvent,
     check_system,
     complete_bonds,
+    without_solvent,
 )
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import (
-    energy_in_kj_mol,
     kelvin,
     masses_in_dalton,
     positions_in_nm,
@@ -58,11 +68,17 @@ _HEADER = """\
 def init_system(
     directory: str | Path,
     *,
-    pdb: str | Path,
+    pdb: str | Path | None = None,
     forcefield: Sequence[str] | None = None,
     system_xml: str | Path | None = None,
     temperature: unit.Quantity = _ROOM_TEMPERATURE,
     add_hydrogens: bool = False,
+    topology: str | Path | None = None,
+    parameters: Sequence[str | Path] = (),
+    chain: str | None = None,
+    residue: str | None = None,
+    strip_solvent: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> MolecularSystem:
     """Write ``directory/system.yaml`` with copies of the files it names, and load it.
 
@@ -71,19 +87,30 @@ def init_system(
     directory
         New folder; its last component becomes the name. It appears only when everything fits.
     pdb
-        Structure of one molecule without solvent, in the order of the System.
+        Structure of one molecule: a PDB, mmCIF, GROMACS, Amber or CHARMM file, by its ending.
     forcefield
         OpenMM force-field files (shipped with OpenMM, or paths, which are copied), or
     system_xml
-        a System written by ``openmm.XmlSerializer``; exactly one of the two.
+        a System written by ``openmm.XmlSerializer``, or neither where
+    topology
+        is a ``.prmtop``, ``.top`` or ``.psf`` file, built without cutoff and constraints. With
+        ``system_xml`` only its atoms and bonds are taken.
+    parameters
+        CHARMM's parameter files, or the folder of GROMACS's force fields.
     add_hydrogens
-        Complete the PDB with ``openmm.app.Modeller.addHydrogens`` (force fields only).
+        Complete the structure with ``openmm.app.Modeller.addHydrogens`` (force fields only).
+    chain, residue
+        Take this chain (its letter), these residues (name or number) alone.
+    strip_solvent
+        Remove water and ions, from the System too.
+    tell
+        Called with lines about the input: the energy of every force at the given coordinates.
 
     Raises
     ------
     ConfigurationError
-        The folder exists, a file cannot be read, a residue has no template, or PDB and System do
-        not describe the same atoms.
+        The folder exists, a file cannot be read, a residue has no template, or the files do not
+        describe the same atoms.
     UnsupportedSystemError
         The structure is not one molecule, or the System has no energy, constraints, a box, a
         barostat, virtual sites, Drude particles or an external force; the message names it.
@@ -97,13 +124,22 @@ def init_system(
     >>> init_system(folder, pdb=pdb, forcefield=["amber14-all.xml"]).n_particles
     22
     """
-    directory, pdb = Path(directory), Path(pdb)
-    if (forcefield is None) == (system_xml is None):
+    directory = Path(directory)
+    if pdb is None:
         raise ConfigurationError(
-            "give either force-field files (--forcefield) or a System (--system), not both or none"
+            "there are no coordinates: give them with --pdb, --cif, --inpcrd, --gro or --crd"
+        )
+    pdb = Path(pdb)
+    given = [forcefield is not None, system_xml is not None or topology is not None]
+    if sum(given) != 1:
+        raise ConfigurationError(
+            "give either force-field files (--forcefield), a System (--system) or a topology "
+            "(--prmtop, --top, --psf), not both or none"
         )
     if add_hydrogens and forcefield is None:
         raise ConfigurationError("--add-hydrogens needs --forcefield: a System fixes its atoms")
+    if parameters and topology is None:
+        raise ConfigurationError("--params belongs to --psf or --top: give one of them")
     if directory.exists():
         raise ConfigurationError(f"{directory} exists; choose another folder or remove it first")
     try:
@@ -111,48 +147,61 @@ def init_system(
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     check_temperature(degrees, "temperature")
-    inputs = [pdb, *([] if system_xml is None else [Path(system_xml)])]
-    for path in inputs:
-        if not path.is_file():
+    for path in (pdb, topology, system_xml):
+        if path is not None and not Path(path).is_file():
             raise ConfigurationError(f"{path} is not a file")
 
-    topology, positions = load_pdb(pdb)
-    check_solvent(topology, str(pdb))
+    whole = _read(pdb, system_xml, topology, parameters)
+    part = _part(whole, pdb, chain, residue, strip_solvent)
+    molecule, positions, system = part.topology, part.positions, part.system
+    check_solvent(molecule, str(pdb))
+    check_scale(positions_in_nm(positions), str(pdb))
     if forcefield is not None:
         if add_hydrogens:
-            topology, positions = _with_hydrogens(topology, positions, list(forcefield))
-        system = build_from_forcefield(topology, list(forcefield))
-    else:
-        system = load_system_xml(inputs[1])
-    complete_bonds(topology, system)
-    check_molecule(topology, str(pdb))
+            molecule, positions = _with_hydrogens(molecule, positions, list(forcefield))
+        system = build_from_forcefield(molecule, list(forcefield))
+    if system is None:
+        raise ConfigurationError("there is no potential: give --forcefield or --system")
+    complete_bonds(molecule, system)
+    check_molecule(molecule, str(pdb))
     check_system(system)
-    _check_same_atoms(topology, system, pdb)
-    _check_lengths(topology, system, positions_in_nm(positions), pdb)
-    _check_energy(system, positions, pdb)
+    _check_same_atoms(molecule, system, pdb)
+    _check_lengths(molecule, system, positions_in_nm(positions), pdb)
+    energies = force_energies(system, positions)
+    _check_energy(system, positions, energies, pdb)
     # What a run would refuse is refused here.
-    BoltzmannTarget(system, topology, temperature, positions, n_workers=1).close()
+    BoltzmannTarget(system, molecule, temperature, positions, n_workers=1).close()
     _tell(pdb)
+    if tell is not None:
+        for name, energy in [*energies, ("total", sum(e for _, e in energies))]:
+            tell(f"{name:<28} {energy:18.6f} kJ/mol")
 
+    is_pdb = COORDINATES.get(pdb.suffix.lower(), "PDB") == "PDB"
+    as_given = part is whole and not add_hydrogens and is_pdb and topology is None
+    structure = pdb.name if as_given or (forcefield is not None and is_pdb) else "topology.pdb"
     content: dict[str, Any] = {
         "name": directory.name,
         "kind": "molecule",
-        "description": f"{topology.getNumAtoms()} atoms from {pdb.name}",
-        "coordinates": pdb.name,
+        "description": f"{molecule.getNumAtoms()} atoms from {pdb.name}",
+        "coordinates": structure,
         "temperature_kelvin": degrees,
     }
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        if add_hydrogens:
-            write_pdb(temporary / pdb.name, topology, positions)
+        if as_given:
+            shutil.copyfile(pdb, temporary / structure)
         else:
-            shutil.copyfile(pdb, temporary / pdb.name)
+            write_pdb(temporary / structure, molecule, positions)
         if forcefield is not None:
             content["forcefield"] = [_copy_local(name, temporary) for name in forcefield]
         else:
             content["system_xml"] = "system.xml"
-            shutil.copyfile(inputs[1], temporary / "system.xml")
+            if system_xml is not None and part is whole:
+                shutil.copyfile(system_xml, temporary / "system.xml")
+            else:
+                text = openmm.XmlSerializer.serialize(system)
+                (temporary / "system.xml").write_text(text, encoding="utf-8")
         text = _HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         (temporary / SYSTEM_FILE).write_text(text, encoding="utf-8")
         load_system(temporary)
@@ -164,6 +213,40 @@ def init_system(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_system(directory)
+
+
+def _read(
+    pdb: Path,
+    system_xml: str | Path | None,
+    topology: str | Path | None,
+    parameters: Sequence[str | Path],
+) -> Structure:
+    """Everything the files hold; a System in XML stands above that of a topology."""
+    structure = read_structure(pdb, None if topology is None else Path(topology))
+    if topology is not None:
+        structure = read_topology(Path(topology), structure, [Path(p) for p in parameters])
+    if system_xml is not None:
+        structure.system = load_system_xml(Path(system_xml))
+    return structure
+
+
+def _part(
+    whole: Structure, pdb: Path, chain: str | None, residue: str | None, strip_solvent: bool
+) -> Structure:
+    if not (strip_solvent or chain is not None or residue is not None):
+        return whole
+    n_atoms = whole.topology.getNumAtoms()
+    if whole.system is not None and whole.system.getNumParticles() != n_atoms:
+        raise ConfigurationError(
+            f"{pdb} has {n_atoms} atoms but the System has {whole.system.getNumParticles()} "
+            "particles; give the structure from which the System was made"
+        )
+    keep = set(select(whole.topology, chain, residue))
+    if strip_solvent:
+        keep &= set(without_solvent(whole.topology, str(pdb)))
+        lost = n_atoms - len(keep)
+        logger.warning("%s: %d atoms of solvent or other molecules are left out", pdb, lost)
+    return subset(whole, sorted(keep))
 
 
 def _copy_local(name: str, directory: Path) -> str:
@@ -260,13 +343,20 @@ def _check_lengths(
 
 def _tell(pdb: Path) -> None:
     """Warn of what a PDB file holds and is not used."""
+    if COORDINATES.get(pdb.suffix.lower(), "PDB") != "PDB":
+        return
     lines = pdb.read_text(encoding="utf-8").splitlines()
-    places = {line[16] for line in lines if line.startswith(("ATOM", "HETATM"))} - {" "}
-    if len(places) > 1:
+    atoms = [line for line in lines if line.startswith(("ATOM", "HETATM"))]
+    places = {line[16:17] for line in atoms} - {" ", ""}
+    if places:
+        kept = fullest_locations(lines)
+        lost = len(lines) - len(kept)
         logger.warning(
-            "%s has alternate locations %s: the first of every atom is taken",
+            "%s has alternate locations %s: in every residue the one of highest occupancy is "
+            "taken, %d atoms are left out",
             pdb,
             ", ".join(sorted(places)),
+            lost,
         )
     if (models := sum(line.startswith("MODEL ") for line in lines)) > 1:
         logger.warning("%s has %d models: the first is taken", pdb, models)
@@ -275,20 +365,26 @@ def _tell(pdb: Path) -> None:
         logger.warning("%s has a box (CRYST1): it is not used, the molecule is alone", pdb)
 
 
-def _check_energy(system: openmm.System, positions: unit.Quantity, pdb: Path) -> None:
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(1e-3), openmm.Platform.getPlatformByName("Reference")
-    )
-    context.setPositions(positions)
-    state = context.getState(energy=True, forces=True)
-    energy = energy_in_kj_mol(state.getPotentialEnergy())
-    if energy == 0.0 and not state.getForces(asNumpy=True)._value.any():
-        raise UnsupportedSystemError(
-            "the System has no energy: none of its forces has a term, give the System with the "
-            "force field in it"
+def _check_energy(
+    system: openmm.System,
+    positions: unit.Quantity,
+    energies: list[tuple[str, float]],
+    pdb: Path,
+) -> None:
+    energy = sum(value for _, value in energies)
+    if energy == 0.0:
+        context = openmm.Context(
+            system, openmm.VerletIntegrator(1e-3), openmm.Platform.getPlatformByName("Reference")
         )
+        context.setPositions(positions)
+        if not context.getState(forces=True).getForces(asNumpy=True)._value.any():
+            raise UnsupportedSystemError(
+                "the System has no energy: none of its forces has a term, give the System with "
+                "the force field in it"
+            )
     if not np.isfinite(energy):
+        name = next((name for name, value in energies if not np.isfinite(value)), "")
         raise UnsupportedSystemError(
-            f"the potential energy of {pdb} is {energy} kJ/mol; atoms overlap or coordinates are "
-            "missing: repair or minimise the structure first"
+            f"the potential energy of {pdb} is {energy} kJ/mol ({name}); atoms overlap or "
+            "coordinates are missing: repair or minimise the structure first"
         )

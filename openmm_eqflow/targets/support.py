@@ -17,6 +17,7 @@ __all__ = [
     "check_solvent",
     "check_system",
     "complete_bonds",
+    "without_solvent",
 ]
 
 _BAROSTATS = (
@@ -144,9 +145,29 @@ def check_solvent(topology: app.Topology, name: str) -> None:
     waters = sum(_is_water(residue) for residue in residues)
     if waters and len(residues) > 1:
         _refuse(
-            f"{name} has explicit solvent ({waters} water molecules): remove it and use an "
-            "implicit solvent such as implicit/obc2.xml, flows are for one molecule"
+            f"{name} has explicit solvent ({waters} water molecules), which is not supported yet: "
+            "--strip-solvent removes water and ions; an implicit solvent such as "
+            "implicit/obc2.xml can stand for it"
         )
+
+
+def without_solvent(topology: app.Topology, name: str) -> list[int]:
+    """Atoms that are neither of a water molecule nor a residue of one atom (an ion).
+
+    Raises
+    ------
+    UnsupportedSystemError
+        There are none.
+    """
+    kept = [
+        atom.index
+        for residue in topology.residues()
+        if not _is_water(residue) and len(list(residue.atoms())) > 1
+        for atom in residue.atoms()
+    ]
+    if not kept:
+        _refuse(f"{name} holds nothing but solvent: leave --strip-solvent out for one molecule")
+    return kept
 
 
 def _is_water(residue: app.Residue) -> bool:
@@ -188,8 +209,8 @@ def check_molecule(topology: app.Topology, name: str) -> None:
     sizes = " + ".join(str(len(piece)) for piece in pieces[:4])
     more = " + ..." if len(pieces) > 4 else ""
     _refuse(
-        f"{name} holds {len(pieces)} molecules ({sizes}{more} atoms): flows are for one, remove "
-        "the others; if they are bonded, add CONECT records"
+        f"{name} holds {len(pieces)} molecules ({sizes}{more} atoms): flows are for one, choose "
+        "it with --chain or --residue; if they are bonded, add CONECT records"
     )
 
 

@@ -268,9 +268,9 @@ def test_a_system_without_energy(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("conf.gro", "x\n 1\n", "is a GROMACS structure: .*--pdb"),
-        ("topol.top", "[ system ]\n", "is a topology of GROMACS or Amber: .*--system"),
-        ("mol.prmtop", "%VERSION\n", "is an Amber topology: .*--system"),
+        ("conf.xyz", "1\nx\nH 0 0 0\n", "is an XYZ structure: .*--pdb"),
+        ("topol.top", "[ system ]\n", "is a topology of GROMACS or Amber: .*--top"),
+        ("mol.prmtop", "%VERSION\n", "is an Amber topology: .*--prmtop.*--inpcrd"),
     ],
 )
 def test_files_of_other_programs_are_named(tmp_path, name, text, message):
@@ -341,7 +341,7 @@ def test_what_is_not_used_is_told(tmp_path, caplog):
     none = box.replace("30.000", " 1.000")
     for k, (pdb, told) in enumerate(
         [
-            (alternate, ["alt.pdb has alternate locations A, B: the first of every atom"]),
+            (alternate, ["alt.pdb has alternate locations A, B: in every residue the one of high"]),
             (models, ["models.pdb has 2 models: the first is taken"]),
             (boxed, ["box.pdb has a box (CRYST1): it is not used"]),
             (pdb_of_lines(tmp_path / "unit.pdb", [none, *lines]), []),
