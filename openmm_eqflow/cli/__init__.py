@@ -201,6 +201,13 @@ def systems() -> None:
 @click.option("--chain", help="Take this chain alone.")
 @click.option("--residue", help="Take residues of this name or number alone.")
 @click.option("--strip-solvent", is_flag=True, help="Remove water and ions first.")
+@click.option(
+    "--constraints",
+    type=click.Choice(["none", "hbonds", "allbonds"]),
+    default="none",
+    help="Constrain the bonds of hydrogen, or all.",
+)
+@click.option("--hydrogen-mass", type=float, help="Dalton, taken from the heavy atoms.")
 @click.argument("more_forcefields", nargs=-1)
 def init(
     folder: Path,
@@ -214,6 +221,8 @@ def init(
     chain: str | None,
     residue: str | None,
     strip_solvent: bool,
+    constraints: str,
+    hydrogen_mass: float | None,
     **files: Path | None,
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
@@ -241,6 +250,8 @@ def init(
         chain=chain,
         residue=residue,
         strip_solvent=strip_solvent,
+        constraints=constraints,
+        hydrogen_mass=hydrogen_mass,
         tell=tell,
         forcefield=[*forcefield, *more_forcefields] or None,
         system_xml=system_xml,

@@ -23,7 +23,7 @@ import networkx as nx
 import numpy as np
 import openmm
 import torch
-from openmm import unit
+from openmm import app, unit
 from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
@@ -33,6 +33,8 @@ __all__ = [
     "Constraints",
     "constrained",
     "constraint_lengths",
+    "hold_bonds",
+    "repartition",
 ]
 
 _OFF = 1e-3  # share of its length by which a bond may be off; integrators allow 1e-5
@@ -51,6 +53,67 @@ def constrained(system: openmm.System, positions: unit.Quantity) -> unit.Quantit
     context.setPositions(positions)
     context.applyConstraints(1e-9)
     return context.getState(positions=True).getPositions()
+
+
+def hold_bonds(system: openmm.System, topology: app.Topology, which: str) -> None:
+    """Constrain bonds in place as ``createSystem`` does, at the lengths of their springs.
+
+    Parameters
+    ----------
+    which
+        ``"hbonds"``, those of hydrogen, or ``"allbonds"``.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        A bond has no spring to take its length from.
+    """
+    springs = [
+        (force, k, force.getBondParameters(k))
+        for force in system.getForces()
+        if isinstance(force, openmm.HarmonicBondForce)
+        for k in range(force.getNumBonds())
+    ]
+    terms = {frozenset(term[:2]): (force, k, term) for force, k, term in springs}
+    held = {frozenset(pair) for pair in constraint_lengths(system)}
+    for bond in topology.bonds():
+        pair = frozenset((bond[0].index, bond[1].index))
+        hydrogen = any(a.element is not None and a.element.atomic_number == 1 for a in bond)
+        if pair in held or (which == "hbonds" and not hydrogen):
+            continue
+        if pair not in terms:
+            a, b = (atom.index + 1 for atom in bond)
+            raise UnsupportedSystemError(
+                f"the System has no harmonic bond between atoms {a} and {b} to take a length "
+                "from: make the System with its constraints and give it with --system"
+            )
+        force, k, (i, j, length, _) = terms[pair]
+        system.addConstraint(i, j, length)
+        force.setBondParameters(k, i, j, length, 0.0)
+
+
+def repartition(system: openmm.System, topology: app.Topology, mass: float) -> None:
+    """Give hydrogens ``mass`` (dalton) in place, taken from the atoms they are bonded to.
+
+    Raises
+    ------
+    UnsupportedSystemError
+        Nothing would be left of an atom.
+    """
+    for bond in topology.bonds():
+        light = [a for a in bond if a.element is not None and a.element.atomic_number == 1]
+        if len(light) != 1:
+            continue
+        heavy = next(a for a in bond if a is not light[0])
+        gained = mass - system.getParticleMass(light[0].index)._value
+        left = system.getParticleMass(heavy.index)._value - gained
+        if left <= 0.0 or mass <= 0.0:
+            raise UnsupportedSystemError(
+                f"hydrogens of {mass:g} u leave atom {heavy.index + 1} with {left:.3g} u: ask for "
+                "less, such as --hydrogen-mass 3"
+            )
+        system.setParticleMass(light[0].index, mass)
+        system.setParticleMass(heavy.index, left)
 
 
 class Constraints:

@@ -15,7 +15,7 @@ import yaml
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.targets.constraints import constraint_lengths
+from openmm_eqflow.targets.constraints import constraint_lengths, hold_bonds, repartition
 from openmm_eqflow.targets.energies.base import FloatArray
 from openmm_eqflow.targets.forcefield import (
     build_from_forcefield,
@@ -78,6 +78,8 @@ def init_system(
     chain: str | None = None,
     residue: str | None = None,
     strip_solvent: bool = False,
+    constraints: str = "none",
+    hydrogen_mass: float | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> MolecularSystem:
     """Write ``directory/system.yaml`` with copies of the files it names, and load it.
@@ -93,7 +95,7 @@ def init_system(
     system_xml
         a System written by ``openmm.XmlSerializer``, or neither where
     topology
-        is a ``.prmtop``, ``.top`` or ``.psf`` file, built without cutoff and constraints. With
+        is a ``.prmtop``, ``.top`` or ``.psf`` file, built without cutoff. With
         ``system_xml`` only its atoms and bonds are taken.
     parameters
         CHARMM's parameter files, or the folder of GROMACS's force fields.
@@ -103,6 +105,10 @@ def init_system(
         Take this chain (its letter), these residues (name or number) alone.
     strip_solvent
         Remove water and ions, from the System too.
+    constraints
+        ``"hbonds"`` or ``"allbonds"`` constrain these bonds; ``"none"`` leaves the System so.
+    hydrogen_mass
+        Of every hydrogen in dalton, taken from the atom it is bonded to.
     tell
         Called with lines about the input: the energy of every force at the given coordinates.
 
@@ -164,6 +170,11 @@ def init_system(
         raise ConfigurationError("there is no potential: give --forcefield or --system")
     complete_bonds(molecule, system)
     check_molecule(molecule, str(pdb))
+    changed = constraints != "none" or hydrogen_mass is not None
+    if constraints != "none":
+        hold_bonds(system, molecule, constraints)
+    if hydrogen_mass is not None:
+        repartition(system, molecule, hydrogen_mass)
     check_system(system)
     _check_same_atoms(molecule, system, pdb)
     _check_lengths(molecule, system, positions_in_nm(positions), pdb)
@@ -193,11 +204,11 @@ def init_system(
             shutil.copyfile(pdb, temporary / structure)
         else:
             write_pdb(temporary / structure, molecule, positions)
-        if forcefield is not None:
+        if forcefield is not None and not changed:
             content["forcefield"] = [_copy_local(name, temporary) for name in forcefield]
         else:
             content["system_xml"] = "system.xml"
-            if system_xml is not None and part is whole:
+            if system_xml is not None and part is whole and not changed:
                 shutil.copyfile(system_xml, temporary / "system.xml")
             else:
                 text = openmm.XmlSerializer.serialize(system)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import openmm
 import pytest
 import torch
 from openmm import app, unit
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.targets.constraints import Constraints
+from openmm_eqflow.targets.constraints import Constraints, constraint_lengths
+from openmm_eqflow.targets.energies.contexts import ContextPool
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
@@ -383,3 +385,37 @@ def test_written_pdb_files_say_every_bond(tmp_path, name):
     again = app.PDBFile(str(tmp_path / "all.pdb"))
     assert {frozenset((a.index, b.index)) for a, b in again.topology.bonds()} == bonds
     assert again.topology.getNumBonds() == len(bonds)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (("hbonds", None), {"constraints": app.HBonds}),
+        (("allbonds", 3.0), {"constraints": app.AllBonds, "hydrogenMass": 3.0 * unit.dalton}),
+        (("none", 2.5), {"hydrogenMass": 2.5 * unit.dalton}),
+    ],
+)
+def test_constraints_and_hydrogen_masses_are_those_of_create_system(tmp_path, words, options):
+    theirs = write_system(tmp_path / "in.xml", **options)
+    constraints, mass = words
+    made = init_system(
+        tmp_path / "mol",
+        pdb=DIPEPTIDE,
+        forcefield=AMBER,
+        constraints=constraints,
+        hydrogen_mass=mass,
+    )
+    lengths = constraint_lengths(theirs)
+    ours = constraint_lengths(made.system)
+    assert ours.keys() == lengths.keys()
+    np.testing.assert_allclose([ours[p] for p in lengths], list(lengths.values()), rtol=1e-9)
+    np.testing.assert_allclose(masses_in_dalton(made.system), masses_in_dalton(theirs), rtol=1e-9)
+    x = positions_in_nm(made.positions)[None]
+    energies = [ContextPool(s, n_workers=1).energies(x)[0] for s in (made.system, theirs)]
+    assert energies[0] == pytest.approx(energies[1], rel=1e-6)
+
+
+def test_hydrogens_too_heavy_are_refused(tmp_path):
+    with pytest.raises(UnsupportedSystemError, match=r"leave atom \d+ with .*--hydrogen-mass 3"):
+        init_system(tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, hydrogen_mass=9.0)
+    assert not (tmp_path / "mol").exists()
