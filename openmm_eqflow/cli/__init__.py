@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shlex import quote
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -153,6 +153,78 @@ def sample(
             adopt_shipped_flow(directory)
     _run_stages(directory, ("sample", "report"))
     _print_outcome(directory)
+
+
+@cli.command()
+@click.argument("system")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Default runs/SYSTEM-annealed."
+)
+@click.option("--ess", type=float, default=0.9, show_default=True, help="Relative ESS asked for.")
+@click.option(
+    "--n-samples",
+    type=click.IntRange(100),
+    default=10_000,
+    show_default=True,
+    help="Independent weighted samples.",
+)
+@click.option(
+    "--n-points",
+    type=click.IntRange(100),
+    default=1000,
+    show_default=True,
+    help="Points of an adaptive round; more for molecules with many torsions.",
+)
+@seed_option
+def anneal(
+    system: str, out: Path | None, ess: float, n_samples: int, n_points: int, seed: int | None
+) -> None:
+    """Sample a molecule without reference data: isomers, populations, free energies.
+
+    A path from a prior that bonds alone suggest to the Boltzmann distribution; no barrier is
+    crossed, so the height of none matters.
+    """
+    from openmm_eqflow.runs.annealing import anneal_system
+    from openmm_eqflow.runs.stages import build_target
+    from openmm_eqflow.targets.library import load_system
+
+    molecule = load_system(system)
+    folder = out or Path("runs") / f"{molecule.name}-annealed"
+    with build_target(molecule) as target, stage_progress("anneal", console) as progress:
+        metrics = anneal_system(
+            molecule,
+            target,
+            folder,
+            ess=ess,
+            n_samples=n_samples,
+            n_points=n_points,
+            seed=0 if seed is None else seed,
+            progress=progress,
+        )
+    console.print(
+        f"relative ESS {metrics['relative_ess']:.3f} +- {metrics['relative_ess_error']:.3f} (n = "
+        f"{n_samples}, {metrics['n_levels']} levels), log Z {metrics['log_z']:.3f} +- "
+        f"{metrics['log_z_error']:.3f}",
+        highlight=False,
+    )
+    _print_isomers(metrics["isomers"])
+    for text in metrics["warnings"]:
+        errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"wrote {folder}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_isomers(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("torsion", "state", "population", "kJ/mol", "kcal/mol"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        free = [
+            "-" if row[key] is None else f"{row[key]:.2f} +- {row[f'{key}_error']:.2f}"
+            for key in ("free_energy_kj_mol", "free_energy_kcal_mol")
+        ]
+        p = f"{row['population']:.4f} +- {row['population_error']:.4f}"
+        table.add_row(row["torsion"], row["state"], p, *free)
+    console.print(table)
 
 
 @cli.command()

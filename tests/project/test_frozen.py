@@ -257,7 +257,7 @@ def test_log_prob_of_the_stochastic_flow() -> None:
 
 
 #: Commands that came after what is frozen.
-NEW_COMMANDS = {"bench chart", "bench gpu"}
+NEW_COMMANDS = {"anneal", "bench chart", "bench gpu"}
 
 
 def help_texts(*command: str) -> dict[str, str]:

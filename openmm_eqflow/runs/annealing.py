@@ -1,0 +1,273 @@
+r"""From a structure to weighted samples without reference data: a path from chemistry, drawn from.
+
+:func:`~openmm_eqflow.flows.adapt.path_from_chemistry` makes the path; independent samples of it
+carry exact weights. What they say of isomers and conformers is a population p of every state and
+:math:`\Delta F = -kT \log(p / p_{\max})` against the commonest state of the same torsion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from openmm_eqflow.analysis.chains import population
+from openmm_eqflow.analysis.observables import Torsion, torsion_angles
+from openmm_eqflow.analysis.weights import log_z, pareto_k, relative_ess_with_error
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.files import atomic_path, write_json, write_npz
+from openmm_eqflow.flows.adapt import path_from_chemistry
+from openmm_eqflow.flows.path import Path as FlowPath
+from openmm_eqflow.flows.relaxed import AnnealedPath
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.targets.forcefield import write_pdb
+from openmm_eqflow.targets.isomers import find_isomers
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.units import positions_quantity
+
+__all__ = [
+    "anneal_system",
+    "isomer_populations",
+]
+
+_KCAL = 4.184
+_LEAST = 50  # independent samples that a table of populations needs
+Progress = Callable[[float, str], None]
+
+
+def isomer_populations(
+    torsions: tuple[Torsion, ...], x: NDArray[Any], log_weights: ArrayLike, kt: float
+) -> list[dict[str, Any]]:
+    """Give populations and free energies of the states of every torsion that tells isomers apart.
+
+    Amides and double bonds are cis or trans, single bonds gauche+, anti or gauche-, bonds of rings
+    plus or minus. Torsions whose turns look alike, and bonds of rings whose states differ in
+    labels only, have no states.
+
+    Parameters
+    ----------
+    torsions
+        Of :func:`~openmm_eqflow.targets.isomers.find_isomers`.
+    x, log_weights
+        Independent samples (n, N, 3) in nm and their log weights (n,).
+    kt
+        Thermal energy in kJ/mol.
+
+    Returns
+    -------
+    list of dict
+        ``torsion``, ``state``, ``population`` and ``population_error``; ``free_energy_kj_mol`` and
+        ``free_energy_kcal_mol`` with errors, against the commonest state of the torsion (None
+        where a state was not seen).
+    """
+    rows: list[dict[str, Any]] = []
+    angles = torsion_angles(x, torsions)
+    for torsion, angle in zip(torsions, angles.T, strict=True):
+        if torsion.fold > 1 or torsion.even:
+            continue
+        states = _states(torsion, angle)
+        found: dict[str, tuple[float, float]] = {}
+        for name, inside in states.items():
+            estimate, _ = population(inside, log_weights=log_weights)
+            found[name] = float(estimate.value), float(estimate.error)
+        most = max(found, key=lambda name: found[name][0])
+        for name, (p, error) in found.items():
+            free, uncertain = _free_energy(p, error, *found[most], kt, same=name == most)
+            rows.append(
+                {
+                    "torsion": torsion.name,
+                    "state": name,
+                    "population": p,
+                    "population_error": error,
+                    "free_energy_kj_mol": free,
+                    "free_energy_kj_mol_error": uncertain,
+                    "free_energy_kcal_mol": None if free is None else free / _KCAL,
+                    "free_energy_kcal_mol_error": None if uncertain is None else uncertain / _KCAL,
+                }
+            )
+    return rows
+
+
+def _states(torsion: Torsion, angle: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
+    if torsion.kind in ("amide", "double"):
+        return {"cis": np.cos(angle) > 0.0, "trans": np.cos(angle) <= 0.0}
+    if torsion.kind == "ring":
+        return {"plus": angle > 0.0, "minus": angle <= 0.0}
+    third = 2 * math.pi / 3
+    return {
+        "gauche+": (angle >= 0.0) & (angle < third),
+        "anti": np.abs(angle) >= third,
+        "gauche-": (angle < 0.0) & (angle > -third),
+    }
+
+
+def _free_energy(
+    p: float, error: float, most: float, most_error: float, kt: float, *, same: bool
+) -> tuple[float | None, float | None]:
+    """Free energy against the commonest state and its error, in kJ/mol."""
+    if same:
+        return 0.0, 0.0
+    if p <= 0.0:
+        return None, None
+    return -kt * math.log(p / most), kt * math.hypot(error / p, most_error / most)
+
+
+def anneal_system(
+    system: MolecularSystem,
+    target: BoltzmannTarget,
+    out: Path,
+    *,
+    ess: float = 0.9,
+    n_samples: int = 10_000,
+    n_points: int = 1000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make a path without reference data, draw from it, and write what it says.
+
+    Parameters
+    ----------
+    system, target
+        The molecule, and its Boltzmann distribution.
+    out
+        Folder of the results: ``flow.json`` and ``flow.safetensors`` (the path, for
+        ``load_flow``, ``FlowMove`` and ``evaluate``), ``samples.npz`` (positions in nm, log
+        weights), ``samples.dcd`` and ``topology.pdb`` (resampled by weight) and ``metrics.json``.
+        A folder with a path of the same System, seed and ``ess`` is gone on with.
+    ess
+        Relative ESS asked for; the number of levels follows.
+    n_samples
+        Independent samples.
+    n_points
+        Points of an adaptive round.
+    seed
+        Of all random streams, children of it by name.
+    progress
+        Called with the share done and a line.
+
+    Returns
+    -------
+    dict
+        What ``metrics.json`` holds: relative ESS, log Z, Pareto k, populations and free energies
+        of isomers, rounds, levels, seconds.
+
+    Raises
+    ------
+    ConfigurationError
+        ``out`` belongs to something else.
+    UnsupportedSystemError
+        No prior can be made of the molecule.
+    """
+    if not 0.0 < ess < 1.0:
+        raise ConfigurationError(f"ess is {ess:g}, expected a number above 0 and below 1")
+    tell = progress or (lambda share, text: None)
+    asked = {
+        "system_hash": target.system_hash,
+        "temperature_K": target.kT,
+        "ess": ess,
+        "n_points": n_points,
+        "seed": seed,
+    }
+    path = _known(out, asked)
+    if path is None:
+        tell(0.0, "adapting the prior to paths of its own")
+        made = path_from_chemistry(target, ess=ess, seed=seed, n_points=n_points)
+        out.mkdir(parents=True, exist_ok=True)
+        made.path.metadata["asked"] = asked
+        save_flow(made.path, out / "flow", made.path.metadata)
+        path = made.path
+    adaptation = path.metadata["adaptation"]
+    samples = draw_weighted(
+        path,
+        target,
+        n_samples,
+        seed=seed,
+        folder=out / "drawn",
+        progress=lambda share, text: tell(0.3 + 0.7 * share, text),
+    )
+    log_w = samples.log_weight.numpy()
+    value, error = relative_ess_with_error(log_w)
+    estimate = log_z(log_w)
+    x = samples.x.numpy()
+    isomers = find_isomers(target.system, system.topology, target.positions)
+    k = pareto_k(log_w)
+    metrics: dict[str, Any] = {
+        "system": system.name,
+        "n_samples": n_samples,
+        "seed": seed,
+        "relative_ess": float(value),
+        "relative_ess_error": float(error),
+        "pareto_k": float(k) if np.isfinite(k) else None,
+        "log_z": float(estimate.value),
+        "log_z_error": float(estimate.error),
+        "weights_of": "paths",
+        "n_levels": len(path.layers),
+        "seconds_per_sample": samples.seconds / n_samples,
+        "adaptation": adaptation,
+        "warnings": _warnings(float(value) * n_samples, adaptation, log_w, float(estimate.value)),
+        "isomers": isomer_populations(isomers.torsions, x, log_w, target.kT),
+    }
+    _write(out, system, x, log_w, seed)
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _known(out: Path, asked: dict[str, Any]) -> FlowPath | None:
+    """Path that ``out`` holds already."""
+    if not (out / "flow.json").is_file():
+        if out.exists() and any(out.iterdir()):
+            raise ConfigurationError(f"{out} holds other files and no path: choose another --out")
+        return None
+    path = load_flow(out / "flow")
+    if not isinstance(path, AnnealedPath) or path.metadata.get("asked") != asked:
+        raise ConfigurationError(
+            f"{out} holds a flow made with other settings or for another System: choose another "
+            "--out, or remove it"
+        )
+    return path
+
+
+def _warnings(
+    effective: float, adaptation: dict[str, Any], log_w: NDArray[np.float64], last: float
+) -> list[str]:
+    told = []
+    if effective < _LEAST:
+        told.append(
+            f"only {effective:.0f} effective samples: populations are guesses; draw more, or "
+            "raise n_points"
+        )
+    trials = [trial["log_z"] for trial in adaptation["trials"]]
+    if len(trials) > 1 and abs(trials[-1] - trials[0]) > 0.5:
+        told.append(
+            f"log Z went from {trials[0]:.2f} to {last:.2f} kT with more levels: a state may "
+            "still be missing"
+        )
+    return told
+
+
+def _write(
+    out: Path, system: MolecularSystem, x: NDArray[Any], log_w: NDArray[np.float64], seed: int
+) -> None:
+    """Weighted samples as they are, and frames drawn by weight for a viewer."""
+    write_npz(out / "samples.npz", {"positions": x.astype(np.float32), "log_weight": log_w})
+    weights = torch.softmax(torch.from_numpy(log_w), 0)
+    effective = int(max(1.0, float(1 / weights.square().sum())))
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.rand((), generator=generator, dtype=torch.float64)
+    places = (torch.arange(effective, dtype=torch.float64) + u) / effective
+    index = torch.searchsorted(weights.cumsum(0), places).clamp(max=len(weights) - 1)
+    frames = x[index.numpy()].astype(np.float32)
+    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
+    trajectory.superpose(trajectory, 0)
+    with atomic_path(out / "samples.dcd") as temporary:
+        trajectory.save_dcd(str(temporary))
+    with atomic_path(out / "topology.pdb") as temporary:
+        write_pdb(temporary, system.topology, positions_quantity(trajectory.xyz[0]))
