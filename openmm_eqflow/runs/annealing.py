@@ -26,6 +26,7 @@ from openmm_eqflow.flows.adapt import path_from_chemistry
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.runs.evaluation import draw_weighted
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import find_isomers
@@ -264,10 +265,10 @@ def _write(
     u = torch.rand((), generator=generator, dtype=torch.float64)
     places = (torch.arange(effective, dtype=torch.float64) + u) / effective
     index = torch.searchsorted(weights.cumsum(0), places).clamp(max=len(weights) - 1)
-    frames = x[index.numpy()].astype(np.float32)
+    chosen = torch.from_numpy(x[index.numpy()]).double()
+    frames = rotate(chosen, align_rotations(chosen, chosen[:1])).float().numpy()
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
-    trajectory.superpose(trajectory, 0)
     with atomic_path(out / "samples.dcd") as temporary:
         trajectory.save_dcd(str(temporary))
     with atomic_path(out / "topology.pdb") as temporary:
-        write_pdb(temporary, system.topology, positions_quantity(trajectory.xyz[0]))
+        write_pdb(temporary, system.topology, positions_quantity(frames[0]))

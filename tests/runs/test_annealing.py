@@ -1,0 +1,143 @@
+"""Sampling without reference data: what is written, populations, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import mdtraj
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from stand_ins.command_line import Shell
+from stand_ins.peroxide import write_system
+
+from openmm_eqflow.analysis.observables import Torsion
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.runs.annealing import anneal_system, isomer_populations
+from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.library import MolecularSystem, load_system
+
+KT = 8.314462618e-3 * 300
+
+
+def torsion_weight(tau: float) -> float:
+    """Boltzmann weight of the peroxide's torsion, which is independent of all else."""
+    u = 4 * (1 + math.cos(2 * tau - 0.3)) + 3 * (1 + math.cos(tau - math.pi))
+    return math.exp(-u / KT)
+
+
+def exact_log_z() -> float:
+    z = 8 * math.pi**2 * 4**-1.5
+    for length in (0.097, 0.147, 0.097):
+        z *= quad(
+            lambda b, r=length: b * b * math.exp(-150_000 * (b - r) ** 2 / KT),
+            length - 0.05,
+            length + 0.05,
+            points=[length],
+        )[0]
+    bend = quad(lambda t: math.sin(t) * math.exp(-250 * (t - 1.77) ** 2 / KT), 0, math.pi)[0]
+    return math.log(z * bend**2 * quad(torsion_weight, -math.pi, math.pi)[0])
+
+
+@pytest.fixture(scope="module")
+def molecule(tmp_path_factory: pytest.TempPathFactory) -> MolecularSystem:
+    folder = tmp_path_factory.mktemp("peroxide") / "mol"
+    write_system(folder)
+    return load_system(folder)
+
+
+@pytest.mark.statistical
+def test_a_molecule_with_a_known_torsion(molecule: MolecularSystem, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with build_target(molecule) as target:
+        metrics = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
+        assert metrics["relative_ess"] > 0.85
+        assert metrics["warnings"] == []
+        exact = exact_log_z()
+        assert abs(metrics["log_z"] - exact) < 4 * metrics["log_z_error"]
+        assert metrics["log_z_error"] < 0.02
+        whole = quad(torsion_weight, -math.pi, math.pi)[0]
+        for row in metrics["isomers"]:
+            low, high = {
+                "gauche+": (0.0, 2 * math.pi / 3),
+                "anti": (2 * math.pi / 3, 4 * math.pi / 3),
+                "gauche-": (-2 * math.pi / 3, 0.0),
+            }[row["state"]]
+            p = quad(torsion_weight, low, high)[0] / whole
+            assert abs(row["population"] - p) < 4 * row["population_error"]
+            assert row["population_error"] < 0.02
+        stored = np.load(out / "samples.npz")
+        assert stored["positions"].shape == (4000, 4, 3)
+        # power: without their weights the samples say something else of log Z
+        drawn = stored["log_weight"]
+        assert abs(drawn.mean() - exact) > 4 * metrics["log_z_error"]
+        frames = mdtraj.load(str(out / "samples.dcd"), top=str(out / "topology.pdb"))
+        assert frames.n_frames == pytest.approx(metrics["relative_ess"] * 4000, abs=2)
+        # The path is a flow like any other.
+        x, log_q = load_flow(out / "flow").sample_and_log_prob(
+            500, generator=torch.Generator().manual_seed(1)
+        )
+        log_w = -target.reduced_potential(x) - log_q
+        assert abs(float(torch.logsumexp(log_w, 0)) - math.log(500) - exact) < 0.1
+        # Again: nothing is made anew.
+        before = (out / "flow.safetensors").stat().st_mtime_ns
+        again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
+        assert again["log_z"] == metrics["log_z"]
+        assert (out / "flow.safetensors").stat().st_mtime_ns == before
+        with pytest.raises(ConfigurationError, match="other settings"):
+            anneal_system(molecule, target, out, n_points=400, seed=4)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        with pytest.raises(ConfigurationError, match="holds other files"):
+            anneal_system(molecule, target, tmp_path / "full")
+        with pytest.raises(ConfigurationError, match="above 0 and below 1"):
+            anneal_system(molecule, target, tmp_path / "never", ess=1.2)
+
+
+def four_atoms(tau: np.ndarray) -> np.ndarray:
+    x = np.zeros((len(tau), 4, 3))
+    x[:, 0, 1], x[:, 2, 0] = 0.1, 0.1
+    x[:, 3, 0], x[:, 3, 1], x[:, 3, 2] = 0.1, 0.1 * np.cos(tau), 0.1 * np.sin(tau)
+    return x
+
+
+def test_states_and_free_energies() -> None:
+    tau = np.radians(np.array([0.5, 60.0, 119.0, 121.0, 180.0, -150.0, -119.0, -60.0]))
+    x, kt = four_atoms(tau), 2.5
+    log_w = np.log(np.array([1.0, 1, 1, 2, 2, 2, 0.5, 0.5]))
+    single, amide, methyl = (
+        Torsion("a", (0, 1, 2, 3)),
+        Torsion("b", (0, 1, 2, 3), kind="amide"),
+        Torsion("c", (0, 1, 2, 3), fold=3),
+    )
+    rows = isomer_populations((single, amide, methyl), x, log_w, kt)
+    found = {(row["torsion"], row["state"]): row for row in rows}
+    assert set(found) == {
+        ("a", "gauche+"), ("a", "anti"), ("a", "gauche-"), ("b", "cis"), ("b", "trans"),
+    }  # fmt: skip
+    assert found["a", "gauche+"]["population"] == pytest.approx(0.3)
+    assert found["a", "anti"]["population"] == pytest.approx(0.6)
+    assert found["a", "gauche-"]["population"] == pytest.approx(0.1)
+    assert found["b", "cis"]["population"] == pytest.approx(0.25)
+    free = found["a", "gauche-"]
+    assert free["free_energy_kj_mol"] == pytest.approx(kt * math.log(6))
+    assert free["free_energy_kcal_mol"] == pytest.approx(kt * math.log(6) / 4.184)
+    unseen = isomer_populations((amide,), four_atoms(np.full(50, 3.0)), np.zeros(50), kt)
+    assert [row["free_energy_kj_mol"] for row in unseen] == [None, 0.0]
+    assert unseen[0]["population_error"] > 0
+
+
+def test_command(shell: Shell, molecule: MolecularSystem) -> None:
+    sizes = ("--n-samples", 200, "--n-points", 200)
+    outcome = shell("anneal", molecule.directory, *sizes)
+    assert outcome.code == 0
+    assert "relative ESS" in outcome.out
+    assert "anti" in outcome.out
+    written = json.loads(Path("runs/mol-annealed/metrics.json").read_text())
+    assert written["n_samples"] == 200
+    assert "above 0" in shell.refuses("anneal", molecule.directory, "--ess", "1.5", "--out", "x")
+    assert "structure in three dimensions" in shell.refuses("anneal", "dw4")
