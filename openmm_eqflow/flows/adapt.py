@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z, relative_ess
+from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
@@ -64,6 +65,7 @@ _AIM = 0.8  # acceptance
 _CHUNK = 256
 _FALL = 0.5  # of log Z, in kT, between rounds that is more than chance
 _ORDER = 4
+_SHORT = 1.2  # length of a path that a dozen levels make efficient
 
 
 class Pilot(NamedTuple):
@@ -163,6 +165,11 @@ def carry(
         Random stream.
     max_levels
         After so many the rest of the way is one step.
+
+    Raises
+    ------
+    TrainingError
+        No point of the prior has an energy.
     """
     bridge = Bridge(prior, target)
 
@@ -170,8 +177,15 @@ def carry(
         return _joined([bridge.at(part) for part in y.split(_CHUNK)])
 
     state = at(prior.sample_latent(n, generator=generator))
+    if not bool(torch.isfinite(state.log_target).any()):
+        raise TrainingError(
+            f"none of {n} points of the prior has a finite energy: check the structure, or take "
+            "more points"
+        )
     t, log_size, log_weight, total = 0.0, math.log(0.4), torch.zeros(n).double(), 0.0
-    times, spreads, steps = [], [], []
+    times: list[float] = []
+    spreads: list[float] = []
+    steps: list[Tensor] = []
     while t < 1.0:
         log_ratio = state.log_target - state.log_prior
         step = _next(log_ratio, log_weight, 1.0 - t, share)
@@ -238,7 +252,7 @@ def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> f
 
 
 def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices (n,) of a systematic resampling: each weight times n, rounded up or down."""
+    """Resample systematically: indices (n,), each weight times n rounded up or down."""
     n = len(weights)
     u = torch.rand((), generator=generator, dtype=torch.float64)
     places = (torch.arange(n, dtype=torch.float64) + u) / n
@@ -341,7 +355,10 @@ def adapt(
     rounds.append(_round(prior, target, best, n, True, started, _child(seed, 1, 0)))
     for k in range(1, max_rounds + 1):
         new = _refitted(prior, target, best, ground, share, _child(seed, 2, k))
-        pilot = None if new is None else run(new, k)
+        try:
+            pilot = None if new is None else run(new, k)
+        except TrainingError:
+            pilot = None
         better = (
             pilot is not None
             and pilot.length < best.length
@@ -351,6 +368,8 @@ def adapt(
             rounds.append(_round(new, target, pilot, n, better, started, _child(seed, 1, k)))
         if new is None or pilot is None or not better:
             logger.info("round %d of adapting the prior was dropped", k)
+            if best.length < _SHORT:
+                break  # another round would cost more than the levels it saves
             n *= 2
             if k < max_rounds:
                 best = run(prior, 100 + k)
