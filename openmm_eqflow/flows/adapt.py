@@ -360,9 +360,7 @@ def adapt(
         except TrainingError:
             pilot = None
         better = (
-            pilot is not None
-            and pilot.length < best.length
-            and pilot.log_z > best.log_z - _FALL
+            pilot is not None and pilot.length < best.length and pilot.log_z > best.log_z - _FALL
         )
         if new is not None and pilot is not None:
             rounds.append(_round(new, target, pilot, n, better, started, _child(seed, 1, k)))
@@ -488,9 +486,7 @@ def path_from_chemistry(
     while True:
         times, steps = spread_levels(pilot, n_levels)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
-        x, log_q = path.sample_and_log_prob(
-            n_points, generator=_child(seed, 3, len(trials))
-        )
+        x, log_q = path.sample_and_log_prob(n_points, generator=_child(seed, 3, len(trials)))
         log_w = -target.reduced_potential(x) - log_q
         found = float(relative_ess(log_w.numpy()))
         trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))

@@ -11,6 +11,7 @@ from stand_ins import TESTS
 from stand_ins.flows import stream, water_prior
 
 from openmm_eqflow import BoltzmannTarget, load_system
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.priors.chemistry import chemical_prior
 from openmm_eqflow.priors.fit import whitened_mixture
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -84,10 +85,7 @@ def test_proline_has_both_puckers_and_both_isomers_from_either(isomer: str) -> N
         x = x[torch.isfinite(log_volume)]
         index = {(a.residue.name, a.name): a.index for a in pdb.topology.atoms()}
         keys = (("ACE", "CH3"), ("ACE", "C"), ("PRO", "N"), ("PRO", "CA"))
-        torsion = prior.zmatrix  # any four atoms: through the target's own helper
-        from openmm_eqflow.analysis.observables import torsion_angles
-
-        omega = torsion_angles(x.numpy(), [tuple(index[k] for k in keys)])[:, 0]
-        assert torsion.n_particles == target.n_particles
+        a, b, c, d = (index[k] for k in keys)
+        omega = torsion_angles(x.numpy(), [(a, b, c, d)])[:, 0]
     cis = float((abs(omega) < math.pi / 2).mean())
     assert abs(cis - 0.5) < 5 * math.sqrt(0.25 / 4000)
