@@ -8,30 +8,19 @@ import pytest
 import torch
 from openmm import app, unit
 from stand_ins import TESTS
-from stand_ins.flows import stream, water_prior
+from stand_ins.flows import mixed_water, stream, water_prior
 
 from openmm_eqflow import BoltzmannTarget, load_system
 from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.priors.chemistry import chemical_prior
-from openmm_eqflow.priors.fit import whitened_mixture
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.runs.stages import build_target
 
 
-def mixed() -> InternalCoordinatePrior:
-    """Water of two components, far apart in the angle."""
-    prior = water_prior()
-    means = torch.tensor([[0.0, 0.0, -0.2], [0.001, 0.0, 0.3]], dtype=torch.float64)
-    wide = prior.cholesky @ prior.cholesky.T
-    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    prior.mixture = whitened_mixture(prior.cholesky, weights, means, torch.stack([wide, 2 * wide]))
-    return prior
-
-
 def test_a_mixture_integrates_to_one_and_its_samples_have_its_shares() -> None:
-    prior, n = mixed(), 200_000
-    z = 4 * torch.randn(n, 3, generator=stream(0), dtype=torch.float64)
-    log_r = -0.5 * (z / 4).square().sum(1) - 3 * math.log(4 * math.sqrt(2 * math.pi))
+    prior, n = mixed_water(), 200_000
+    z = 2 * torch.randn(n, 3, generator=stream(0), dtype=torch.float64)
+    log_r = -0.5 * (z / 2).square().sum(1) - 3 * math.log(2 * math.sqrt(2 * math.pi))
     ratio = torch.exp(prior.latent_log_prob(z) - log_r)
     error = float(ratio.std()) / math.sqrt(n)
     assert error < 0.02
@@ -45,7 +34,7 @@ def test_a_mixture_integrates_to_one_and_its_samples_have_its_shares() -> None:
 
 
 def test_a_mixture_is_stored() -> None:
-    prior = mixed()
+    prior = mixed_water()
     again = InternalCoordinatePrior.from_state(*prior.state())
     z = prior.sample_latent(20, generator=stream(2))
     assert torch.equal(z, again.sample_latent(20, generator=stream(2)))
