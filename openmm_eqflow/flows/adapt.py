@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z, relative_ess
+from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
@@ -63,6 +64,7 @@ _AIM = 0.8  # acceptance
 _CHUNK = 256
 _FALL = 0.5  # of log Z, in kT, between rounds that is more than chance
 _ORDER = 4
+_SHORT = 1.2  # length of a path that a dozen levels make efficient
 
 
 class Pilot(NamedTuple):
@@ -162,6 +164,11 @@ def carry(
         Random stream.
     max_levels
         After so many the rest of the way is one step.
+
+    Raises
+    ------
+    TrainingError
+        No point of the prior has an energy.
     """
     bridge = Bridge(prior, target)
 
@@ -169,6 +176,11 @@ def carry(
         return _joined([bridge.at(part) for part in y.split(_CHUNK)])
 
     state = at(prior.sample_latent(n, generator=generator))
+    if not bool(torch.isfinite(state.log_target).any()):
+        raise TrainingError(
+            f"none of {n} points of the prior has a finite energy: check the structure, or take "
+            "more points"
+        )
     t, log_size, log_weight, total = 0.0, math.log(0.4), torch.zeros(n).double(), 0.0
     times: list[float] = []
     spreads: list[float] = []
@@ -239,7 +251,7 @@ def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> f
 
 
 def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw indices (n,) by systematic resampling: each weight times n, rounded up or down."""
+    """Resample systematically: indices (n,), each weight times n rounded up or down."""
     n = len(weights)
     u = torch.rand((), generator=generator, dtype=torch.float64)
     places = (torch.arange(n, dtype=torch.float64) + u) / n
@@ -342,16 +354,19 @@ def adapt(
     rounds.append(_round(prior, target, best, n, True, started, _child(seed, 1, 0)))
     for k in range(1, max_rounds + 1):
         new = _refitted(prior, target, best, ground, share, _child(seed, 2, k))
-        pilot = None if new is None else run(new, k)
+        try:
+            pilot = None if new is None else run(new, k)
+        except TrainingError:
+            pilot = None
         better = (
-            pilot is not None
-            and pilot.length < best.length
-            and pilot.log_z > best.log_z - _FALL
+            pilot is not None and pilot.length < best.length and pilot.log_z > best.log_z - _FALL
         )
         if new is not None and pilot is not None:
             rounds.append(_round(new, target, pilot, n, better, started, _child(seed, 1, k)))
         if new is None or pilot is None or not better:
             logger.info("round %d of adapting the prior was dropped", k)
+            if best.length < _SHORT:
+                break  # another round would cost more than the levels it saves
             n *= 2
             if k < max_rounds:
                 best = run(prior, 100 + k)
@@ -470,9 +485,7 @@ def path_from_chemistry(
     while True:
         times, steps = spread_levels(pilot, n_levels)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
-        x, log_q = path.sample_and_log_prob(
-            n_points, generator=_child(seed, 3, len(trials))
-        )
+        x, log_q = path.sample_and_log_prob(n_points, generator=_child(seed, 3, len(trials)))
         log_w = -target.reduced_potential(x) - log_q
         found = float(relative_ess(log_w.numpy()))
         trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))

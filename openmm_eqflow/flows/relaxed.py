@@ -288,13 +288,8 @@ class AnnealedPath(Path):
     @property
     def maps(self) -> EquivariantFlow:
         """The path without its trajectories: the identity."""
-        still = StillField(n_coordinates=self.prior.event_shape[0]).to(self.device)
-        return EquivariantFlow(
-            self.prior,
-            still,  # type: ignore[arg-type]
-            grid=(0.0, 1.0),
-            chunk_size=self.chunk_size,
-        )
+        still: Any = StillField(n_coordinates=self.prior.event_shape[0]).to(self.device)
+        return EquivariantFlow(self.prior, still, grid=(0.0, 1.0), chunk_size=self.chunk_size)
 
     def stored_layers(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Target, leapfrog steps and levels; the steps of every coordinate.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,11 +97,12 @@ def chemical_prior(
         and not (bond in about and about[bond].kind == "double")
     ]
     kinds = elements(target.system, target.topology)
+    quads = _telling(isomers.torsions, graph, kinds)
     minima = find_minima(
         target,
         torch.from_numpy(target.positions),
         masses,
-        _telling(isomers.torsions, graph, kinds),
+        quads,
         sides=[t.atoms for t in isomers.torsions if t.kind == "double"],
         generator=generator,
     )
@@ -122,7 +124,7 @@ def chemical_prior(
         floor = 0.0 if amide else 1.0
         groups.append(TorsionGroup((k,), (zmatrix.fold[which],), _AMIDE_WIDTH, floor))
         tables.append(table)
-    frames = [_local_frames(target, m, masses, generator) for m in minima]
+    minima, frames = _around(target, minima, quads, masses, generator)
     stiff = [k for k in range(len(zmatrix.lead)) if k not in set(soft)]
     return _with_stiff(
         target, zmatrix, soft, stiff, TorsionDensity(groups, tables) if soft else None, minima,
@@ -165,6 +167,27 @@ def _two_basins(
         table[low % _CELLS] += weight * (low + 1 - place)
         table[(low + 1) % _CELLS] += weight * (place - low)
     return table
+
+
+def _around(
+    target: BoltzmannTarget,
+    minima: list[Minimum],
+    quads: list[tuple[int, int, int, int]],
+    masses: Tensor,
+    generator: torch.Generator,
+) -> tuple[list[Minimum], list[Tensor]]:
+    """Frames around every minimum that are nearer to it than to any other; none, no minimum."""
+    kept, frames = [], []
+    for k, minimum in enumerate(minima):
+        x = _local_frames(target, minimum, masses, generator)
+        if quads and len(minima) > 1:
+            angles = torsion_angles(x.numpy(), quads)
+            apart = [np.cos(angles - m.torsions).sum(1) for m in minima]
+            x = x[torch.from_numpy(np.argmax(apart, 0) == k)]
+        if len(x) > 4 * target.n_particles or k == 0:
+            kept.append(minimum)
+            frames.append(x)
+    return kept, frames
 
 
 def _local_frames(

@@ -480,13 +480,16 @@ def refit(
     if shifts is not None:
         features = torch.cat([features, shifts.indicator], 1)
         penalty = torch.cat([penalty, torch.full_like(shifts.indicator[0], 1e-8)])
-        start = start + shifts.indicator @ shifts.old
+        for c in shifts.component.unique():
+            own = shifts.component == c
+            start[own] += (weights[own] @ (s - start)[own]) / weights[own].sum().clamp(min=1e-30)
     # Torch's default, gelsy, starts from pivots it leaves uninitialised: other bits every time.
     new.coefficients = torch.linalg.lstsq(
         features * weights.sqrt()[:, None], start * weights.sqrt()[:, None], driver="gelsd"
     ).solution
     score = stiff_score(new, s, tau, gradient, x)
-    covariance = controlled_fit(new, s, features, score, weights, penalty)
+    trusted = weights if shifts is None else shifts.trusted(weights, s.shape[1])
+    covariance = controlled_fit(new, s, features, score, trusted, penalty)
     new.cholesky = torch.linalg.cholesky(covariance)
     if shifts is not None:
         residual = s - features @ new.coefficients
@@ -519,6 +522,15 @@ class _Shifts(NamedTuple):
         means = prior.mixture.means @ prior.cholesky.T
         return cls(component, heaviest, indicator, (means - means[heaviest])[others])
 
+    def trusted(self, weights: Tensor, n_stiff: int) -> Tensor:
+        """Weights of points, those of components hardly seen set to zero."""
+        kept = weights.clone()
+        for c in self.component.unique():
+            own = self.component == c
+            if _few(weights[own], n_stiff):
+                kept[own] = 0.0
+        return kept / kept.sum() if bool(kept.any()) else weights
+
     def mixture(
         self,
         prior: InternalCoordinatePrior,
@@ -537,9 +549,8 @@ class _Shifts(NamedTuple):
         for c in range(m):
             own = weights[self.component == c]
             mass.append(float(own.sum()))
-            seen = 1 / (own / own.sum()).square().sum() if len(own) else torch.zeros(())
             k = None if c == self.heaviest else next(others)
-            few = float(seen) < max(30.0, 0.5 * n_stiff)
+            few = _few(own, n_stiff)
             shift = torch.zeros(n_stiff, dtype=residual.dtype)
             if k is not None:
                 shift = self.old[k] if few else moved[k]
@@ -554,6 +565,12 @@ class _Shifts(NamedTuple):
         return whitened_mixture(
             new.cholesky, shares, torch.stack(centres), torch.stack(covariances)
         )
+
+
+def _few(weights: Tensor, n_stiff: int) -> bool:
+    """Whether so few points cannot carry means and covariance of their own."""
+    effective = float(weights.sum() ** 2 / weights.square().sum().clamp(min=1e-300))
+    return effective < max(30.0, n_stiff)
 
 
 def whitened_mixture(

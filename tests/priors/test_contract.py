@@ -12,7 +12,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stand_ins.flows import chain_prior, coupled_torsions, methanol_prior, stream, water_prior
+from stand_ins.flows import (
+    chain_prior,
+    coupled_torsions,
+    methanol_prior,
+    mixed_water,
+    stream,
+    water_prior,
+)
 from torch import Tensor
 
 from openmm_eqflow.geometry import mean_free_basis, random_rotations, rotate
@@ -71,6 +78,7 @@ MEMBERS = {
     "tails": Member(lambda: chain_prior(tail_share=0.1), True, True),
     "conformers": Member(lambda: chain_prior(torsions=coupled_torsions()), True, True),
     "water": Member(water_prior, True, False),
+    "components": Member(mixed_water, True, False),
     "methyl": Member(methanol_prior, True, True),
 }
 

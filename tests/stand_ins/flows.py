@@ -9,6 +9,7 @@ from torch import nn
 
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.geometry import remove_mean
+from openmm_eqflow.priors.fit import whitened_mixture
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, TorsionGroup, find_basins
@@ -93,6 +94,17 @@ def water_prior(spread: float = 0.003) -> InternalCoordinatePrior:
         tail_share=0.2,
         tail_scale=1.5,
     )
+
+
+def mixed_water() -> InternalCoordinatePrior:
+    """Water of two components of the stiff density, apart in the angle."""
+    prior = water_prior()
+    means = torch.tensor([[0.0, 0.0, -0.1], [0.001, 0.0, 0.15]], dtype=torch.float64)
+    wide = prior.cholesky @ prior.cholesky.T
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    covariances = torch.stack([0.2 * wide, 0.1 * wide])
+    prior.mixture = whitened_mixture(prior.cholesky, weights, means, covariances)
+    return prior
 
 
 def methanol_prior() -> InternalCoordinatePrior:

@@ -1,0 +1,157 @@
+"""From bonds to a path: log Z of a known density at any number of levels; lost modes are seen."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from openmm import unit
+from stand_ins import peroxide
+from stand_ins.flows import stream
+
+from openmm_eqflow import BoltzmannTarget, load_flow, save_flow
+from openmm_eqflow.analysis.weights import log_z
+from openmm_eqflow.flows.adapt import (
+    Adaptation,
+    Pilot,
+    carry,
+    floor_weight,
+    path_from_chemistry,
+    spread_levels,
+)
+from openmm_eqflow.flows.adapt import _systematic as systematic
+from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
+from openmm_eqflow.priors.chemistry import chemical_prior
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+
+pytestmark = pytest.mark.statistical
+
+
+def exact_log_z(kt: float) -> float:
+    """Log Z of hydrogen peroxide's System, factor by factor in its internal coordinates.
+
+    On the mean-free subspace, with orientations: 8 pi^2 N^(-3/2) prod b^2 sin theta.
+    """
+    total = math.log(8 * math.pi**2) - 1.5 * math.log(4)
+    for rest in (0.097, 0.147, 0.097):
+        b = np.linspace(rest - 0.04, rest + 0.04, 20_001)
+        f = b**2 * np.exp(-0.5 * 300_000.0 * (b - rest) ** 2 / kt)
+        total += math.log(np.trapezoid(f, b))
+    theta = np.linspace(0.0, math.pi, 20_001)
+    f = np.sin(theta) * np.exp(-0.5 * 500.0 * (theta - 1.77) ** 2 / kt)
+    total += 2 * math.log(np.trapezoid(f, theta))
+    tau = np.linspace(-math.pi, math.pi, 20_001)
+    energy = 4.0 * (1 + np.cos(2 * tau - 0.3)) + 3.0 * (1 + np.cos(tau - math.pi))
+    return total + math.log(np.trapezoid(np.exp(-energy / kt), tau))
+
+
+@pytest.fixture(scope="module")
+def target() -> BoltzmannTarget:
+    return BoltzmannTarget(
+        peroxide.system(), peroxide.topology(), 300 * unit.kelvin, peroxide.POSITIONS
+    )
+
+
+@pytest.fixture(scope="module")
+def prior(target: BoltzmannTarget) -> InternalCoordinatePrior:
+    return chemical_prior(target, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pilot(prior: InternalCoordinatePrior, target: BoltzmannTarget) -> Pilot:
+    return carry(prior, target, 500, generator=stream(2))
+
+
+@pytest.fixture(scope="module")
+def made(target: BoltzmannTarget) -> Adaptation:
+    return path_from_chemistry(target, ess=0.95, seed=3, n_points=500, max_rounds=2)
+
+
+@pytest.mark.parametrize("n_levels", [20, 80, pytest.param(320, marks=pytest.mark.slow)])
+def test_log_z_is_exact_whatever_the_number_of_levels(
+    prior: InternalCoordinatePrior, target: BoltzmannTarget, pilot: Pilot, n_levels: int
+) -> None:
+    """E[w] = Z; power: without the work of the levels it is not."""
+    times, steps = spread_levels(pilot, n_levels)
+    path = AnnealedPath(prior, target, Levels(2, times, steps))
+    x, log_q = path.sample_and_log_prob(600, generator=stream(n_levels))
+    log_w = (-target.reduced_potential(x) - log_q).numpy()
+    found, truth = log_z(log_w), exact_log_z(target.kT)
+    assert found.error < 0.05
+    assert abs(found.value - truth) < 4.5 * found.error
+    for layer in path.layers:  # power: the points are the same, the work is left out
+        move = layer.forward
+        layer.forward = lambda y, streams, move=move: (move(y, streams)[0], 0.0 * y[:, 0])
+    x, log_q = path.sample_and_log_prob(600, generator=stream(n_levels))
+    wrong = log_z((-target.reduced_potential(x) - log_q).numpy())
+    assert not abs(wrong.value - truth) < 4.5 * found.error
+
+
+def test_rounds_shorten_the_path_to_the_ess_asked_for(
+    made: Adaptation, target: BoltzmannTarget
+) -> None:
+    first, last = made.rounds[0], [r for r in made.rounds if r.kept][-1]
+    assert last.length < 0.5 * first.length
+    assert last.prior_ess > first.prior_ess + 0.2
+    assert made.trials[-1][2] >= 0.95
+    x, log_q = made.path.sample_and_log_prob(2000, generator=stream(3))
+    found = log_z((-target.reduced_potential(x) - log_q).numpy())
+    assert abs(found.value - exact_log_z(target.kT)) < 4.5 * found.error
+    assert made.path.audit_report is not None
+    assert made.path.audit_report["passed"]
+    assert all(value < 0.05 for value in made.floor.values())
+
+
+def test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor(
+    made: Adaptation, prior: InternalCoordinatePrior, target: BoltzmannTarget
+) -> None:
+    """Half of the torsion's density is taken out; the path still has log Z, and the floor says."""
+    assert prior.torsions is not None
+    good = made.path.prior
+    assert good.torsions is not None
+    centres = good.torsions.centres
+    table = torch.where(centres > 0, good.torsions.tables[0], 0.0)
+    share = 0.02
+    table = (1 - share) * table / table.sum() + share / len(table)
+    group = good.torsions.groups[0]
+    lost = good.copy()
+    lost.torsions = TorsionDensity(
+        [TorsionGroup(group.members, group.fold, group.width, 0.0)], [table]
+    )
+    pilot = carry(lost, target, 2000, generator=stream(5))
+    times, steps = spread_levels(pilot, 10)
+    path = AnnealedPath(lost, target, Levels(3, times, steps))
+    x, log_q = path.sample_and_log_prob(4000, generator=stream(6))
+    log_w = -target.reduced_potential(x) - log_q
+    y = lost.from_cartesian(x)[0]
+    (weight,) = floor_weight(lost, prior.torsions, share, y, log_w).values()
+    assert weight > 0.2
+    found = log_z(log_w.numpy())
+    assert abs(found.value - exact_log_z(target.kT)) < 5 * found.error
+    (whole,) = made.floor.values()
+    assert not whole > 0.2  # power: of the prior that lost nothing it is small
+
+
+def test_the_path_is_saved_and_loaded(made: Adaptation, tmp_path: Path) -> None:
+    save_flow(made.path, tmp_path / "flow", made.record())
+    again = load_flow(tmp_path / "flow")
+    assert isinstance(again, AnnealedPath)
+    assert again.metadata["trials"][-1]["ess"] >= 0.95
+    x, log_q = made.path.sample_and_log_prob(16, generator=stream(7))
+    y, same = again.sample_and_log_prob(16, generator=stream(7))
+    torch.testing.assert_close(y, x, atol=1e-9, rtol=0)
+    torch.testing.assert_close(same, log_q, atol=1e-7, rtol=0)
+    levels = made.path.levels._replace(steps=1.01 * made.path.levels.steps)
+    other = AnnealedPath(made.path.prior, made.path.target, levels)  # power: steps are in it
+    assert not torch.equal(other.sample_and_log_prob(16, generator=stream(7))[0], x)
+
+
+def test_systematic_resampling_keeps_expectations() -> None:
+    weights = torch.softmax(torch.randn(50, generator=stream(8), dtype=torch.float64), 0)
+    counts = torch.bincount(systematic(weights, stream(9)), minlength=50)
+    assert int(counts.sum()) == 50
+    assert bool(((counts - 50 * weights).abs() < 1).all())
