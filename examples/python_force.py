@@ -13,6 +13,7 @@ from openmm import app, unit
 
 from openmm_eqflow import BoltzmannTarget, MeanFreeGaussian
 from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.targets.energies.contexts import ContextPool
 
 N, SPRING, QUARTIC = 4, 50.0, 200.0  # particles, kJ/mol/nm^2, kJ/mol/nm^4
 
@@ -37,7 +38,8 @@ for k in range(N):
     topology.addAtom(f"X{k}", None, residue)
 system.addForce(openmm.PythonForce(energy))
 
-target = BoltzmannTarget(system, topology, 300 * unit.kelvin)
+# Without an evaluator the same pool is made, and a warning says that it is slower.
+target = BoltzmannTarget(system, topology, 300 * unit.kelvin, evaluator=ContextPool(system))
 prior = MeanFreeGaussian(N, 3, scale=0.07)
 x = prior.sample(arguments.n, generator=torch.Generator().manual_seed(1))
 u, gradient = target.reduced_potential_and_gradient(x)

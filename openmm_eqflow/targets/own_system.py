@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from openmm_eqflow.targets.library import (
     check_temperature,
     load_system,
 )
+from openmm_eqflow.targets.ligand import CHARGES, parametrise
 from openmm_eqflow.targets.support import (
     check_molecule,
     check_solvent,
@@ -54,6 +56,7 @@ from openmm_eqflow.units import (
 )
 
 __all__ = [
+    "init_ligand",
     "init_system",
 ]
 
@@ -77,6 +80,8 @@ def init_system(
     chain: str | None = None,
     residue: str | None = None,
     strip_solvent: bool = False,
+    bond_orders: Sequence[Sequence[int]] = (),
+    description: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> MolecularSystem:
     """Write ``directory/system.yaml`` with copies of the files it names, and load it.
@@ -102,6 +107,10 @@ def init_system(
         Take this chain (its letter), these residues (name or number) alone.
     strip_solvent
         Remove water and ions, from the System too.
+    bond_orders
+        ``(i, j, order)`` of bonds, atoms counted from 0; PDB files have none.
+    description
+        For system.yaml.
     tell
         Called with lines about the input: the energy of every force at the given coordinates.
 
@@ -181,10 +190,12 @@ def init_system(
     content: dict[str, Any] = {
         "name": directory.name,
         "kind": "molecule",
-        "description": f"{molecule.getNumAtoms()} atoms from {pdb.name}",
+        "description": description or f"{molecule.getNumAtoms()} atoms from {pdb.name}",
         "coordinates": structure,
         "temperature_kelvin": degrees,
     }
+    if bond_orders:
+        content["bond_orders"] = [[int(n) for n in row] for row in bond_orders]
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -212,6 +223,53 @@ def init_system(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_system(directory)
+
+
+def init_ligand(
+    directory: str | Path,
+    *,
+    smiles: str | None = None,
+    sdf: str | Path | None = None,
+    charges: str = "bcc",
+    temperature: unit.Quantity = _ROOM_TEMPERATURE,
+    tell: Callable[[str], None] | None = None,
+) -> MolecularSystem:
+    """Write a folder as :func:`init_system` does for a small molecule, with GAFF2 in vacuum.
+
+    Parameters
+    ----------
+    directory, temperature, tell
+        As there.
+    smiles, sdf, charges
+        As in :func:`~openmm_eqflow.targets.ligand.parametrise`.
+
+    Raises
+    ------
+    ConfigurationError, UnsupportedSystemError
+        Of both.
+    """
+    if (smiles is None) == (sdf is None):
+        raise ConfigurationError("give either --smiles or --sdf")
+    if sdf is not None and not Path(sdf).is_file():
+        raise ConfigurationError(f"{sdf} is not a file")
+    if Path(directory).exists():
+        raise ConfigurationError(f"{directory} exists; choose another folder or remove it first")
+    with tempfile.TemporaryDirectory() as made:
+        prmtop, inpcrd, orders, lines = parametrise(
+            Path(made), smiles=smiles, sdf=None if sdf is None else Path(sdf), charges=charges
+        )
+        system = init_system(
+            directory,
+            pdb=inpcrd,
+            topology=prmtop,
+            temperature=temperature,
+            bond_orders=orders,
+            description=f"{smiles or Path(str(sdf)).name}: GAFF2, {CHARGES[charges]} charges",
+            tell=tell,
+        )
+    for line in lines if tell is not None else ():
+        tell(line)
+    return system
 
 
 def _read(
