@@ -267,8 +267,9 @@ def init_ligand(
             description=f"{smiles or Path(str(sdf)).name}: GAFF2, {CHARGES[charges]} charges",
             tell=tell,
         )
-    for line in lines if tell is not None else ():
-        tell(line)
+    if tell is not None:
+        for line in lines:
+            tell(line)
     return system
 
 
@@ -358,7 +359,9 @@ def _check_same_atoms(topology: app.Topology, system: openmm.System, pdb: Path) 
             "order"
         )
     bonds = {frozenset((a.index, b.index)) for a, b in topology.bonds()}
-    forces = [f for f in system.getForces() if isinstance(f, openmm.HarmonicBondForce)]
+    # AMOEBA's bonds are custom ones, its harmonic ones are Urey-Bradley terms.
+    kinds = (openmm.HarmonicBondForce, openmm.CustomBondForce)
+    forces = [f for f in system.getForces() if isinstance(f, kinds)]
     terms = {
         frozenset(force.getBondParameters(index)[:2])
         for force in forces
