@@ -280,6 +280,15 @@ def systems() -> None:
     help="Constrain the bonds of hydrogen, or all.",
 )
 @click.option("--hydrogen-mass", type=float, help="Dalton, taken from the heavy atoms.")
+@click.option("--smiles", help="Small molecule; needs openmm-eqflow[ligand].")
+@click.option("--sdf", type=click.Path(path_type=Path), help="Small molecule from an SD file.")
+@click.option(
+    "--charges",
+    type=click.Choice(["bcc", "gas"]),
+    default="bcc",
+    show_default=True,
+    help="Of --smiles and --sdf: AM1-BCC, or Gasteiger for a quick look.",
+)
 @click.argument("more_forcefields", nargs=-1)
 def init(
     folder: Path,
@@ -295,12 +304,15 @@ def init(
     strip_solvent: bool,
     constraints: str,
     hydrogen_mass: float | None,
+    smiles: str | None,
+    sdf: Path | None,
+    charges: str,
     **files: Path | None,
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
     from openmm_eqflow.runs.forecast import describe_system
     from openmm_eqflow.targets.library import check_temperature
-    from openmm_eqflow.targets.own_system import init_system
+    from openmm_eqflow.targets.own_system import init_ligand, init_system
     from openmm_eqflow.units import temperature_quantity
 
     def one_of(*names: str) -> Path | None:
@@ -314,22 +326,37 @@ def init(
 
     files["pdb"] = pdb
     check_temperature(temperature, "temperature")
-    made = init_system(
-        folder,
-        pdb=one_of("pdb", "cif", "inpcrd", "gro", "crd"),
-        topology=one_of("prmtop", "top", "psf"),
-        parameters=params,
-        chain=chain,
-        residue=residue,
-        strip_solvent=strip_solvent,
-        constraints=constraints,
-        hydrogen_mass=hydrogen_mass,
-        tell=tell,
-        forcefield=[*forcefield, *more_forcefields] or None,
-        system_xml=system_xml,
-        temperature=temperature_quantity(temperature),
-        add_hydrogens=add_hydrogens,
-    )
+    coordinates = one_of("pdb", "cif", "inpcrd", "gro", "crd")
+    if smiles is not None or sdf is not None:
+        if coordinates is not None or forcefield or system_xml is not None:
+            raise ConfigurationError("--smiles and --sdf stand alone: leave the other files out")
+        made = init_ligand(
+            folder,
+            smiles=smiles,
+            sdf=sdf,
+            charges=charges,
+            temperature=temperature_quantity(temperature),
+            tell=tell,
+            constraints=constraints,
+            hydrogen_mass=hydrogen_mass,
+        )
+    else:
+        made = init_system(
+            folder,
+            pdb=coordinates,
+            topology=one_of("prmtop", "top", "psf"),
+            parameters=params,
+            chain=chain,
+            residue=residue,
+            strip_solvent=strip_solvent,
+            constraints=constraints,
+            hydrogen_mass=hydrogen_mass,
+            tell=tell,
+            forcefield=[*forcefield, *more_forcefields] or None,
+            system_xml=system_xml,
+            temperature=temperature_quantity(temperature),
+            add_hydrogens=add_hydrogens,
+        )
     lines, cautions = describe_system(made)
     for line in lines:
         tell(line)

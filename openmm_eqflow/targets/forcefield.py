@@ -20,6 +20,7 @@ __all__ = [
     "load_pdb",
     "load_system_xml",
     "one_line",
+    "refuse_code",
     "write_pdb",
 ]
 
@@ -155,7 +156,7 @@ def build_from_forcefield(topology: app.Topology, files: list[str]) -> openmm.Sy
     for path in map(Path, files):
         if path.is_file():
             _refuse_other(path, "ForceField")
-            _refuse_code(path, path.read_bytes())
+            refuse_code(path, path.read_bytes())
     # OpenMM raises plain Exceptions, here for a file that is no XML, there for several templates.
     try:
         forcefield = app.ForceField(*files)
@@ -197,7 +198,7 @@ def _template_advice(told: str, topology: app.Topology, files: list[str]) -> str
     )
 
 
-def _refuse_code(path: Path, content: str | bytes) -> None:
+def refuse_code(path: Path, content: str | bytes) -> None:
     """Refuse an XML file that runs Python when OpenMM reads it, and those it includes.
 
     A PythonForce is stored as a pickle; force fields hold scripts.
@@ -219,7 +220,7 @@ def _refuse_code(path: Path, content: str | bytes) -> None:
     for element in elements:
         other = path.parent / element.get("file", "")
         if element.tag == "Include" and other.is_file() and other != path:
-            _refuse_code(other, other.read_bytes())
+            refuse_code(other, other.read_bytes())
 
 
 def load_system_xml(path: Path) -> openmm.System:
@@ -228,7 +229,7 @@ def load_system_xml(path: Path) -> openmm.System:
     try:
         text = path.read_text(encoding="utf-8")
         ElementTree.fromstring(text)
-        _refuse_code(path, text)
+        refuse_code(path, text)
     except ElementTree.ParseError as error:
         raise ConfigurationError(
             f"{path} is no complete XML file ({error}): write it again with "

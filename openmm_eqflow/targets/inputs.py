@@ -275,7 +275,7 @@ def select(topology: app.Topology, chain: str | None, residue: str | None) -> li
 
 
 def subset(structure: Structure, keep: Sequence[int]) -> Structure:
-    """Some of the atoms, in their order, with their part of the System.
+    """Take some of the atoms, in their order, with their part of the System.
 
     Raises
     ------
@@ -384,9 +384,7 @@ def check_scale(positions: FloatArray, name: str) -> None:
             )
 
 
-def force_energies(
-    system: openmm.System, positions: unit.Quantity
-) -> list[tuple[str, float]]:
+def force_energies(system: openmm.System, positions: unit.Quantity) -> list[tuple[str, float]]:
     """Name and energy (kJ/mol) of every force on the Reference platform, in the System's order.
 
     The System itself is used, not a copy, because a force in Python cannot always be copied; its

@@ -53,6 +53,7 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "description": (str,),
     "forcefield": (list,),
     "system_xml": (str,),
+    "bond_orders": (list,),
     "model": (dict,),
     "settings": (dict,),
 }
@@ -279,6 +280,7 @@ def _build(content: Mapping[str, Any], directory: Path) -> MolecularSystem:
         )
     if info.kind == "molecule":
         complete_bonds(topology, system)
+        _set_orders(topology, content.get("bond_orders", []), directory / SYSTEM_FILE)
     if system.getNumConstraints():
         positions = constrained(system, positions)
     return MolecularSystem(
@@ -293,6 +295,20 @@ def _build(content: Mapping[str, Any], directory: Path) -> MolecularSystem:
         description=info.description,
         settings={stage: dict(options) for stage, options in content.get("settings", {}).items()},
     )
+
+
+def _set_orders(topology: app.Topology, orders: list[Any], path: Path) -> None:
+    """Give bonds the orders of system.yaml, which PDB files do not have."""
+    bonds = {frozenset((bond[0].index, bond[1].index)): bond for bond in topology.bonds()}
+    for row in orders:
+        numbers = row if isinstance(row, list) and all(type(n) is int for n in row) else []
+        bond = bonds.get(frozenset(numbers[:2])) if len(numbers) == 3 else None
+        if bond is None:
+            raise ConfigurationError(
+                f"{path}: key 'bond_orders' has {row!r}, expected [atom, atom, order] of a bond, "
+                "atoms counted from 0"
+            )
+        bond.order = numbers[2]
 
 
 def _existing(directory: Path, content: Mapping[str, Any], key: str) -> Path:

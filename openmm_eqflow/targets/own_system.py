@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from openmm_eqflow.targets.library import (
     check_temperature,
     load_system,
 )
+from openmm_eqflow.targets.ligand import CHARGES, parametrise
 from openmm_eqflow.targets.support import (
     check_molecule,
     check_solvent,
@@ -55,6 +57,7 @@ from openmm_eqflow.units import (
 )
 
 __all__ = [
+    "init_ligand",
     "init_system",
 ]
 
@@ -80,6 +83,8 @@ def init_system(
     strip_solvent: bool = False,
     constraints: str = "none",
     hydrogen_mass: float | None = None,
+    bond_orders: Sequence[Sequence[int]] = (),
+    description: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> MolecularSystem:
     """Write ``directory/system.yaml`` with copies of the files it names, and load it.
@@ -109,6 +114,10 @@ def init_system(
         ``"hbonds"`` or ``"allbonds"`` constrain these bonds; ``"none"`` leaves the System so.
     hydrogen_mass
         Of every hydrogen in dalton, taken from the atom it is bonded to.
+    bond_orders
+        ``(i, j, order)`` of bonds, atoms counted from 0; PDB files have none.
+    description
+        For system.yaml.
     tell
         Called with lines about the input: the energy of every force at the given coordinates.
 
@@ -193,10 +202,12 @@ def init_system(
     content: dict[str, Any] = {
         "name": directory.name,
         "kind": "molecule",
-        "description": f"{molecule.getNumAtoms()} atoms from {pdb.name}",
+        "description": description or f"{molecule.getNumAtoms()} atoms from {pdb.name}",
         "coordinates": structure,
         "temperature_kelvin": degrees,
     }
+    if bond_orders:
+        content["bond_orders"] = [[int(n) for n in row] for row in bond_orders]
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -224,6 +235,58 @@ def init_system(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_system(directory)
+
+
+def init_ligand(
+    directory: str | Path,
+    *,
+    smiles: str | None = None,
+    sdf: str | Path | None = None,
+    charges: str = "bcc",
+    temperature: unit.Quantity = _ROOM_TEMPERATURE,
+    constraints: str = "none",
+    hydrogen_mass: float | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> MolecularSystem:
+    """Write a folder as :func:`init_system` does for a small molecule, with GAFF2 in vacuum.
+
+    Parameters
+    ----------
+    directory, temperature, constraints, hydrogen_mass, tell
+        As there.
+    smiles, sdf, charges
+        As in :func:`~openmm_eqflow.targets.ligand.parametrise`.
+
+    Raises
+    ------
+    ConfigurationError, UnsupportedSystemError
+        Of both.
+    """
+    if (smiles is None) == (sdf is None):
+        raise ConfigurationError("give either --smiles or --sdf")
+    if sdf is not None and not Path(sdf).is_file():
+        raise ConfigurationError(f"{sdf} is not a file")
+    if Path(directory).exists():
+        raise ConfigurationError(f"{directory} exists; choose another folder or remove it first")
+    with tempfile.TemporaryDirectory() as made:
+        prmtop, inpcrd, orders, lines = parametrise(
+            Path(made), smiles=smiles, sdf=None if sdf is None else Path(sdf), charges=charges
+        )
+        system = init_system(
+            directory,
+            pdb=inpcrd,
+            topology=prmtop,
+            temperature=temperature,
+            bond_orders=orders,
+            constraints=constraints,
+            hydrogen_mass=hydrogen_mass,
+            description=f"{smiles or Path(str(sdf)).name}: GAFF2, {CHARGES[charges]} charges",
+            tell=tell,
+        )
+    if tell is not None:
+        for line in lines:
+            tell(line)
+    return system
 
 
 def _read(
@@ -312,7 +375,9 @@ def _check_same_atoms(topology: app.Topology, system: openmm.System, pdb: Path) 
             "order"
         )
     bonds = {frozenset((a.index, b.index)) for a, b in topology.bonds()}
-    forces = [f for f in system.getForces() if isinstance(f, openmm.HarmonicBondForce)]
+    # AMOEBA's bonds are custom ones, its harmonic ones are Urey-Bradley terms.
+    kinds = (openmm.HarmonicBondForce, openmm.CustomBondForce)
+    forces = [f for f in system.getForces() if isinstance(f, kinds)]
     terms = {
         frozenset(force.getBondParameters(index)[:2])
         for force in forces

@@ -32,6 +32,7 @@ from openmm_eqflow.targets.energies.base import EnergyEvaluator, FloatArray
 from openmm_eqflow.targets.energies.choose import choose_evaluator
 from openmm_eqflow.targets.energies.contexts import probe_positions
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
+from openmm_eqflow.targets.forcefield import one_line, refuse_code
 from openmm_eqflow.targets.support import check_invariance, check_system
 from openmm_eqflow.targets.symmetry import Symmetry, chirality_signs, find_symmetry
 from openmm_eqflow.targets.topology_record import topology_from_record, topology_record
@@ -50,6 +51,16 @@ def system_sha256(system: openmm.System) -> str:
     """
     xml = openmm.XmlSerializer.serialize(system)
     return hashlib.sha256(re.sub(r' openmmVersion="[^"]*"', "", xml).encode()).hexdigest()
+
+
+def _serialised(system: openmm.System) -> str:
+    try:
+        return str(openmm.XmlSerializer.serialize(system))
+    except Exception as error:  # of the pickle of a function in Python, of any kind
+        raise UnsupportedSystemError(
+            f"the System cannot be stored ({one_line(error)}): make the function of a PythonForce "
+            "one at the top level of a module, neither a lambda nor inside another"
+        ) from error
 
 
 class BoltzmannTarget:
@@ -123,7 +134,7 @@ class BoltzmannTarget:
         self.topology = topology
         self.n_particles: int = system.getNumParticles()
         self.n_dims = n_dims
-        self._system_xml: str = openmm.XmlSerializer.serialize(system)
+        self._system_xml: str = _serialised(system)
         self.system_hash: str = system_sha256(system)
         self._set_temperature(temperature)
         self.positions = self._reference(positions)
@@ -208,7 +219,12 @@ class BoltzmannTarget:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], **options: Any) -> BoltzmannTarget:
-        """Rebuild from :meth:`record`; ``options`` are evaluator, platform and n_workers."""
+        """Rebuild from :meth:`record`; ``options`` are evaluator, platform and n_workers.
+
+        Raises ConfigurationError for a System that holds code (a PythonForce), unless that is
+        allowed.
+        """
+        refuse_code(Path("the record of the target"), record["system"])
         return cls(
             openmm.XmlSerializer.deserialize(record["system"]),
             topology_from_record(record["topology"]),

@@ -13,7 +13,7 @@ __all__ = [
 
 
 def topology_record(topology: app.Topology | None) -> dict[str, Any] | None:
-    """Return chains, residues, atoms and bonds by number."""
+    """Return chains, residues, atoms and bonds by number, with orders where they are known."""
     if topology is None:
         return None
     return {
@@ -23,7 +23,10 @@ def topology_record(topology: app.Topology | None) -> dict[str, Any] | None:
             [a.name, None if a.element is None else a.element.symbol, a.residue.index]
             for a in topology.atoms()
         ],
-        "bonds": [[a.index, b.index] for a, b in topology.bonds()],
+        "bonds": [
+            [bond[0].index, bond[1].index, *([] if bond.order is None else [int(bond.order)])]
+            for bond in topology.bonds()
+        ],
     }
 
 
@@ -38,6 +41,6 @@ def topology_from_record(record: dict[str, Any] | None) -> app.Topology | None:
         topology.addAtom(n, e and app.Element.getBySymbol(e), residues[r])
         for n, e, r in record["atoms"]
     ]
-    for a, b in record["bonds"]:
-        topology.addBond(atoms[a], atoms[b])
+    for a, b, *order in record["bonds"]:
+        topology.addBond(atoms[a], atoms[b], None, order[0] if order else None)
     return topology

@@ -80,3 +80,10 @@ def test_analyse_trajectory(tmp_path: Path) -> None:
     header, *rows = (run / "COLVAR").read_text().splitlines()
     assert header.startswith("#! FIELDS time torsion_5_7_9_15 ")
     assert len([row for row in rows if not row.startswith("#!")]) == 160
+
+
+@pytest.mark.slow
+def test_python_force(tmp_path: Path) -> None:
+    out = run_example("python_force.py", "--n", 4000, cwd=tmp_path)
+    assert number(r"relative ESS (\d\.\d+)", out) > 0.3
+    assert abs(number(r"du/dx> (\d+\.\d+)", out) - 9.0) < 0.5

@@ -161,9 +161,7 @@ def write_methanol(folder: Path) -> Path:
     for k, line in enumerate(GRO.splitlines()[2:8], start=1):
         name = line[10:15].strip()
         x, y, z = (10.0 * float(word) for word in line[20:].split())
-        card.append(
-            f"{k:5d}{1:5d} MOH  {name:<4s}{x:10.5f}{y:10.5f}{z:10.5f} MOH  1      0.00000"
-        )
+        card.append(f"{k:5d}{1:5d} MOH  {name:<4s}{x:10.5f}{y:10.5f}{z:10.5f} MOH  1      0.00000")
         pdb.append(
             f"HETATM{k:5d}  {name:<3s} MOH A   1    {x:8.3f}{y:8.3f}{z:8.3f}"
             f"  1.00  0.00           {name[0]}"

@@ -149,7 +149,7 @@ def test_a_system_that_cannot_be_cut_says_so():
     with pytest.raises(UnsupportedSystemError, match="a bond leads out of the atoms"):
         cut_system(system, range(4))
     system.addForce(openmm.CustomCentroidBondForce(1, "x1"))
-    with pytest.raises(UnsupportedSystemError, match=r"CustomCentroidBondForce cannot be cut.*out"):
+    with pytest.raises(UnsupportedSystemError, match="CustomCentroidBondForce cannot be cut"):
         cut_system(system, range(22))
 
 

@@ -42,6 +42,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv(CODE_ALLOWED, "0")
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
+    monkeypatch.setitem(sys.modules, "rdkit", None)  # as without the extra
     write_methanol(tmp_path)
     atoms = [x for x in DIPEPTIDE.read_text().splitlines() if x.startswith(("ATOM", "HETATM"))]
     text = system_of_the_dipeptide()
@@ -64,7 +65,7 @@ def here(tmp_path, monkeypatch):
         "origin.pdb": [atoms[0], atoms[1][:30] + 3 * "   0.000" + atoms[1][54:], *atoms[2:]],
         "short.pdb": atoms[:10],
         "unconnected.pdb": [x for x in bare if x.startswith(("ATOM", "HETATM"))],
-        "one.pdb": ["HETATM    1 NA    NA A   1       0.000   0.000   0.000  1.00  0.00          NA"],
+        "one.pdb": ["HETATM    1 NA    NA A   1       0.000   0.000   0.000"],
         "garbled.pdb": [atoms[0][:30] + "  a.bcde" + atoms[0][38:], *atoms[1:]],
         "far.pdb": [atoms[0][:30] + " 500.000" + atoms[0][38:], *atoms[1:]],
         "none.pdb": ["HEADER    NOTHING"],
@@ -93,6 +94,7 @@ def here(tmp_path, monkeypatch):
         "script.xml": "<ForceField><Script>raise SystemExit(9)</Script></ForceField>",
         "include.xml": '<ForceField><Include file="script.xml"/></ForceField>',
         "empty.pdb": "",
+        "mol.sdf": "",
         "angstrom.gro": "\n".join([*gro[:2], *tens, gro[8], ""]),
         "few.gro": "\n".join([gro[0], "    5", *gro[2:7], gro[8], ""]),
         "broken.gro": "x\n 1\n",
@@ -123,7 +125,7 @@ TABLE = {
     "missing file": (("--pdb", "no.pdb", *AMBER), r"no\.pdb is not a file"),
     "empty PDB": (("--pdb", "empty.pdb", *AMBER), r"holds no ATOM.*give a PDB file"),
     "PDB without atoms": (("--pdb", "none.pdb", *AMBER), r"holds no ATOM.*give a PDB file"),
-    "garbled number": (("--pdb", "garbled.pdb", *AMBER), r"cannot be read as a PDB.*write it anew"),
+    "garbled number": (("--pdb", "garbled.pdb", *AMBER), r"cannot be read as a PDB.*anew"),
     "no hydrogens": (("--pdb", "heavy.pdb", *AMBER), r"no hydrogens: add them \(--add-hydrogens"),
     "two chains": (("--pdb", "two.pdb", *AMBER), r"2 molecules.*--chain or --residue"),
     "no such chain": (
@@ -147,7 +149,10 @@ TABLE = {
         ("--pdb", "unconnected.pdb", *AMBER),
         r"No template found.*CONECT records",
     ),
-    "a single ion": (("--pdb", "one.pdb", *AMBER), r"."),
+    "a single ion": (
+        ("--pdb", "one.pdb", *AMBER, "amber14/tip3p.xml"),
+        r"has one atom: a flow needs a molecule of at least two",
+    ),
     "explicit solvent": (
         ("--prmtop", WET / "alanine-dipeptide.prmtop", "--inpcrd", WET / "alanine-dipeptide.crd"),
         r"explicit solvent \(749 water molecules\).*not supported yet: --strip-solvent",
@@ -197,7 +202,7 @@ TABLE = {
         ("--gro", "conf.gro", "--top", "includes.top"),
         r"includes\.top cannot be read .*amber99sb\.ff.*with --params",
     ),
-    "top without a type": (("--gro", "conf.gro", "--top", "types.top"), r"types\.top cannot be.*c3"),
+    "top without a type": (("--gro", "conf.gro", "--top", "types.top"), r"types\.top cannot.*c3"),
     "top without a molecule": (("--gro", "conf.gro", "--top", "notes.top"), r"notes\.top cannot"),
     "gro of fewer atoms": (
         ("--gro", "few.gro", "--top", "topol.top"),
@@ -238,6 +243,11 @@ TABLE = {
         ("--pdb", "good.pdb", "--system", "in.xml", "--add-hydrogens"),
         r"--add-hydrogens needs --forcefield",
     ),
+    "SMILES with a PDB": (("--pdb", "good.pdb", "--smiles", "CCO"), r"stand alone: leave the"),
+    "SMILES without RDKit": (("--smiles", "CCO"), r'RDKit and .*pip install "openmm-eqflow\[lig'),
+    "SD file that is not there": (("--sdf", "no.sdf"), r"no\.sdf is not a file"),
+    "SD file as PDB": (("--pdb", "mol.sdf", *AMBER), r"an SD file: give it with --sdf, alone"),
+    "unknown charges": (("--smiles", "CCO", "--charges", "x"), r"'x' is not one of.*--help"),
     "a temperature of no molecule": (
         ("--pdb", "good.pdb", "--temperature", "0", *AMBER),
         r"temperature is 0 K, expected",

@@ -343,7 +343,7 @@ def test_what_is_not_used_is_told(tmp_path, caplog):
     none = box.replace("30.000", " 1.000")
     for k, (pdb, told) in enumerate(
         [
-            (alternate, ["alt.pdb has alternate locations A, B: in every residue the one of high"]),
+            (alternate, ["alt.pdb has alternate locations A, B: in every residue the one of"]),
             (models, ["models.pdb has 2 models: the first is taken"]),
             (boxed, ["box.pdb has a box (CRYST1): it is not used"]),
             (pdb_of_lines(tmp_path / "unit.pdb", [none, *lines]), []),

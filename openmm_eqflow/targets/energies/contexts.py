@@ -142,6 +142,9 @@ class ContextPool:
         self.n_restarts = 0
         self.n_workers: int = n_workers or os.cpu_count() or 1
         self._xml: str = openmm.XmlSerializer.serialize(system)
+        # Another process cannot read a function of this one's __main__: it would crash.
+        if mode == "auto" and 'type="PythonForce"' in self._xml:
+            mode = "threads"
         self._probe = probe_positions(self.n_particles) if positions is None else positions
         if platform == "auto":
             platform = fastest_platform(self._xml, self._probe)
