@@ -27,6 +27,7 @@ from openmm_eqflow.moves.steps import (
     flow_step,
 )
 from openmm_eqflow.parallel import one_torch_thread
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
@@ -182,7 +183,7 @@ def _run_chains(
     progress: Callable[[float, str], None] | None,
 ) -> ChainSamples:
     require_passed_audit(flow)
-    generator = torch.Generator().manual_seed(seed)
+    generator = child(seed, "chains")
     done, x, size = _resume(folder, generator, (len(start), n_proposals))
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
