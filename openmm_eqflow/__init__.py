@@ -15,7 +15,7 @@ v_p + omega x (x_i - x_p) + dx/dq dq        dx/dy            vector_fields.chart
 sum_ij D phi + d phi'                       div v            vector_fields.kernel.KernelField              vector_fields/test_contract::test_divergence_is_the_trace
 sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        vector_fields/test_contract::test_divergence_is_the_trace
 -sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               flows/test_path::test_weights_forwards_and_backwards_give_log_z
-log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.RelaxedFlow                     flows/test_relaxed::test_weights_forwards_and_backwards_give_log_z
+log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.relax                           flows/test_path::test_weights_forwards_and_backwards_give_log_z
 du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_regressors_are_divergence_minus_work
 h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    flows/test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
 sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     vector_fields/test_contract::test_divergence_is_the_trace
@@ -26,7 +26,7 @@ eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Con
 E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_internal_prior                 priors/test_internal::test_forces_make_the_fit_data_efficient
 div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              training/test_liouville::test_exact_field_has_no_residual
 w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 training/test_pool::test_weights_give_moments_of_every_time
-exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      training/test_pool::test_trajectories_leave_the_level_invariant
+exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      flows/test_path::test_kernels_leave_their_level_invariant
 |v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       training/test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
 -E_data[log q]                              NLL              training.divergences.LikelihoodLoss           training/test_divergences::test_likelihood_is_the_flows_own
 E_q[log q + u]                              KL(q|p)          training.divergences.ReverseKLLoss            training/test_divergences::test_reverse_kl_takes_forces_from_openmm

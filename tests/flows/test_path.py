@@ -12,7 +12,7 @@ import pytest
 import torch
 from stand_ins.flows import stream
 from stand_ins.stochastic import PAIR, make_pair_flow
-from test_relaxed import TARGET, VARIANCE, bond, water_flow
+from stand_ins.water import TARGET, VARIANCE, bond, water_flow
 from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z

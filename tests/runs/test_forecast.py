@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_isomers import DATA, written
+from stand_ins import DATA
+from stand_ins.small_molecules import written
 
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.runs import forecast as module

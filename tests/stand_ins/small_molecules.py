@@ -7,6 +7,8 @@ import numpy as np
 import openmm
 from openmm import app
 
+from openmm_eqflow.targets.own_system import init_system
+
 RADIUS = {"H": 0.031, "C": 0.077, "N": 0.070, "O": 0.066, "F": 0.064}
 
 
@@ -118,3 +120,14 @@ TOLUENE = molecule(
     hydrogens=(0, 1, 1, 1, 1, 1, 3),
     flat=range(6),
 )
+
+
+def written(folder, name):
+    """A folder with system.yaml of one of the small molecules."""
+    topology, system = globals()[name]
+    folder.mkdir()
+    (folder / "in.xml").write_text(openmm.XmlSerializer.serialize(system))
+    x = 10.0 * embed(system)
+    with (folder / "in.pdb").open("w") as handle:
+        app.PDBFile.writeFile(topology, x, handle)
+    return init_system(folder / "system", pdb=folder / "in.pdb", system_xml=folder / "in.xml")

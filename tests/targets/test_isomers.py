@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import openmm
 import pytest
-from openmm import app
 from stand_ins import DATA, small_molecules
 from stand_ins.runs import write_run
+from stand_ins.small_molecules import written
 
 from openmm_eqflow.analysis.convergence import assess, features
 from openmm_eqflow.analysis.observables import Torsion, seen_once, slow_coordinates, torsion_angles
@@ -17,7 +16,6 @@ from openmm_eqflow.report.tables import sector
 from openmm_eqflow.report.verdict import judge
 from openmm_eqflow.targets.forcefield import build_from_forcefield, load_pdb
 from openmm_eqflow.targets.isomers import find_isomers
-from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.units import positions_in_nm
 
 
@@ -25,17 +23,6 @@ def proline(isomer):
     topology, positions = load_pdb(DATA / f"pro-dipeptide{isomer}.pdb")
     system = build_from_forcefield(topology, ["amber14-all.xml"])
     return system, topology, positions_in_nm(positions)
-
-
-def written(folder, name):
-    """A folder with system.yaml of one of the small molecules."""
-    topology, system = getattr(small_molecules, name)
-    folder.mkdir()
-    (folder / "in.xml").write_text(openmm.XmlSerializer.serialize(system))
-    x = 10.0 * small_molecules.embed(system)
-    with (folder / "in.pdb").open("w") as handle:
-        app.PDBFile.writeFile(topology, x, handle)
-    return init_system(folder / "system", pdb=folder / "in.pdb", system_xml=folder / "in.xml")
 
 
 @pytest.mark.parametrize(
