@@ -31,6 +31,7 @@ from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.runs.directory import STAGES
 from openmm_eqflow.runs.stages import build_target, open_run, run_stage
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.energies.contexts import available_platforms
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
 from openmm_eqflow.targets.energies.worker import LocalContext
@@ -168,7 +169,7 @@ def _annealed(flow: Any, target: BoltzmannTarget, device: str) -> AnnealedPath:
 
 def _draw(path: FlowPath, target: BoltzmannTarget, n: int, seed: int) -> np.ndarray:
     """Log weights of ``n`` samples: positions, log q-hat and energies."""
-    stream = torch.Generator(path.device).manual_seed(seed)
+    stream = child(seed, "evaluation", device=path.device)
     x, log_q = path.sample_and_log_prob(n, generator=stream)
     log_w: np.ndarray = (-target.reduced_potential(x) - log_q).cpu().numpy()
     return log_w
@@ -275,7 +276,7 @@ def _positions(target: BoltzmannTarget) -> np.ndarray:
 
 def _training(flow: Any, target: BoltzmannTarget) -> dict[str, Any]:
     """Count steps of the Liouville loss per second, backward pass and optimiser included."""
-    generator = torch.Generator().manual_seed(0)
+    generator = child(0, "pool")
     cpu = flow.prior.to("cpu")
     pool = build_pool(cpu, target, n_prior=2 * _BATCH, generator=generator)
     state = TrainingState(flow.module.train(), TrainingSettings(seconds=1.0, n_shards=1))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from openmm_eqflow.analysis.weights import log_z, pareto_k, relative_ess
 from openmm_eqflow.errors import ConfigurationError
@@ -22,6 +21,7 @@ from openmm_eqflow.parallel import available_threads, machine_name
 from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
 from openmm_eqflow.runs.fit import train_stochastic_flow
 from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.recipes import make_recipe
@@ -67,7 +67,7 @@ def run_bench(
             cases.append(_case("field and Monte Carlo", whole, target, n_samples, seed))
             bare = whole.without_field()
             cases.append(_case("Monte Carlo alone", bare, target, n_samples, seed))
-        stream = torch.Generator().manual_seed(seed)
+        stream = child(seed, "prior")
         log_w = prior_log_weights(flow, target, n_samples, generator=stream).numpy()
         cases.append({"name": "prior", "relative_ess": relative_ess(log_w)})
     result = {

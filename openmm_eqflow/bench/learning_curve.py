@@ -26,6 +26,7 @@ from openmm_eqflow.parallel import available_threads, machine_name
 from openmm_eqflow.runs.directory import package_versions
 from openmm_eqflow.runs.evaluation import draw_weighted
 from openmm_eqflow.runs.fit import training_settings
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingSettings, train
 from openmm_eqflow.training.objectives import build_objective
@@ -139,7 +140,7 @@ def _set_grid(flow: EquivariantFlow, seed: int) -> float:
     which
     may never end on a field that went wrong.
     """
-    stream = torch.Generator().manual_seed(seed)
+    stream = child(seed, "calibration")
     z = flow.prior.sample_latent(flow.chunk_size // 2, generator=stream).to(flow.device)
     before: Tensor | None = None
     error = math.inf
@@ -171,9 +172,9 @@ def measure(start: Start, module: nn.Module, progress: Progress | None = None) -
     """
     n = 256 if len(start.flow.prior.event_shape) == 1 else 64
     flow = EquivariantFlow(start.flow.prior, module, chunk_size=2 * n)  # type: ignore[arg-type]
-    error = _set_grid(flow, start.seed + 19)
+    error = _set_grid(flow, start.seed)
     samples = draw_weighted(
-        flow, start.target, start.n_samples, seed=start.seed + 23, progress=progress
+        flow, start.target, start.n_samples, seed=start.seed, progress=progress
     )
     return _raw(samples.log_weight) | {"n_ode_steps": flow.n_ode_steps, "grid_error": error}
 
@@ -230,7 +231,7 @@ def learning_curve(
             start.target,
             start.frames,
             start.test,
-            generator=torch.Generator().manual_seed(start.seed + 2),
+            generator=child(start.seed, "pool"),
             seed=start.seed,
             report=report,
         )

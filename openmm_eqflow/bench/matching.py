@@ -24,6 +24,7 @@ from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.fit import split_frames
 from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.training.flow_matching import FlowMatchingLoss
 from openmm_eqflow.training.loop import TrainingSettings, train
 from openmm_eqflow.vector_fields import EGNNField, LeaveOneOutField
@@ -98,12 +99,12 @@ def run_bench(
     curves: dict[str, list[dict[str, float]]] = {}
     seconds: dict[str, float] = {}
     for name, build in _FIELDS.items():
-        torch.manual_seed(seed)
+        torch.manual_seed(child_seed(seed, "weights"))
         field = build(frames, classes=classes, **options[name])
 
         def held_out_loss(average: nn.Module) -> dict[str, float]:
             loss = FlowMatchingLoss(average, prior, test, classes=classes, proper=proper)
-            stream = torch.Generator().manual_seed(seed + 1)
+            stream = child(seed, "evaluation")
             return {"held_out": float(loss.validation(n_validation, stream))}
 
         with one_torch_thread():

@@ -59,6 +59,7 @@ from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
 from openmm_eqflow.runs.reference.plan import SamplingPlan
 from openmm_eqflow.runs.stages import build_target, flow_of
+from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 from openmm_eqflow.units import positions_in_nm
 
@@ -93,7 +94,14 @@ def run_on_every_core(
     n = os.cpu_count() or 1
     with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [
-            pool.submit(_worker, sampler, system.directory, flow.source[0], seconds, seed + 1 + k)
+            pool.submit(
+                _worker,
+                sampler,
+                system.directory,
+                flow.source[0],
+                seconds,
+                child_seed(seed, "worker", k),
+            )
             for k in range(n)
         ]
         results = [future.result() for future in futures]
@@ -134,7 +142,7 @@ def run_many_chains(
 
     Between two local moves log q of every state is known, so a flow step costs one draw.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = child(seed, "chains")
     start = positions_in_nm(system.positions)[:, : system.n_dims]
     x = torch.from_numpy(start - start.mean(axis=0)).expand(_N_CHAINS, -1, -1).clone()
     with build_target(system) as target:

@@ -36,6 +36,7 @@ from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.fit import build_field, fit_prior, hot_frames, split_frames
 from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingSettings
 from openmm_eqflow.training.precision import resolve_device
@@ -282,8 +283,8 @@ def _start(
     frames, test = split_frames(data)
     if not (out / "start.json").is_file():
         report(0.0, "fitting the prior")
-        torch.manual_seed(seed)  # as the training stage does
-        generator = torch.Generator().manual_seed(seed + 2)
+        torch.manual_seed(child_seed(seed, "weights"))  # as the training stage does
+        generator = child(seed, "pool")
         prior = fit_prior(recipe, target, frames, hot_frames(recipe, data), generator)
         field: Any = build_field(recipe, prior, target, frames)
         metadata = {"system_hash": target.system_hash, "seed": seed}

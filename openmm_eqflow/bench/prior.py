@@ -24,6 +24,7 @@ from openmm_eqflow.parallel import machine_name, one_torch_thread
 from openmm_eqflow.runs.evaluation import prior_log_weights
 from openmm_eqflow.runs.fit import fit_prior
 from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.training.recipes import make_recipe
 from openmm_eqflow.vector_fields import ChartField
@@ -93,12 +94,12 @@ def run_bench(
             for seed in seeds:
                 chosen = frames[seed % stride :: stride][:size]
                 clock = time.perf_counter()
-                stream = torch.Generator().manual_seed(seed)
+                stream = child(seed, "pool")
                 prior: Any = fit_prior(recipe, target, chosen, generator=stream)
                 seconds = time.perf_counter() - clock
                 field: Any = ChartField(prior.n_stiff, prior.n_soft, prior.fold)
                 still = EquivariantFlow(prior, field)
-                fresh = torch.Generator().manual_seed(1_000 + seed)
+                fresh = child(seed, "prior")
                 log_w = prior_log_weights(still, target, n_samples, generator=fresh).numpy()
                 cases.append(
                     {

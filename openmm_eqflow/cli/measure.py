@@ -117,13 +117,12 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
 @_own_device
 def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
     """Check the accuracy of log q."""
-    import torch
-
     from openmm_eqflow.flows.audit import audit as run_audit
     from openmm_eqflow.runs.stages import flow_of
+    from openmm_eqflow.seeds import child
 
     _, flow, test = flow_of(name_or_run, device)
-    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    generator = child(0 if seed is None else seed, "audit")
     report = run_audit(
         flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
     )

@@ -15,7 +15,8 @@ thermodynamic length, and the variance of log w over K evenly spread levels abou
 share for good; from there the path is shorter. A round that makes the path longer, or loses weight
 (log Z falls), is dropped.
 
-At last the number of levels is doubled until fresh points have the ESS asked for. Resampling
+At last the number of levels is raised, by what its last trial says, until fresh points have the
+ESS asked for. Resampling
 serves the rounds only: the path that is returned is plain annealed importance sampling, exact for
 any prior, with frozen levels and steps.
 
@@ -45,6 +46,7 @@ from openmm_eqflow.priors.chemistry import chemical_prior
 from openmm_eqflow.priors.fit import coupled_pairs, fourier_modes, refit
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
@@ -59,7 +61,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_STREAM = 0x61646170  # names the children of a seed that adapt: no evaluation draws from them
 _AIM = 0.8  # acceptance
 _CHUNK = 256
 _FALL = 0.5  # of log Z, in kT, between rounds that is more than chance
@@ -111,7 +112,7 @@ class Round(NamedTuple):
 class Adaptation(NamedTuple):
     """A path, the rounds that led to it, and what its last fresh points say.
 
-    ``trials`` are (levels, points, relative ESS, log Z) of the doublings; ``floor`` is the weight
+    ``trials`` are (levels, points, relative ESS, log Z); ``floor`` is the weight
     that only the floor of the prior proposes (:func:`floor_weight`).
     """
 
@@ -131,11 +132,6 @@ class Adaptation(NamedTuple):
             "floor": self.floor,
             "seconds": self.seconds,
         }
-
-
-def _child(seed: int, *name: int) -> torch.Generator:
-    entropy = np.random.SeedSequence(seed, spawn_key=(_STREAM, *name))
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
 def carry(
@@ -348,12 +344,13 @@ def adapt(
     started, ground, rounds, n = time.monotonic(), prior.torsions, [], n_points
 
     def run(candidate: InternalCoordinatePrior, k: int) -> Pilot:
-        return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=_child(seed, 0, k))
+        stream = child(seed, "adaptation", k)
+        return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=stream)
 
     best = run(prior, 0)
-    rounds.append(_round(prior, target, best, n, True, started, _child(seed, 1, 0)))
+    rounds.append(_round(prior, target, best, n, True, started, child(seed, "adapted prior", 0)))
     for k in range(1, max_rounds + 1):
-        new = _refitted(prior, target, best, ground, share, _child(seed, 2, k))
+        new = _refitted(prior, target, best, ground, share, child(seed, "refit", k))
         try:
             pilot = None if new is None else run(new, k)
         except TrainingError:
@@ -362,7 +359,8 @@ def adapt(
             pilot is not None and pilot.length < best.length and pilot.log_z > best.log_z - _FALL
         )
         if new is not None and pilot is not None:
-            rounds.append(_round(new, target, pilot, n, better, started, _child(seed, 1, k)))
+            stream = child(seed, "adapted prior", k)
+            rounds.append(_round(new, target, pilot, n, better, started, stream))
         if new is None or pilot is None or not better:
             logger.info("round %d of adapting the prior was dropped", k)
             if best.length < _SHORT:
@@ -485,14 +483,17 @@ def path_from_chemistry(
     while True:
         times, steps = spread_levels(pilot, n_levels)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
-        x, log_q = path.sample_and_log_prob(n_points, generator=_child(seed, 3, len(trials)))
+        stream = child(seed, "trial of levels", len(trials))
+        x, log_q = path.sample_and_log_prob(n_points, generator=stream)
         log_w = -target.reduced_potential(x) - log_q
         found = float(relative_ess(log_w.numpy()))
         trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))
         logger.info("%d levels: ESS %.3f, log Z %.3f", n_levels, found, trials[-1][3])
         if found >= ess or n_levels >= max_levels:
             break
-        n_levels = min(max_levels, 2 * n_levels)
+        # The variance of log w falls as 1 / K; a little more than that asks for, and verify.
+        more = 1.1 * math.log(max(found, 1e-3)) / math.log(ess)
+        n_levels = min(max_levels, math.ceil(n_levels * min(max(more, 1.25), 4.0)))
     if trials[-1][2] < ess:
         logger.warning(
             "relative ESS is %.2f on %d levels, %.2f was asked for: raise max_levels or "
@@ -507,7 +508,7 @@ def path_from_chemistry(
         keep = torch.isfinite(log_w)
         ground = start.torsions or TorsionDensity([], [])
         shares = floor_weight(prior, ground, floor, y[keep], log_w[keep])
-    audit(path, n=32, generator=_child(seed, 4))
+    audit(path, n=32, generator=child(seed, "audit"))
     seconds = time.monotonic() - started
     made = Adaptation(path, rounds, tuple(trials), shares, seconds)
     path.metadata["adaptation"] = made.record()

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from openmm_eqflow.flows.kernels import (
 from openmm_eqflow.flows.path import Layer, Path
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.vector_fields.baselines import StillField
 
@@ -49,7 +49,6 @@ __all__ = [
 _FIRST_STEP = 0.4
 _TUNING_ROUNDS = 8
 _TUNING_POINTS = 64
-_TUNING_STREAM = (0x72656C61,)  # names the child of a seed that tunes
 
 
 class Relaxation(NamedTuple):
@@ -175,7 +174,7 @@ def relax(
             f"relaxation needs at least 1 leapfrog step and a grid of 2 steps; got {n_leapfrog} "
             f"and {flow.n_ode_steps}"
         )
-    generator = _tuning_stream(seed)
+    generator = child(seed, "tuning")
     with torch.no_grad():
         z = flow.prior.sample_latent(_TUNING_POINTS, generator=generator).to(flow.device)
         streams = RowStreams.drawn(len(z), generator, flow.device)
@@ -225,7 +224,7 @@ def anneal(
             f"annealing needs at least 1 leapfrog step and 1 level; got {n_leapfrog} and "
             f"{n_levels}"
         )
-    prior, generator = prior.to(device), _tuning_stream(seed)
+    prior, generator = prior.to(device), child(seed, "tuning")
     times = [(k + 1) / n_levels for k in range(n_levels)]
     with torch.no_grad():
         z = prior.sample_latent(_TUNING_POINTS, generator=generator).to(device)
@@ -339,11 +338,6 @@ def _check_chart(prior: Prior) -> None:
         )
 
 
-def _tuning_stream(seed: int) -> torch.Generator:
-    # A stream of its own: manual_seed(seed) would tune on the very latents that an evaluation with
-    # the same seed draws.
-    entropy = np.random.SeedSequence(seed, spawn_key=_TUNING_STREAM)
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
 def _tuned(

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 Floats = NDArray[np.floating[Any]]
+_SAME = 1e-3  # nm: there and back
 _BACK_TOLERANCE, _BACK_ITERATIONS = 3e-7, 12  # nm; float32 resolves 2e-7 at 3 nm
 
 
@@ -171,7 +172,26 @@ class SoftCoreMap:
         self.table, self.spacing, self.exact = table, spacing, exact
 
     def forward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
-        """Apply the map; also minus its log determinant (n,)."""
+        """Apply the map; also minus its log determinant (n,), NaN where it is not one to one."""
+        image, ladj = self._forward(y)
+        if self.exact:
+            ladj = self._one_to_one(y, self._backward(image)[0], self.log_determinant(y))
+        return image, -ladj
+
+    def backward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
+        """Apply the inverse; also minus the log determinant of the map (n,), NaN as forwards."""
+        before, ladj = self._backward(y)
+        if self.exact:
+            ladj = self._one_to_one(y, self._forward(before)[0], self.log_determinant(before))
+        return before, -ladj
+
+    @staticmethod
+    def _one_to_one(y: Tensor, again: Tensor, ladj: Tensor) -> Tensor:
+        """Long steps fold space: where there and back ends elsewhere, the path has failed."""
+        off = (again.double() - y.double()).abs().amax((1, 2))
+        return torch.where(off < _SAME, ladj, torch.nan)
+
+    def _forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if y.device.type != "cpu":
             image, ladj = on_gpu.transport(y, self.table, self.spacing)
         else:
@@ -179,10 +199,9 @@ class SoftCoreMap:
             found, v, middle, work = self._space(x)
             kernels.transport(x, self.table.numpy(), self.spacing, found, v, middle, work)
             image, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
-        return image, -(self.log_determinant(y) if self.exact else ladj)
+        return image, ladj
 
-    def backward(self, y: Tensor, streams: RowStreams | None = None) -> tuple[Tensor, Tensor]:
-        """Apply the inverse; also minus the log determinant of the map (n,)."""
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if y.device.type != "cpu":
             before, ladj = on_gpu.transport_back(
                 y, self.table, self.spacing, _BACK_TOLERANCE, _BACK_ITERATIONS
@@ -195,7 +214,7 @@ class SoftCoreMap:
                 _BACK_TOLERANCE, _BACK_ITERATIONS,
             )  # fmt: skip
             before, ladj = rows(x, len(y)), torch.from_numpy(found)[: len(y)].double()
-        return before, -(self.log_determinant(before) if self.exact else ladj)
+        return before, ladj
 
     def log_determinant(self, y: Tensor) -> Tensor:
         """Return that of the Jacobian at points (n, N, 3), float64, (n,)."""

@@ -35,6 +35,7 @@ from openmm_eqflow.moves.steps import (
 )
 from openmm_eqflow.parallel import one_torch_thread
 from openmm_eqflow.priors.base import check_space
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
@@ -191,7 +192,7 @@ def _run_chains(
     progress: Callable[[float, str], None] | None,
 ) -> ChainSamples:
     require_passed_audit(flow)
-    generator = torch.Generator().manual_seed(seed)
+    generator = child(seed, "chains")
     check_space(flow.prior, target)
     local_step = local_move(flow, target, start, n_local_steps, generator)
     done, x, size = _resume(folder, generator, (len(start), n_proposals))

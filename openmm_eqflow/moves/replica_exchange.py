@@ -30,6 +30,7 @@ from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.moves.steps import ProposalBuffer, StateMemory, flow_step
 from openmm_eqflow.priors.base import check_space
+from openmm_eqflow.seeds import child_seed
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
 from openmm_eqflow.targets.support import check_system
 from openmm_eqflow.targets.target import BoltzmannTarget
@@ -223,8 +224,9 @@ class FlowReplicaExchangeSampler(app.ReplicaExchangeSampler):
         if not self._seeded:
             # Not before: a reporter that resumes a run restores the iteration after construction,
             # and the second part of a run must not repeat the draws of the first.
-            entropy = np.random.SeedSequence([self._seed, self.currentIteration])
-            self._generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+            self._generator.manual_seed(
+                child_seed(self._seed, "replica exchange", self.currentIteration)
+            )
             self._seeded = True
         super().simulateReplica(index, steps)
         state_index = self.replicaStateIndex[index]

@@ -36,6 +36,7 @@ from openmm_eqflow.priors.fit import (
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 from openmm_eqflow.priors.zmatrix import InternalCoordinates, ZMatrix
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.dynamics import Minimum, find_minima, langevin
 from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.symmetry import elements
@@ -81,7 +82,7 @@ def chemical_prior(
             "a prior from chemistry is for molecules without constraints: rebuild the System with "
             "constraints=None, or fit the prior to frames of dynamics"
         )
-    n, generator = target.n_particles, torch.Generator().manual_seed(seed)
+    n, generator = target.n_particles, child(seed, "chemistry")
     masses = torch.tensor([target.system.getParticleMass(k)._value for k in range(n)])
     zmatrix = ZMatrix.from_bonds(n, target.symmetry.bonds, masses=masses.tolist())
     isomers = find_isomers(target.system, target.topology, target.positions)

@@ -215,7 +215,7 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
     rows = [
         ("system hash", config.system_hash[:16] + "…"),
         ("budget, seed", f"{config.budget}, {config.seed}"),
-        ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed + 13}"),
+        ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed}"),
         ("device", f"{run.metrics['device']}, {run.metrics['n_threads']} thread(s)"),
         ("report written on", f"{machine_name()}, {platform.system()}"),
         ("levels", f"{run.metrics['n_ode_steps'] + 1:,} (field steps and Monte Carlo in turn)")

@@ -28,6 +28,7 @@ from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
@@ -261,7 +262,7 @@ def _write(
     write_npz(out / "samples.npz", {"positions": x.astype(np.float32), "log_weight": log_w})
     weights = torch.softmax(torch.from_numpy(log_w), 0)
     effective = int(max(1.0, float(1 / weights.square().sum())))
-    generator = torch.Generator().manual_seed(seed)
+    generator = child(seed, "frames")
     u = torch.rand((), generator=generator, dtype=torch.float64)
     places = (torch.arange(effective, dtype=torch.float64) + u) / effective
     index = torch.searchsorted(weights.cumsum(0), places).clamp(max=len(weights) - 1)

@@ -23,6 +23,7 @@ from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.parallel import is_main
 from openmm_eqflow.priors.zmatrix import ZMatrix
+from openmm_eqflow.seeds import EarlierSeed
 from openmm_eqflow.targets.constraints import constraint_lengths
 from openmm_eqflow.targets.library import MolecularSystem, load_system, systems_directory
 from openmm_eqflow.targets.target import BoltzmannTarget
@@ -65,6 +66,12 @@ class RunConfig:
     seed: int
     device: str
     recipe: Recipe
+    streams: str = "named"
+
+    @property
+    def root(self) -> int:
+        """Seed of all random streams; a run of version 0.1 goes on with those it began with."""
+        return self.seed if self.streams == "named" else EarlierSeed(self.seed)
 
 
 class RunDirectory:
@@ -169,6 +176,7 @@ class RunDirectory:
                 seed=int(content["seed"]),
                 device=str(content["device"]),
                 recipe=Recipe.from_dict(content["recipe"]),
+                streams=str(content.get("streams", "counted")),
             )
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise ConfigurationError(
@@ -260,6 +268,7 @@ class RunDirectory:
             "temperature_kelvin": c.temperature_kelvin,
             "budget": c.budget,
             "seed": c.seed,
+            "streams": c.streams,
             "device": c.device,
             "recipe": c.recipe.to_dict(),
             "versions": package_versions(),

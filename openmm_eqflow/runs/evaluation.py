@@ -26,6 +26,7 @@ from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_tensors, save_tensors
 from openmm_eqflow.parallel import available_threads, in_rounds, is_main
 from openmm_eqflow.priors.base import Prior, check_space
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
@@ -105,7 +106,7 @@ def _drawn(
     seed: int,
     k: int,
 ) -> FlowSamples:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
+    generator = child(seed, "evaluation", k)
     clock = time.perf_counter()
     x, log_q = flow.sample_and_log_prob(n, generator=generator)
     if x.is_cuda:
@@ -181,16 +182,17 @@ def evaluate_flow(
     FlowSamples, Tensor
         The samples, and the log weights of the prior.
     """
-    generator = torch.Generator().manual_seed(seed)
     samples = draw_weighted(flow, target, n_samples, seed=seed, folder=folder, progress=progress)
-    prior_weights = prior_log_weights(flow, target, n_samples, generator=generator)
+    prior_weights = prior_log_weights(
+        flow, target, n_samples, generator=child(seed, "prior")
+    )
     log_w = samples.log_weight.numpy()
     u = samples.u.numpy()
     ess, estimate = relative_ess_with_error(log_w), log_z(log_w)
     mean_u = weighted_mean_with_error(np.where(np.isfinite(u), u, 0.0), log_w)
     report = flow.audit_report
     if report is None:
-        report = audit(flow, n=128, generator=generator)
+        report = audit(flow, n=128, generator=child(seed, "audit"))
     if test_frames is not None:
         most = max(100, n_samples // 10)
         test_frames = test_frames[:: max(1, -(-len(test_frames) // most))]

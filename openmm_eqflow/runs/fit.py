@@ -43,6 +43,7 @@ from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.runs.evaluation import latent_log_weights
 from openmm_eqflow.runs.reference.data import ReferenceData
+from openmm_eqflow.seeds import EarlierSeed, child, child_seed
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.loop import TrainingResult, TrainingSettings, join_trainings, train
 from openmm_eqflow.training.objectives import MAX_FRAMES, build_objective, thin
@@ -93,7 +94,7 @@ def train_stochastic_flow(
     path = SoftCorePath()
     n_particles = target.system.getNumParticles()
     prior = MeanFreeGaussian(n_particles, 3, 1.0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = child(seed, "fit")
     chunk = 256
     n_batches = max(2, -(-int(options["n_fit"]) // chunk))
     batches = []
@@ -128,7 +129,7 @@ def train_stochastic_flow(
     result = TrainingResult(flow.module, history, len(fit.times), seconds)
     if is_main():
         report(0.95, "auditing the log determinants")
-        audit(flow, n=16, generator=generator)
+        audit(flow, n=16, generator=child(seed, "audit"))
     return flow, result
 
 
@@ -165,7 +166,6 @@ def _check(target: BoltzmannTarget, path: SoftCorePath, x: Tensor) -> None:
 Progress = Callable[[float, str], None]
 logger = logging.getLogger(__name__)
 _MONITOR = 1000
-_KEEP_STREAM = (0x6B656570,)  # names the child of a seed that compares flow and prior
 _CHECKPOINTS = ("checkpoint", "finetune")
 
 
@@ -315,22 +315,25 @@ def _train_flow(
 ) -> tuple[EquivariantFlow, TrainingResult]:
     report = progress or (lambda fraction, text: None)
     check_precision(recipe.precision, device)
-    torch.manual_seed(seed)  # initial weights only; everything else has its own generator
+    # Initial weights only; everything else has its own generator.
+    torch.manual_seed(child_seed(seed, "weights"))
     frames, test = split_frames(data)
     report(0.0, "fitting the prior")
     hot = hot_frames(recipe, data)
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = child(seed, "pool")
     prior = _shared_prior(
         fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
     )
     field = build_field(recipe, prior, target, frames).to(device)
     trainings = recipe.trainings()
     done: list[TrainingResult] = []
-    monitor = None
+    monitor, part_seed = None, seed
     with training_precision(field, recipe.precision, device) as trained:
         for part, name in zip(trainings, _CHECKPOINTS, strict=False):
             if done:
                 field.load_state_dict(done[-1].average.state_dict())
+                if not isinstance(seed, EarlierSeed):
+                    part_seed = child_seed(seed, "fine-tuning")
             objective, close = build_objective(
                 part,
                 trained,
@@ -339,15 +342,15 @@ def _train_flow(
                 frames,
                 test,
                 generator=generator,
-                seed=seed,
+                seed=part_seed,
                 report=report,
             )
-            monitor = monitor or _monitor(prior, target, generator)
+            monitor = monitor or _monitor(prior, target, child(seed, "monitoring"))
             try:
                 result = train(
                     field,
                     objective,
-                    _settings(part, prior, seed=seed, device=device),
+                    _settings(part, prior, seed=part_seed, device=device),
                     checkpoint=folder / f"{name}.safetensors",
                     log=log if log is None or not done else log.with_stem(f"{log.stem}-{name}"),
                     evaluate=monitor,
@@ -371,8 +374,9 @@ def _train_flow(
         size = _affordable(512, prior, 128)
     flow, result.prior_kept = keep_prior(flow, target, size, seed=seed)
     if result.prior_kept is None:
-        flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=generator)
-    audit(flow, n=n // 2, x=test[: n // 2], generator=generator)
+        stream = child(seed, "calibration")
+        flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=stream)
+    audit(flow, n=n // 2, x=test[: n // 2], generator=child(seed, "audit"))
     return flow, result
 
 
@@ -390,9 +394,7 @@ def keep_prior(
     EquivariantFlow, dict or None
         The flow, or a new one at rest and the figures that decided (``flow``, ``prior``, ``n``).
     """
-    entropy = np.random.SeedSequence(seed, spawn_key=_KEEP_STREAM)
-    stream = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-    z = flow.prior.sample_latent(n, generator=stream)
+    z = flow.prior.sample_latent(n, generator=child(seed, "comparison"))
     steps = max(flow.n_ode_steps, 16)
     grid = tuple(k / steps for k in range(steps + 1))
     fine = EquivariantFlow(flow.prior, flow.module, grid=grid)  # type: ignore[arg-type]

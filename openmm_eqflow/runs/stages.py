@@ -38,6 +38,7 @@ from openmm_eqflow.runs.directory import STAGES, RunDirectory
 from openmm_eqflow.runs.evaluation import evaluate_flow
 from openmm_eqflow.runs.fit import split_frames, train_flow
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 from openmm_eqflow.targets.target import BoltzmannTarget, system_sha256
@@ -293,7 +294,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             run.config.recipe,
             target,
             data,
-            seed=run.config.seed,
+            seed=run.config.root,
             folder=run.path / "training",
             device=run.config.device,
             log=run.path / "history.csv",
@@ -324,7 +325,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
 
 def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     run.require("train")
-    recipe, seed = run.config.recipe, run.config.seed
+    recipe, seed = run.config.recipe, run.config.root
     system = run.load_system()
     with build_target(system) as target:
         flow = own_flow(run.path / "flow", target.system_hash)
@@ -337,7 +338,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             flow,
             target,
             n_samples=recipe.n_evaluate,
-            seed=seed + 11,
+            seed=type(seed)(seed + 11),
             name=system.name,
             test_frames=test,
             folder=run.path / "evaluation",
@@ -355,7 +356,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
                 "positions": samples.x[:5000].float().numpy(),
             },
         )
-        generator = torch.Generator().manual_seed(seed + 12)
+        generator = child(seed, "starts")
         # The first samples choose where the chains start, the others are their first proposals.
         k = len(samples.u) // 10
         # Diagnostics need four steps of every chain, however few samples are asked for.
@@ -370,7 +371,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             n_steps=-(-recipe.n_samples // n_chains),
             n_proposals=recipe.n_proposals,
             n_local_steps=recipe.n_local_steps,
-            seed=seed + 13,
+            seed=seed,
             stored=rest,
             progress=lambda f, text: progress(0.5 + 0.5 * f, f"Markov chains: {text}"),
         )

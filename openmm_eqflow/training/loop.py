@@ -37,6 +37,7 @@ from openmm_eqflow.parallel import (
     sum_over_processes,
     world_size,
 )
+from openmm_eqflow.seeds import child
 
 __all__ = [
     "GrowingObjective",
@@ -124,7 +125,7 @@ class TrainingState:
             weight_decay=0.0,
         )
         device = next(module.parameters()).device
-        self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
+        self.generator = child(settings.seed, "training")
         self.n_threads = settings.n_threads if device.type == "cpu" else 1
         self.executor = ThreadPoolExecutor(self.n_threads)
         self.n_shards: int = max(share(settings.n_shards or self.n_threads), world_size())
@@ -444,7 +445,7 @@ def _record(
         "loss": sum(losses) / len(losses),
         "learning_rate": float(state.optimiser.param_groups[0]["lr"]),
     }
-    fixed = torch.Generator().manual_seed(settings.seed + 1)
+    fixed = child(settings.seed, "validation")
     weights = {k: v.detach().clone() for k, v in state.module.state_dict().items()}
     state.module.load_state_dict(state.average.state_dict())
     try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.parallel import is_main, share
 from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.divergences import (
     ChartTarget,
@@ -181,7 +182,7 @@ def _feeder(p: _Parts, source: PathSampler | None) -> PoolFeeder:
         p.target,
         chunk=p.recipe.chunk,
         n_chunks=p.recipe.n_chunks,
-        seed=p.seed + 1000,
+        seed=p.seed,
         source=source,
     )
     p.stack.callback(feeder.close)
@@ -216,9 +217,9 @@ def _liouville(p: _Parts) -> Any:
         )
         return share_pool(made)
 
-    def sampler(base: Pool, seed: int) -> PathSampler:
+    def sampler(base: Pool, k: int) -> PathSampler:
         # Its own stream, so that every process finds the same step sizes.
-        stream = torch.Generator().manual_seed(seed)
+        stream = child(p.seed, "path sampler", k)
         return PathSampler(p.prior, p.target, base, generator=stream, **options)
 
     annealed, options = p.recipe.annealed is not None, _path_options(p.recipe)
@@ -227,8 +228,8 @@ def _liouville(p: _Parts) -> Any:
     held_out = pool(_N_HELD_OUT, thin(p.test, _N_HELD_OUT))
     if annealed:
         p.report(0.0, "tuning the trajectories of the training pool")
-        feeder = _feeder(p, sampler(first, p.seed + 3))
-        source = sampler(held_out, p.seed + 4)
+        feeder = _feeder(p, sampler(first, 0))
+        source = sampler(held_out, 1)
         held_out = share_pool(source.chunk(2 * _N_HELD_OUT, p.generator) if is_main() else None)
     return LiouvilleLoss(
         p.field,

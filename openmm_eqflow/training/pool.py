@@ -46,6 +46,7 @@ from openmm_eqflow.flows.kernels import (
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import rank, share_tensors, world_size
 from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.seeds import child
 
 __all__ = [
     "ChunkSource",
@@ -169,7 +170,7 @@ class PoolFeeder:
         self._next = 0
 
     def _make(self, k: int) -> Pool:
-        generator = torch.Generator().manual_seed(self.seed + k)
+        generator = child(self.seed, "pool chunks", k)
         if self.source is not None:
             return self.source.chunk(self.chunk, generator)
         return build_pool(self.prior, self.target, n_prior=self.chunk, generator=generator)

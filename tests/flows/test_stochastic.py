@@ -20,11 +20,11 @@ from stand_ins.stochastic import (
 )
 from torch import Tensor
 
-from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.analysis.weights import log_z, relative_ess
 from openmm_eqflow.bench.layers import run_bench
 from openmm_eqflow.errors import AuditError, CheckpointError, ConfigurationError, TrainingError
+from openmm_eqflow.flows import softcore, softcore_torch
 from openmm_eqflow.flows import softcore_kernels as kernels
-from openmm_eqflow.flows import softcore_torch
 from openmm_eqflow.flows.audit import audit, require_passed_audit
 from openmm_eqflow.flows.softcore import SoftCoreMap, SoftCoreTrajectory, energy_and_force
 from openmm_eqflow.flows.softcore_fit import fit_path, spline_tables
@@ -399,3 +399,26 @@ def test_defaults_of_a_recipe() -> None:
     recipe = make_recipe("cluster", "quick", {"recipe": {"stochastic": {"n_levels": 7}}})
     assert recipe.stochastic_options() == dict(STOCHASTIC_OPTIONS) | {"n_levels": 7}
     assert make_recipe("cluster", "quick").stochastic is None
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("n_levels", "left_out"), [(6, "determinants"), (4, "fold")])
+def test_log_z_however_few_the_levels(
+    pair_flow: StochasticFlow, n_levels: int, left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps so long that they fold space have determinants, but are no map: such paths fail."""
+
+    def off(flow: StochasticFlow) -> float:
+        x, log_q = flow.sample_and_log_prob(5000, generator=torch.Generator().manual_seed(1))
+        found = log_z((-PAIR.reduced_potential(x) - log_q).numpy())
+        return abs(found.value - PAIR.log_z()) / found.error
+
+    coarse = pair_flow.on_levels(n_levels)
+    assert off(coarse) < 4
+    if left_out == "fold":  # power: what is left out makes log Z wrong
+        monkeypatch.setattr(softcore, "_SAME", np.inf)
+    else:
+        for layer in coarse.layers:
+            if isinstance(layer, SoftCoreMap):
+                layer.exact = False
+    assert off(coarse) > 4

@@ -22,11 +22,11 @@ PACKAGE = ROOT / "openmm_eqflow"
 # Packages (and modules beside them) from the bottom up: imports go strictly down this list.
 # ``__init__`` and the names stored by old moves aside, which load nothing until they are used.
 ORDER = (
-    "errors units geometry files parallel analysis targets.energies targets priors vector_fields "
-    "flows training moves runs.reference runs report bench cli"
+    "errors units geometry files parallel seeds analysis targets.energies targets priors "
+    "vector_fields flows training moves runs.reference runs report bench cli"
 ).split()
 # Beside each other at the bottom: no order among them, but no cycle either.
-FOUNDATION = {"errors", "units", "geometry", "files", "parallel"}
+FOUNDATION = {"errors", "units", "geometry", "files", "parallel", "seeds"}
 # Upward imports that are left, each to be removed: (module, what it imports).
 DEBTS = {
     ("runs.stages", "report.__init__"),  # the last stage writes the report

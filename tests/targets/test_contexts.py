@@ -18,8 +18,10 @@ from stand_ins.energies import empty_system
 from stand_ins.interrupts import hear_interrupts
 
 from openmm_eqflow.errors import EnergyError
+from openmm_eqflow.targets.energies import contexts
 from openmm_eqflow.targets.energies.contexts import ContextPool, available_platforms
 from openmm_eqflow.targets.energies.process_worker import ProcessContext
+from openmm_eqflow.targets.energies.worker import LocalContext
 from openmm_eqflow.targets.library import load_system
 
 
@@ -105,6 +107,7 @@ def test_configuration_that_kills_every_worker_is_invalid(molecule, batch, monke
 SCRIPT = """
 import sys, numpy as np
 from openmm_eqflow.targets.energies.process_worker import ProcessContext
+from openmm_eqflow.targets.energies.worker import LocalContext
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.energies.contexts import ContextPool
 molecule = load_system("alanine-dipeptide")
@@ -160,6 +163,32 @@ def test_no_orphans(how):
     while any(alive(p) for p in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(p) for p in pids)
+
+
+def test_the_platform_follows_from_a_rule(molecule, monkeypatch) -> None:
+    """Not from who was quicker: one seed gives the same bits on a busy machine."""
+    quick = {"CPU": 1e9, "Reference": 1.0}
+    names: list[str] = []
+    broken = ""
+
+    class Named(LocalContext):
+        def __init__(self, xml: str, platform: str) -> None:
+            names.append(platform)
+            if platform == broken:
+                raise openmm.OpenMMException("cannot")
+            super().__init__(xml, platform)
+            self.rate = quick[platform]
+
+    monkeypatch.setattr(contexts, "LocalContext", Named)
+    monkeypatch.setattr(contexts, "evaluation_rate", lambda context, probe: context.rate)
+    with ContextPool(molecule.system, n_workers=1, mode="threads") as pool:
+        assert pool.platform == "Reference"
+    broken = "Reference"
+    with ContextPool(molecule.system, n_workers=1, mode="threads") as pool:
+        assert pool.platform == "CPU"
+    assert set(names) == {"Reference", "CPU"}  # the stand-in was in use
+    with ContextPool(molecule.system, platform="CPU", n_workers=1, mode="threads") as pool:
+        assert pool.platform == "CPU"  # a name is taken at its word
 
 
 def test_automatic_choices_and_refusals(molecule, batch):

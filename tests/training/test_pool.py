@@ -35,6 +35,7 @@ from openmm_eqflow.runs import fit as fitting
 from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.stages import build_target, run_stage
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.training.liouville import LiouvilleLoss
 from openmm_eqflow.training.pool import PathSampler, Pool, PoolFeeder
@@ -272,7 +273,7 @@ def test_chunk_depends_on_seed_and_number_only():
     one.close()
     assert all(
         torch.equal(a, b)
-        for a, b in zip(chunks[3], made.chunk(300, stream(10)), strict=True)  # type: ignore[arg-type]
+        for a, b in zip(chunks[3], made.chunk(300, child(7, "pool chunks", 3)), strict=True)  # type: ignore[arg-type]
     )
     assert not torch.equal(chunks[3].y[:50], chunks[4].y[:50])  # type: ignore[union-attr]
 
