@@ -49,7 +49,6 @@ from scipy.special import log_ndtr, ndtr
 
 from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import EnergyError
-from openmm_eqflow.runs.reference.implicit_solvent import with_compiled_solvent
 from openmm_eqflow.runs.reference.plan import (
     ReferenceSettings,
     SamplingPlan,
@@ -59,6 +58,7 @@ from openmm_eqflow.runs.reference.plan import (
     set_aside_singular_torsions,
 )
 from openmm_eqflow.targets.constraints import constraint_lengths
+from openmm_eqflow.targets.energies.implicit_solvent import with_compiled_solvent
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.units import (
     energy_in_kj_mol,

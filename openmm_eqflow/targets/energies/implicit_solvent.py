@@ -1,4 +1,4 @@
-r"""A faster form of OBC implicit solvent for molecular dynamics, taken only if it is the same.
+r"""A faster form of OBC implicit solvent, taken only if it is the same.
 
 ``implicit/obc2.xml`` and OpenMM's Amber readers write the model of Onufriev, Bashford and Case
 (2004) as a CustomGBForce, an interpreted formula. ``GBSAOBCForce`` is the same model compiled; its

@@ -11,8 +11,8 @@ from openmm import app, unit
 from stand_ins import DATA, ROOT
 
 from openmm_eqflow.runs.reference.calibration import make_plan
-from openmm_eqflow.runs.reference.implicit_solvent import with_compiled_solvent
 from openmm_eqflow.runs.reference.plan import ReferenceSettings
+from openmm_eqflow.targets.energies.implicit_solvent import with_compiled_solvent
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.targets.target import system_sha256
