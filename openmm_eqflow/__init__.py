@@ -16,11 +16,13 @@ sum_ij D phi + d phi'                       div v            vector_fields.kerne
 sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radial.RadialSplineField        vector_fields/test_contract::test_divergence_is_the_trace
 -sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               flows/test_path::test_weights_forwards_and_backwards_give_log_z
 log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.relax                           flows/test_path::test_weights_forwards_and_backwards_give_log_z
+(sum W e^d)^2 / sum W e^2d = share          t_k              flows.adapt.carry                             flows/test_adapt::test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor
 du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_regressors_are_divergence_minus_work
 h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    flows/test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
 sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     vector_fields/test_contract::test_divergence_is_the_trace
 -|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2         log p0           priors.gaussian.MeanFreeGaussian              priors/test_gaussian::test_normalised_on_the_mean_free_subspace
 log p(y) - log volume                       log p0           priors.internal.InternalCoordinatePrior       priors/test_internal::test_triatomic_density_integrates_to_one_and_matches_samples
+sum_c W_c |C_c|^-1 rho(C_c^-1 (z - m_c))    log rho(z)       priors.internal.InternalCoordinatePrior        priors/test_chemistry::test_a_mixture_integrates_to_one_and_its_samples_have_its_shares
 eta prod p_g + (1-eta) sum W_c prod p_g|c   log p(tau)       priors.torsions.Conformers                    priors/test_torsions::test_mixture_is_normalised_by_quadrature
 8 pi^2 N^(-3/2) prod b^2 sin theta          log volume       priors.zmatrix.ZMatrix.log_volume             priors/test_zmatrix::test_volume_element_is_the_jacobian_determinant
 sqrt(det H), H = C M^-1 C^T                 log volume       targets.constraints.Constraints               targets/test_constraints::test_paths_give_the_angle_of_constrained_dynamics
