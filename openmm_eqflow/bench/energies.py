@@ -24,9 +24,8 @@ from openmm import unit
 from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.targets.energies.base import FloatArray
 from openmm_eqflow.targets.energies.compiled import HAVE_NUMBA
-from openmm_eqflow.targets.energies.contexts import ContextPool, available_platforms
+from openmm_eqflow.targets.energies.contexts import ContextPool, LocalContext, available_platforms
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
-from openmm_eqflow.targets.energies.worker import LocalContext
 from openmm_eqflow.targets.library import list_systems, load_system
 
 __all__ = [
@@ -105,7 +104,6 @@ def _bench_system(
     with ContextPool(molecule.system, n_workers=n_threads, positions=start) as pool:
         entry["context_pool"] = {
             "platform": pool.platform,
-            "mode": pool.mode,
             "n_workers": pool.n_workers,
             **_evaluator_rates(pool, x[:_COMPARED], seconds),
         }

@@ -32,9 +32,8 @@ from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.runs.directory import STAGES
 from openmm_eqflow.runs.stages import build_target, open_run, run_stage
 from openmm_eqflow.seeds import child
-from openmm_eqflow.targets.energies.contexts import available_platforms
+from openmm_eqflow.targets.energies.contexts import LocalContext, available_platforms
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
-from openmm_eqflow.targets.energies.worker import LocalContext
 from openmm_eqflow.targets.library import list_systems, load_system
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.liouville import LiouvilleLoss

@@ -127,7 +127,7 @@ def test_lj13_virial_reference():
 
 def test_any_evaluator(x):
     system = load_system("alanine-dipeptide").system
-    pool = ContextPool(system, platform="Reference", mode="threads", n_workers=1)
+    pool = ContextPool(system, platform="Reference", n_workers=1)
     with make("alanine-dipeptide", evaluator=pool) as slow, make("alanine-dipeptide") as fast:
         torch.testing.assert_close(slow.reduced_potential(x), fast.reduced_potential(x))
 

@@ -1,33 +1,27 @@
-"""Energies of any System by OpenMM Contexts: platforms, and one Context per worker.
-
-Which OpenMM platforms there are, and which is taken.
-
-Energies of any System on any OpenMM platform, one Context per worker.
+"""Energies of any System on any OpenMM platform, one Context per thread.
 
 OpenMM evaluates one configuration at a time. The pool cuts a batch into chunks and hands them to
-Contexts in threads (``getState`` releases Python's lock) or in processes, whichever a short timing
-finds faster. It is the arbiter other evaluators are checked against and the fallback for Systems
-they do not cover.
+Contexts in threads (``getState`` releases Python's lock). It is the arbiter other evaluators are
+checked against and the fallback for Systems they do not cover.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 
 import numpy as np
 import openmm
+from numpy.typing import NDArray
 
 from openmm_eqflow.errors import EnergyError
 from openmm_eqflow.targets.energies.base import FloatArray, check_batch, mask_invalid
-from openmm_eqflow.targets.energies.process_worker import ProcessContext, WorkerLostError
-from openmm_eqflow.targets.energies.worker import LocalContext
 
 __all__ = [
     "ContextPool",
+    "LocalContext",
     "available_platforms",
     "evaluation_rate",
     "first_platform",
@@ -35,9 +29,56 @@ __all__ = [
 ]
 
 _TIMING_SECONDS = 0.03
+#: Seconds of work per chunk: long against the exchange (about 0.1 ms), short against a batch.
+_CHUNK_SECONDS = 0.02
 
 
-def evaluation_rate(context: LocalContext | ProcessContext, probe: FloatArray) -> float:
+class LocalContext:
+    """A Context on a named platform, with failures turned into NaN.
+
+    Parameters
+    ----------
+    system_xml
+        Serialised System. The Context gets a System of its own: a Context keeps no reference to
+        Python's one, and a System must not be shared between threads.
+    platform
+        OpenMM platform name; ``"CPU"`` gets one thread, GPU platforms mixed precision.
+    """
+
+    def __init__(self, system_xml: str, platform: str) -> None:
+        self._system = openmm.XmlSerializer.deserialize(system_xml)
+        self._integrator = openmm.VerletIntegrator(1e-3)
+        properties = {}
+        if platform == "CPU":
+            properties["Threads"] = "1"
+        elif platform != "Reference":
+            properties["Precision"] = "mixed"
+        self._context = openmm.Context(
+            self._system, self._integrator, openmm.Platform.getPlatformByName(platform), properties
+        )
+
+    def compute(
+        self, x: NDArray[np.float64], forces: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """Energies and, if asked for, forces; NaN where OpenMM raised."""
+        context = self._context
+        energy = np.full(len(x), np.nan)
+        force = np.zeros(x.shape) if forces else None
+        finite = np.isfinite(x).all(axis=(1, 2))
+        for i in np.flatnonzero(finite):
+            # The CPU platform raises on NaN (GPU platforms too); Reference returns NaN.
+            try:
+                context.setPositions(x[i])
+                state = context.getState(getEnergy=True, getForces=forces)
+                energy[i] = state.getPotentialEnergy()._value
+                if force is not None:
+                    force[i] = state.getForces(asNumpy=True)._value
+            except openmm.OpenMMException:
+                energy[i] = np.nan
+        return energy, force
+
+
+def evaluation_rate(context: LocalContext, probe: FloatArray) -> float:
     """Energy + force evaluations per second: the best of a few short blocks.
 
     The best, because other work on the machine can only make a block slower.
@@ -89,9 +130,6 @@ def first_platform(system_xml: str, probe: FloatArray) -> str:
             return name
     raise EnergyError(f"no OpenMM platform can run this System ({'; '.join(reasons)})")
 
-#: Seconds of work per chunk: long against the exchange (about 0.1 ms), short against a batch.
-_CHUNK_SECONDS = 0.02
-
 
 class ContextPool:
     """Batched energies through OpenMM Contexts.
@@ -105,13 +143,8 @@ class ContextPool:
         runs the System.
     n_workers
         Contexts; default one per core.
-    mode
-        ``"threads"``, ``"processes"`` or ``"auto"`` (a short timing). Only processes survive a
-        crash or a hang inside OpenMM.
-    timeout
-        Seconds a chunk may take in a worker process before it is killed and replaced.
     positions
-        ``(n_particles, 3)`` nm for the timings; default a loose lattice.
+        ``(n_particles, 3)`` nm for the timing of a chunk; default a loose lattice.
 
     Examples
     --------
@@ -125,46 +158,29 @@ class ContextPool:
         *,
         platform: str = "auto",
         n_workers: int | None = None,
-        mode: str = "auto",
-        timeout: float = 60.0,
         positions: FloatArray | None = None,
     ) -> None:
-        if mode not in ("auto", "threads", "processes"):
-            msg = f"mode is {mode!r}, expected 'auto', 'threads' or 'processes'"
-            raise ValueError(msg)
         if n_workers is not None and n_workers < 1:
             msg = f"n_workers is {n_workers}, expected at least 1 (or None: one per core)"
             raise ValueError(msg)
         self.n_particles: int = system.getNumParticles()
         self.n_invalid = 0
-        self.n_restarts = 0
         self.n_workers: int = n_workers or os.cpu_count() or 1
-        self._xml: str = openmm.XmlSerializer.serialize(system)
-        # Another process cannot read a function of this one's __main__: it would crash.
-        if mode == "auto" and 'type="PythonForce"' in self._xml:
-            mode = "threads"
-        self._probe = probe_positions(self.n_particles) if positions is None else positions
+        xml = openmm.XmlSerializer.serialize(system)
+        probe = probe_positions(self.n_particles) if positions is None else positions
         if platform == "auto":
-            platform = first_platform(self._xml, self._probe)
+            platform = first_platform(xml, probe)
         elif platform not in available_platforms():
             msg = f"platform {platform!r} is not installed; there are {available_platforms()}"
             raise EnergyError(msg)
         self.platform = platform
-        self._timeout = timeout
-        self._aborted = threading.Event()
         self._executor = ThreadPoolExecutor(self.n_workers, thread_name_prefix="eqflow-energy")
-        self._contexts: list[LocalContext | ProcessContext] = []
-        self._idle: SimpleQueue[LocalContext | ProcessContext] = SimpleQueue()
-        self._chunk = 1
-        self.mode = self._choose_mode() if mode == "auto" else mode
-        if not self._contexts:
-            self._open(self.mode)
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the live workers (none with threads)."""
-        pids = [c.pid for c in self._contexts if isinstance(c, ProcessContext)]
-        return [pid for pid in pids if pid is not None]
+        self._contexts = [LocalContext(xml, platform) for _ in range(self.n_workers)]
+        self._idle: SimpleQueue[LocalContext] = SimpleQueue()
+        for context in self._contexts:
+            self._idle.put(context)
+        rate = evaluation_rate(self._contexts[0], probe)
+        self._chunk = int(np.clip(rate * _CHUNK_SECONDS, 1, 1024))
 
     def energies(self, x: FloatArray) -> FloatArray:
         """Energies ``(n,)`` in kJ/mol; +inf where invalid."""
@@ -179,11 +195,7 @@ class ContextPool:
         return energies, forces
 
     def close(self) -> None:
-        """Stop threads and kill worker processes."""
-        self._aborted.set()
-        for context in self._contexts:
-            if isinstance(context, ProcessContext):
-                context.close()
+        """Stop the threads."""
         self._contexts.clear()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
@@ -207,110 +219,25 @@ class ContextPool:
 
         def run(start: int) -> None:
             part = slice(start, start + chunk)
-            energy, force = self._compute(x[part], forces)
+            context = self._idle.get()
+            try:
+                energy, force = context.compute(x[part], forces)
+            finally:
+                self._idle.put(context)
             energies[part] = energy
             if out is not None and force is not None:
                 out[part] = force
 
-        self._aborted.clear()
         futures = [self._executor.submit(run, start) for start in range(0, len(x), chunk)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
         except BaseException:
-            # Ctrl-C or a lost pool: leave no thread waiting for a worker.
-            self._aborted.set()
-            for future in futures:
+            for future in futures:  # Ctrl-C: begin nothing more
                 future.cancel()
-            for context in self._contexts:
-                if isinstance(context, ProcessContext):
-                    context.close()
             wait(futures)
             raise
         energies, out, n_invalid = mask_invalid(x, energies, out)
         self.n_invalid += n_invalid
         return energies, out
-
-    def _compute(
-        self, x: FloatArray, forces: bool, attempts: int = 2
-    ) -> tuple[FloatArray, FloatArray | None]:
-        """One chunk on an idle worker; a lost worker is replaced and its chunk redone.
-
-        A chunk that costs ``attempts`` workers is halved until the one configuration that kills
-        or blocks them is alone; that one is invalid.
-        """
-        for _ in range(attempts):
-            context = self._idle.get()
-            try:
-                return context.compute(x, forces)
-            except WorkerLostError:
-                if self._aborted.is_set():
-                    raise
-                self.n_restarts += 1
-            finally:
-                self._idle.put(context)
-        if len(x) == 1:
-            return np.full(1, np.nan), np.zeros(x.shape) if forces else None
-        halves = [self._compute(half, forces) for half in np.array_split(x, 2)]
-        forces_out = [f for _, f in halves if f is not None]
-        return (
-            np.concatenate([e for e, _ in halves]),
-            np.concatenate(forces_out) if forces else None,
-        )
-
-    def _open(self, mode: str) -> None:
-        make = self._thread_context if mode == "threads" else self._process_context
-        self._contexts = [make() for _ in range(self.n_workers)]
-        if mode == "processes":
-            try:
-                list(self._executor.map(_start, self._contexts))
-            except BaseException:
-                self.close()
-                raise
-        self._idle = SimpleQueue()
-        for context in self._contexts:
-            self._idle.put(context)
-        rate = evaluation_rate(self._contexts[0], self._probe)
-        self._chunk = int(np.clip(rate * _CHUNK_SECONDS, 1, 1024))
-
-    def _thread_context(self) -> LocalContext | ProcessContext:
-        return LocalContext(self._xml, self.platform)
-
-    def _process_context(self) -> LocalContext | ProcessContext:
-        return ProcessContext(self._xml, self.platform, timeout=self._timeout)
-
-    def _choose_mode(self) -> str:
-        """Threads, unless they scale badly here and processes turn out faster."""
-        self._open("threads")
-        alone = evaluation_rate(self._contexts[0], self._probe)
-        threads = self._pool_rate(alone)
-        if self.n_workers == 1 or threads > 0.75 * self.n_workers * alone:
-            return "threads"
-        with_threads = self._contexts
-        self._open("processes")
-        processes = self._pool_rate(alone)
-        if processes > threads:
-            return "processes"
-        for context in self._contexts:
-            if isinstance(context, ProcessContext):
-                context.close()
-        self._contexts = with_threads
-        self._idle = SimpleQueue()
-        for context in self._contexts:
-            self._idle.put(context)
-        return "threads"
-
-    def _pool_rate(self, rate: float) -> float:
-        n = max(self.n_workers, int(rate * self.n_workers * _TIMING_SECONDS))
-        x = np.repeat(self._probe[None], n, axis=0)
-        self._evaluate(x[: 2 * self.n_workers], forces=True)
-        start = time.perf_counter()
-        self._evaluate(x, forces=True)
-        self.n_invalid = 0
-        return n / (time.perf_counter() - start)
-
-
-def _start(context: LocalContext | ProcessContext) -> None:
-    if isinstance(context, ProcessContext):
-        context.start()
