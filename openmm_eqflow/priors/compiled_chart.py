@@ -166,8 +166,12 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
         return value, gradient
     conformers = density.conformers
     terms = torch.log(conformers.weights).expand(len(tau), -1)
-    for column, (_, _, _, given, _) in zip(conformers.members.T, coupled, strict=True):
-        terms = terms + given[:, column]
+    # Picking columns as a product with zeros and ones is several times faster than indexing.
+    picks = [
+        torch.nn.functional.one_hot(column, given.shape[1]).to(given)
+        for column, (_, _, _, given, _) in zip(conformers.members.T, coupled, strict=True)
+    ]
+    terms = terms + torch.cat([c[3] for c in coupled], 1) @ torch.cat(picks, 1).T
     seen = torch.logsumexp(terms, 1)
     shares = torch.exp(terms - seen[:, None])
     seen = seen + math.log1p(-conformers.independent)
@@ -175,10 +179,8 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
     apart = apart + math.log(conformers.independent)
     total = torch.logaddexp(seen, apart)
     on_seen, on_apart = torch.exp(seen - total), torch.exp(apart - total)
-    for column, (g, _, by_free, given, by_given) in zip(
-        conformers.members.T, coupled, strict=True
-    ):
-        by_basin = torch.zeros_like(given).index_add(1, column, shares)
+    for pick, (g, _, by_free, _, by_given) in zip(picks, coupled, strict=True):
+        by_basin = shares @ pick
         pulled = (by_basin[:, :, None] * by_given).sum(1)
         members = list(density.groups[g].members)
         gradient[:, members] = on_seen[:, None] * pulled + on_apart[:, None] * by_free
