@@ -93,6 +93,11 @@ class Isomers:
                 f"Conformers of rings that dynamics may not interconvert: {', '.join(rings)}; "
                 "compare runs from several."
             )
+        if states["amide"] or rings:
+            lines.append(
+                "Amides and ring conformers are sampled, whatever their barriers, by "
+                "openmm-eqflow anneal."
+            )
         if states["single"]:
             lines.append(f"Torsions that turn: {', '.join(states['single'])}.")
         return lines

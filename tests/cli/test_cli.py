@@ -124,7 +124,7 @@ def test_help(shell):
         ("rnu dw4", "No such command 'rnu'"),
         ("run dw4 --frobnicate", "No such option"),
         ("train dw4 --device tpu", "'tpu' is not one of"),
-        ("init mol", "Missing option '--pdb'"),
+        ("init mol", "give them with --pdb"),
         ("init mol --pdb none.pdb --forcefield amber14-all.xml", "none.pdb is not a file"),
         ("init mol --pdb none.pdb", "give either force-field files"),
         ("init mol --pdb none.pdb --temperature -3", "temperature is -3 K"),

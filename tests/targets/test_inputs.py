@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ def files(kind, folder):
         return given, system, app.AmberInpcrdFile(str(given["pdb"])).positions
     if kind == "gromacs":
         given = {"topology": folder / "topol.top", "pdb": folder / "conf.gro"}
-        system = app.GromacsTopFile(str(given["topology"])).createSystem()
+        with warnings.catch_warnings():  # it leaves its file for Python to close
+            warnings.simplefilter("ignore", ResourceWarning)
+            system = app.GromacsTopFile(str(given["topology"])).createSystem()
         return given, system, app.GromacsGroFile(str(given["pdb"])).positions
     if kind in ("charmm", "charmm-pdb"):
         parameters = [folder / "mol.rtf", folder / "mol.prm"]

@@ -82,9 +82,10 @@ def here(tmp_path, monkeypatch):
     code = text.replace(
         "<Forces>", '<Forces><Force type="&#80;ythonForce" name="x" function="00" version="2"/>'
     )
-    constrained = text.replace(
-        "<Constraints/>", '<Constraints><Constraint d=".1" p1="0" p2="1"/></Constraints>'
+    ring = "".join(
+        f'<Constraint d=".1" p1="{a}" p2="{b}"/>' for a, b in ((0, 1), (1, 2), (0, 2))
     )
+    constrained = text.replace("<Constraints/>", f"<Constraints>{ring}</Constraints>")
     assert code != text != constrained
     texts = {
         "in.xml": text,
@@ -176,7 +177,7 @@ TABLE = {
     ),
     "constraints": (
         ("--pdb", "good.pdb", "--system", "constrained.xml"),
-        r"1 constraints.*constraints=None",
+        r"constraints of atoms .* close a ring.*constraints=HBonds",
     ),
     "code in a System": (
         ("--pdb", "good.pdb", "--system", "code.xml"),
