@@ -207,7 +207,10 @@ def anneal(
         f"{metrics['log_z_error']:.3f}",
         highlight=False,
     )
-    _print_isomers(metrics["isomers"])
+    if metrics["isomers"]:
+        _print_isomers(metrics["isomers"])
+    else:
+        console.print("no torsion here has states that can be told apart", highlight=False)
     for text in metrics["warnings"]:
         errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"wrote {folder}", highlight=False, soft_wrap=True, markup=False)

@@ -63,7 +63,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 _AIM = 0.8  # acceptance
 _CHUNK = 256
-_FALL = 0.5  # of log Z, in kT, between rounds that is more than chance
+_FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
 _ORDER = 4
 _SHORT = 1.2  # length of a path that a dozen levels make efficient
 
@@ -114,12 +114,14 @@ class Adaptation(NamedTuple):
 
     ``trials`` are (levels, points, relative ESS, log Z); ``floor`` is the weight
     that only the floor of the prior proposes (:func:`floor_weight`).
+    ``second_log_z`` is that of another population from the first prior: independent of the rounds.
     """
 
     path: AnnealedPath
     rounds: tuple[Round, ...]
     trials: tuple[tuple[int, int, float, float], ...]
     floor: dict[str, float]
+    second_log_z: float
     seconds: float
 
     def record(self) -> dict[str, Any]:
@@ -130,6 +132,7 @@ class Adaptation(NamedTuple):
                 dict(zip(("n_levels", "n", "ess", "log_z"), t, strict=True)) for t in self.trials
             ],
             "floor": self.floor,
+            "second_log_z": self.second_log_z,
             "seconds": self.seconds,
         }
 
@@ -348,6 +351,7 @@ def adapt(
         return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=stream)
 
     best = run(prior, 0)
+    highest = best.log_z  # a state that a population has found counts, whatever later ones find
     rounds.append(_round(prior, target, best, n, True, started, child(seed, "adapted prior", 0)))
     for k in range(1, max_rounds + 1):
         new = _refitted(prior, target, best, ground, share, child(seed, "refit", k))
@@ -356,18 +360,23 @@ def adapt(
         except TrainingError:
             pilot = None
         better = (
-            pilot is not None and pilot.length < best.length and pilot.log_z > best.log_z - _FALL
+            pilot is not None and pilot.length < best.length and pilot.log_z > highest - _FALL
         )
         if new is not None and pilot is not None:
             stream = child(seed, "adapted prior", k)
             rounds.append(_round(new, target, pilot, n, better, started, stream))
+            highest = max(highest, pilot.log_z)
         if new is None or pilot is None or not better:
             logger.info("round %d of adapting the prior was dropped", k)
             if best.length < _SHORT:
                 break  # another round would cost more than the levels it saves
             n *= 2
             if k < max_rounds:
-                best = run(prior, 100 + k)
+                again = run(prior, 100 + k)
+                stream = child(seed, "adapted prior", 100 + k)
+                rounds.append(_round(prior, target, again, n, True, started, stream))
+                best = again if again.log_z > highest - _FALL else best
+                highest = max(highest, again.log_z)
             continue
         gain = best.length / pilot.length
         prior, best = new, pilot
@@ -508,8 +517,12 @@ def path_from_chemistry(
         keep = torch.isfinite(log_w)
         ground = start.torsions or TorsionDensity([], [])
         shares = floor_weight(prior, ground, floor, y[keep], log_w[keep])
+    # Another population from the first prior: what the rounds have lost, it may find.
+    second = carry(
+        start, target, n_points, n_leapfrog=n_leapfrog, generator=child(seed, "second start")
+    )
     audit(path, n=32, generator=child(seed, "audit"))
     seconds = time.monotonic() - started
-    made = Adaptation(path, rounds, tuple(trials), shares, seconds)
+    made = Adaptation(path, rounds, tuple(trials), shares, second.log_z, seconds)
     path.metadata["adaptation"] = made.record()
     return made

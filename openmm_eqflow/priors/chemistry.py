@@ -74,13 +74,13 @@ def chemical_prior(
     """
     if target.positions is None or target.n_dims != 3:
         raise UnsupportedSystemError(
-            "a prior from chemistry starts from a structure in three dimensions: give the "
-            "BoltzmannTarget positions"
+            "a prior from chemistry is for a bonded molecule with a structure in three "
+            "dimensions; this System is none"
         )
     if target.constraints is not None:
         raise UnsupportedSystemError(
-            "a prior from chemistry is for molecules without constraints: rebuild the System with "
-            "constraints=None, or fit the prior to frames of dynamics"
+            "a prior from chemistry is for molecules without constraints: init the molecule again "
+            "without --constraints, or take openmm-eqflow run"
         )
     n, generator = target.n_particles, child(seed, "chemistry")
     masses = torch.tensor([target.system.getParticleMass(k)._value for k in range(n)])

@@ -42,6 +42,8 @@ __all__ = [
 
 _KCAL = 4.184
 _LEAST = 50  # independent samples that a table of populations needs
+_HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
+_LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
 
 
@@ -183,7 +185,7 @@ def anneal_system(
         tell(0.0, "adapting the prior to paths of its own")
         made = path_from_chemistry(target, ess=ess, seed=seed, n_points=n_points)
         out.mkdir(parents=True, exist_ok=True)
-        made.path.metadata["asked"] = asked
+        made.path.metadata |= {"asked": asked, "system_hash": target.system_hash}
         save_flow(made.path, out / "flow", made.path.metadata)
         path = made.path
     adaptation = path.metadata["adaptation"]
@@ -214,7 +216,7 @@ def anneal_system(
         "n_levels": len(path.layers),
         "seconds_per_sample": samples.seconds / n_samples,
         "adaptation": adaptation,
-        "warnings": _warnings(float(value) * n_samples, adaptation, log_w, float(estimate.value)),
+        "warnings": _warnings(float(value) * n_samples, adaptation, k, float(estimate.value)),
         "isomers": isomer_populations(isomers.torsions, x, log_w, target.kT),
     }
     _write(out, system, x, log_w, seed)
@@ -238,19 +240,25 @@ def _known(out: Path, asked: dict[str, Any]) -> FlowPath | None:
 
 
 def _warnings(
-    effective: float, adaptation: dict[str, Any], log_w: NDArray[np.float64], last: float
+    effective: float, adaptation: dict[str, Any], k: float, found: float
 ) -> list[str]:
     told = []
     if effective < _LEAST:
         told.append(
             f"only {effective:.0f} effective samples: populations are guesses; draw more, or "
-            "raise n_points"
+            "raise --n-points"
         )
-    trials = [trial["log_z"] for trial in adaptation["trials"]]
-    if len(trials) > 1 and abs(trials[-1] - trials[0]) > 0.5:
+    if k > _HEAVY:
         told.append(
-            f"log Z went from {trials[0]:.2f} to {last:.2f} kT with more levels: a state may "
-            "still be missing"
+            f"Pareto k is {k:.2f}: a few weights carry the averages, and errors are too small; "
+            "ask for a higher --ess or raise --n-points"
+        )
+    seen = [entry["log_z"] for entry in (*adaptation["rounds"], *adaptation["trials"])]
+    highest = max(*seen, adaptation["second_log_z"])
+    if highest > found + _LOST:
+        told.append(
+            f"another population of points found a log Z of {highest:.2f}, this path {found:.2f}: "
+            "a state is probably missing; raise --n-points, and compare another --seed"
         )
     return told
 

@@ -17,7 +17,7 @@ from stand_ins.peroxide import write_system
 from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.storage import load_flow
-from openmm_eqflow.runs.annealing import anneal_system, isomer_populations
+from openmm_eqflow.runs.annealing import _warnings, anneal_system, isomer_populations
 from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 
@@ -140,4 +140,17 @@ def test_command(shell: Shell, molecule: MolecularSystem) -> None:
     written = json.loads(Path("runs/mol-annealed/metrics.json").read_text())
     assert written["n_samples"] == 200
     assert "above 0" in shell.refuses("anneal", molecule.directory, "--ess", "1.5", "--out", "x")
-    assert "structure in three dimensions" in shell.refuses("anneal", "dw4")
+    assert "bonded molecule with a structure" in shell.refuses("anneal", "dw4")
+
+
+def test_what_is_told_of_doubtful_results() -> None:
+    good = {"rounds": [{"log_z": 2.0}], "trials": [{"log_z": 2.1}], "second_log_z": 2.05}
+    assert _warnings(1000.0, good, 0.2, 2.0) == []
+    assert "only 20 effective samples" in _warnings(20.0, good, 0.2, 2.0)[0]
+    assert "Pareto k is 0.90" in _warnings(1000.0, good, 0.9, 2.0)[0]
+    for where in ("second", "round"):
+        lost = good | (
+            {"second_log_z": 2.4} if where == "second" else {"rounds": [{"log_z": 2.4}]}
+        )
+        (line,) = _warnings(1000.0, lost, 0.2, 2.0)
+        assert "found a log Z of 2.40, this path 2.00: a state is probably missing" in line
