@@ -308,7 +308,7 @@ def _set_orders(topology: app.Topology, orders: list[Any], path: Path) -> None:
                 f"{path}: key 'bond_orders' has {row!r}, expected [atom, atom, order] of a bond, "
                 "atoms counted from 0"
             )
-        bond.order = numbers[2]
+        bond.order = numbers[2] or None  # aromatic, between 1 and 2: mdtraj knows no such number
 
 
 def _existing(directory: Path, content: Mapping[str, Any], key: str) -> Path:

@@ -10,6 +10,7 @@ from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
 from openmm_eqflow.targets.constraints import Constraints, constraint_lengths
 from openmm_eqflow.targets.energies.contexts import ContextPool
 from openmm_eqflow.targets.forcefield import write_pdb
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.targets.target import system_sha256
@@ -419,3 +420,16 @@ def test_hydrogens_too_heavy_are_refused(tmp_path):
     with pytest.raises(UnsupportedSystemError, match=r"leave atom \d+ with .*--hydrogen-mass 3"):
         init_system(tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, hydrogen_mass=9.0)
     assert not (tmp_path / "mol").exists()
+
+
+def test_bond_orders_are_kept_and_aromatic_bonds_have_none(tmp_path):
+    """What RDKit calls aromatic is written as 0; mdtraj takes 1 to 3 or nothing."""
+    made = init_system(
+        tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, bond_orders=[(4, 5, 2), (4, 6, 0)]
+    )
+    orders = {(b[0].index, b[1].index): b.order for b in made.topology.bonds()}
+    orders |= {(j, i): order for (i, j), order in orders.items()}
+    assert orders[4, 5] == 2
+    assert orders[4, 6] is None
+    names = [t.name for t in find_isomers(made.system, made.topology).torsions]
+    assert any(name.startswith("ω") for name in names)
