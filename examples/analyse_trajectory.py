@@ -13,8 +13,9 @@ import numpy as np
 
 from openmm_eqflow.analysis.chains import autocorrelation_ess, population, split_r_hat
 from openmm_eqflow.analysis.export import write_colvar
-from openmm_eqflow.analysis.observables import find_torsions, torsion_angles
+from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.analysis.profiles import free_energy_profile
+from openmm_eqflow.report.data import load_run
 
 
 def main() -> None:
@@ -35,10 +36,13 @@ def main() -> None:
     samples = mdtraj.Trajectory(flow["positions"], trajectory.topology)
     log_weights = flow["log_weight"][: samples.n_frames]
 
-    torsions = find_torsions(trajectory.topology)
+    found = load_run(arguments.run).isomers.torsions
+    torsions = [t for t in found if t.kind == "single" and t.fold == 1]
     if not torsions:
         raise SystemExit(f"{arguments.run} has no rotatable bond: analyse other coordinates")
-    angles, weighted = torsion_angles(trajectory, torsions), torsion_angles(samples, torsions)
+    angles, weighted = (
+        torsion_angles(part.xyz, torsions) for part in (trajectory, samples)
+    )
 
     print("share of each torsion above 0, and how well the chains know it")
     columns = {}

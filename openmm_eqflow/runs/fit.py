@@ -321,6 +321,11 @@ def _train_flow(
     report(0.0, "fitting the prior")
     hot = hot_frames(recipe, data)
     generator = child(seed, "pool")
+
+    def stream(name: str) -> torch.Generator:
+        # A run that version 0.1 began goes on with the one stream that it had.
+        return generator if isinstance(seed, EarlierSeed) else child(seed, name)
+
     prior = _shared_prior(
         fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
     )
@@ -345,7 +350,7 @@ def _train_flow(
                 seed=part_seed,
                 report=report,
             )
-            monitor = monitor or _monitor(prior, target, child(seed, "monitoring"))
+            monitor = monitor or _monitor(prior, target, stream("monitoring"))
             try:
                 result = train(
                     field,
@@ -374,9 +379,8 @@ def _train_flow(
         size = _affordable(512, prior, 128)
     flow, result.prior_kept = keep_prior(flow, target, size, seed=seed)
     if result.prior_kept is None:
-        stream = child(seed, "calibration")
-        flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=stream)
-    audit(flow, n=n // 2, x=test[: n // 2], generator=child(seed, "audit"))
+        flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=stream("calibration"))
+    audit(flow, n=n // 2, x=test[: n // 2], generator=stream("audit"))
     return flow, result
 
 
