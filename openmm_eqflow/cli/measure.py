@@ -122,7 +122,7 @@ def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> No
     from openmm_eqflow.seeds import child
 
     _, flow, test = flow_of(name_or_run, device)
-    generator = child(0 if seed is None else seed, "audit")
+    generator = child(0 if seed is None else seed, "audit command")
     report = run_audit(
         flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
     )

@@ -192,7 +192,7 @@ def evaluate_flow(
     mean_u = weighted_mean_with_error(np.where(np.isfinite(u), u, 0.0), log_w)
     report = flow.audit_report
     if report is None:
-        report = audit(flow, n=128, generator=child(seed, "audit"))
+        report = audit(flow, n=128, generator=child(seed, "evaluation audit"))
     if test_frames is not None:
         most = max(100, n_samples // 10)
         test_frames = test_frames[:: max(1, -(-len(test_frames) // most))]
