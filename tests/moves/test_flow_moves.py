@@ -16,6 +16,7 @@ import torch
 import yaml
 from openmm import unit
 from openmmtools.mcmc import LangevinDynamicsMove, MCMCSampler, SequenceMove, WeightedMove
+from openmmtools.multistate import MultiStateReporter
 from openmmtools.states import SamplerState, ThermodynamicState
 from openmmtools.utils import deserialize, serialize
 from stand_ins import TESTS
@@ -312,8 +313,15 @@ def test_state_survives_storage_and_missing_keys(flow_path: Path) -> None:
         deserialize(stored)
 
 
-@pytest.mark.parametrize("change", ["weights", "grid", "missing"])
-def test_altered_flows_are_refused(flow_path: Path, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("weights", "altered"),
+        ("grid", "altered"),
+        ("missing", "is missing; put it back"),
+    ],
+)
+def test_altered_flows_are_refused(flow_path: Path, change: str, complaint: str) -> None:
     move = FlowMove(load_flow(flow_path), seed=53)
     stored = serialize(move)
     json_path = flow_path.with_suffix(".json")
@@ -329,7 +337,7 @@ def test_altered_flows_are_refused(flow_path: Path, change: str) -> None:
         flow_path.unlink()
         json_path.unlink()
         flow_registry._FLOWS.pop(move._sha256)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=complaint):
         deserialize(stored)
 
 
@@ -439,18 +447,29 @@ def test_a_resumed_sampler_visits_nothing_twice(
 def test_samplers_resume_in_a_fresh_process(
     flow_path: Path, tmp_path: Path, kind: str, n_iterations: int
 ) -> None:
-    storage = tmp_path / "run.nc"
-    run_python(CREATE, kind, str(flow_path), str(storage), str(n_iterations))
-    output = run_python(RESUME, kind, str(storage), str(n_iterations))
+    storage, n = tmp_path / "run.nc", n_iterations
+    run_python(CREATE, kind, str(flow_path), str(storage), str(n))
+    reporter = MultiStateReporter(str(storage), open_mode="r", checkpoint_interval=10)
+    before = np.array(reporter.read_energies()[0])
+    reporter.close()
+    output = run_python(RESUME, kind, str(storage), str(n))
     result = json.loads(output.splitlines()[-1])
-    assert result["iteration"] == 2 * n_iterations
+    assert result["iteration"] == 2 * n
     assert sum(result["before"]) > 0
+    if kind == "ReplicaExchangeSampler":  # the other draws its moves by lot
+        assert result["before"] == [n] * 3
+        assert result["after"] == [2 * n] * 3
     assert sum(result["after"]) > sum(result["before"])
     energies = np.array(result["energies"])
-    assert np.isfinite(energies).all()
+    # The first part is kept; but for what was carried over, nothing of it comes again.
+    np.testing.assert_array_equal(energies[: n + 1], before)
+    first, second = (set(part[..., 0].ravel()) for part in (energies[: n + 1], energies[n + 1 :]))
+    second -= set(energies[n, ..., 0])
+    assert min(len(first), len(second)) > n
+    assert not first & second
     if kind == "ReplicaExchangeSampler":
         assigned = np.array(result["assigned"])
-        assert energies.shape == (2 * n_iterations + 1, 3, 3)
+        assert energies.shape == (2 * n + 1, 3, 3)
         for state in range(3):
             iteration, replica = np.nonzero(assigned[20:] == state)
             u = energies[20:][iteration, replica, state]

@@ -113,9 +113,22 @@ def test_conformations_keep_centroid_and_velocities(flow: EquivariantFlow) -> No
 
 
 def test_states_without_the_flow_are_left_to_openmm(flow: EquivariantFlow) -> None:
-    run = sampler(flow, flow_states=(1,))
-    run.simulateReplica(0, 0)
-    assert run.flow_statistics[1]["n_proposed"] == 0
+    """Bit for bit what OpenMM's own sampler does there; a state with the flow goes elsewhere."""
+    states = [{"temperature": t * unit.kelvin} for t in TEMPERATURES]
+
+    def after_dynamics(one: app.ReplicaExchangeSampler) -> list[np.ndarray]:
+        for replica in (0, 1):
+            one.simulateReplica(replica)
+        return [positions_in_nm(c.getPositions(asNumpy=True)) for c in one.replicaConformation]
+
+    # One after the other: the platform has one stream of random numbers for all contexts.
+    plain = after_dynamics(app.ReplicaExchangeSampler(states, simulation(), 5))
+    run = sampler(flow, flow_states=(1,), n_proposals=64)
+    found = after_dynamics(run)
+    same = [np.array_equal(a, b) for a, b in zip(found, plain, strict=True)]
+    assert same == [True, False, True]
+    assert not np.array_equal(found[0], found[2])  # which did not run
+    assert run.flow_statistics == {1: {"n_proposed": 1, "n_accepted": 1, "n_invalid": 0}}
 
 
 def test_states_may_differ_in_parameters(flow: EquivariantFlow) -> None:
@@ -138,6 +151,7 @@ def test_states_may_differ_in_parameters(flow: EquivariantFlow) -> None:
     expected = 25.0 * square / kt_in_kj_mol(300 * unit.kelvin)
     np.testing.assert_allclose(u[1] - u[0], expected, rtol=1e-6, atol=1e-6)
     run.simulate(3)
+    assert [run.flow_statistics[i]["n_proposed"] for i in (0, 1)] == [3, 3]
 
 
 def test_reservoir_moves_put_the_flow_where_asked(flow: EquivariantFlow) -> None:
@@ -177,6 +191,38 @@ def test_a_resumed_run_draws_anew(flow: EquivariantFlow) -> None:
     assert first
     assert not first & second
     assert first == again  # power control: the same stream is recognised
+
+
+def test_a_run_resumed_by_its_reporter_visits_nothing_twice(
+    flow: EquivariantFlow, tmp_path: Path
+) -> None:
+    """Shapes are compared: a draw is put at the centroid of the state it replaces."""
+    states = [{"temperature": t * unit.kelvin} for t in TEMPERATURES]
+    parts: list[set[bytes]] = []
+    for resume in (False, True):
+        run = FlowReplicaExchangeSampler(
+            states, simulation(placed=not resume), 5, flow, (0, 1, 2), 16, seed=5
+        )
+        reporter = app.ReplicaExchangeReporter(
+            str(tmp_path / "run"), 1, run, checkpoints=True, resume=resume
+        )
+        shapes: set[bytes] = set()
+
+        def keep(
+            current: FlowReplicaExchangeSampler, shapes: set[bytes] = shapes
+        ) -> None:
+            for conformation in current.replicaConformation:
+                x = positions_in_nm(conformation.getPositions(asNumpy=True))
+                shapes.add(((x - x.mean(0)).round(6) + 0.0).tobytes())
+
+        run.reporters += [reporter, keep]
+        run.simulate(10)
+        assert sum(s["n_accepted"] for s in run.flow_statistics.values()) > 10
+        parts.append(shapes)
+        del run.reporters[:]
+    assert run.currentIteration == 20
+    assert min(map(len, parts)) > 20
+    assert not parts[0] & parts[1]
 
 
 def test_positions_may_come_from_the_checkpoints_of_a_reporter(
