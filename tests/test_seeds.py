@@ -20,7 +20,6 @@ from openmm_eqflow.seeds import EarlierSeed, child, child_seed
 from openmm_eqflow.targets.library import load_system
 
 
-
 def uses() -> set[str]:
     """Names that the package gives to :func:`child` and :func:`child_seed`."""
     return {

@@ -79,12 +79,32 @@ def test_log_q_is_invariant(name):
         assert float((flow.log_prob(mirrored) - flow.log_prob(x)).abs().max()) > 1
 
 
+@pytest.mark.statistical
 def test_samples_have_haar_orientation():
-    flow = molecule_flow(n_steps=2)
-    x = flow.sample(3_000, generator=stream(4))
-    end = x[:, 4] - x[:, 0]
-    direction = end / end.norm(dim=1, keepdim=True)
-    assert float(direction.mean(0).abs().max()) < 5 * (1 / 9_000) ** 0.5
+    """First and second moments of all nine entries of a rotation, read off three atoms."""
+    flow, n = molecule_flow(n_steps=2), 3_000
+
+    def uniform(x: torch.Tensor) -> bool:
+        a, b = x[:, 4] - x[:, 0], x[:, 1] - x[:, 0]
+        a = a / a.norm(dim=1, keepdim=True)
+        b = b - (a * b).sum(1, keepdim=True) * a
+        b = b / b.norm(dim=1, keepdim=True)
+        r = torch.stack([a, b, torch.linalg.cross(a, b)], 1).flatten(1)
+        second = r.T @ r / n - torch.eye(9, dtype=r.dtype) / 3
+        return bool(
+            r.mean(0).abs().max() < 5 * (1 / 3 / n) ** 0.5
+            and second.abs().max() < 5 * (1 / 5 / n) ** 0.5
+        )
+
+    x = flow.sample(n, generator=stream(4))
+    assert uniform(x)
+    # Power: upside down or not, and turned about one axis only.
+    up = x * torch.where(x[:, 4, 2] > x[:, 0, 2], 1.0, -1.0)[:, None, None]
+    with torch.no_grad():
+        own = flow.transform(flow.prior.sample_latent(n, generator=stream(4)))[0]
+    flat = random_rotations(n, 2, generator=stream(5))
+    about_z = torch.cat([rotate(own[..., :2], flat), own[..., 2:]], -1)
+    assert not any(map(uniform, (up, own, about_z)))
 
 
 def test_log_q_against_the_jacobian_of_the_discrete_map_for_dw4():
@@ -143,6 +163,10 @@ def test_integral_of_q_is_one_for_a_triatomic_chart_flow():
     cell = float((b1[1] - b1[0]) * (b2[1] - b2[0]) * (theta[1] - theta[0]))
     log_q = flow.log_prob(x)
     assert float(((log_q + log_volume).exp() * cell).sum()) == pytest.approx(1.0, abs=2e-3)
+    # Power control: the same integral without the log determinant of the flow is off.
+    z, _ = flow.inverse(x)
+    bare = flow.prior.latent_log_prob(z) - prior.from_cartesian(x)[1]
+    assert abs(float(((bare + log_volume).exp() * cell).sum()) - 1) > 1e-2
 
 
 @pytest.mark.parametrize("name", FLOWS)
@@ -174,13 +198,26 @@ def test_chunks_and_seeds():
 
 
 def test_rsample_is_differentiable():
+    """Along a direction of all weights, against finite differences of the same draws."""
     flow = molecule_flow(n_steps=2)
-    flow.module.requires_grad_(True)
-    x, log_q = flow.rsample_and_log_prob(4, generator=stream(10))
-    (x.square().sum() + log_q.sum()).backward()
-    assert all(
-        p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in flow.module.parameters()
-    )
+    flow.module.double().requires_grad_(True)
+    weights = list(flow.module.parameters())
+
+    def loss() -> torch.Tensor:
+        x, log_q = flow.rsample_and_log_prob(4, generator=stream(10))
+        return x.square().sum() + log_q.sum()
+
+    loss().backward()
+    steps = [torch.randn(p.shape, generator=stream(11), dtype=p.dtype) for p in weights]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(weights, steps, strict=True))
+    values = []
+    with torch.no_grad():
+        for h in (1e-6, -2e-6):  # there, and back across the start
+            for p, d in zip(weights, steps, strict=True):
+                p += h * d
+            values.append(float(loss()))
+    assert abs(slope) > 0.1
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
     assert flow.rsample(2, generator=stream(1)).requires_grad
 
 
@@ -194,12 +231,32 @@ def test_network_precision_does_not_change_the_types():
 
 
 def test_calibration_freezes_a_grid_accurate_in_float64():
+    """On latents it has not seen, against an eight times finer grid; a coarser one is not."""
     flow = molecule_flow()
     error = flow.calibrate(64, tolerance=1e-3, generator=stream(13))
     assert error <= 1e-3
     assert flow.grid[0] == 0.0
     assert flow.grid[-1] == 1.0
     coarse = flow.n_ode_steps
+    assert flow.dtype == torch.float32
+    double = molecule_flow()
+    double.module.double()
+    z = flow.prior.sample_latent(200, generator=stream(14))
+
+    def log_q(grid: tuple[float, ...]) -> torch.Tensor:
+        double.grid = grid
+        with torch.no_grad():
+            return double.transform(z)[1]
+
+    def off(grid: tuple[float, ...]) -> float:
+        gap = (log_q(grid) - log_q(uniform_grid(8 * coarse))).abs()
+        return float(torch.quantile(gap[torch.isfinite(gap)], 0.99))
+
+    assert off(flow.grid) < 2e-3
+    assert off(uniform_grid(coarse // 2)) > 4e-3
+    grid = flow.grid
+    flow.log_prob(flow.sample(4, generator=stream(15)))
+    assert flow.grid == grid
     flow.calibrate(64, tolerance=1e-6, generator=stream(13))
     assert flow.n_ode_steps > coarse
 

@@ -180,13 +180,20 @@ def test_kernels_leave_their_level_invariant(case: Case) -> None:
     if not hasattr(last, "timestep") and getattr(last, "t", None) != 1.0:
         pytest.skip("no kernel on the target itself")
     x = case.target.draw(4000, 8)
-    y, _ = case.path.prior.from_cartesian(x)
-    for k in range(5):
-        y, _ = last.forward(y, RowStreams(torch.arange(len(y)) + 10_000 * k))
-    after = case.observable(case.path.prior.to_cartesian(y.double())[0])
-    error = float(after.std()) / math.sqrt(len(after))
-    assert float((after - case.observable(x)).abs().mean()) > error  # it moves
-    assert abs(float(after.mean()) - case.mean) < 4 * error
+
+    def after(kernel: Layer) -> tuple[Tensor, float]:
+        y, _ = case.path.prior.from_cartesian(x)
+        for k in range(20):
+            y, _ = kernel.forward(y, RowStreams(torch.arange(len(y)) + 10_000 * k))
+        values = case.observable(case.path.prior.to_cartesian(y.double())[0])
+        return values, float(values.std()) / math.sqrt(len(values))
+
+    values, error = after(last)
+    assert float((values - case.observable(x)).abs().mean()) > error  # it moves
+    assert abs(float(values.mean()) - case.mean) < 4 * error
+    # Power: the kernel of another level draws from another density.
+    other, error = after(next(v for v in case.path.layers if type(v) is type(last)))
+    assert abs(float(other.mean()) - case.mean) > 4 * error
 
 
 def test_maps_invert(case: Case) -> None:

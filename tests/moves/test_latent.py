@@ -30,7 +30,7 @@ def flow() -> EquivariantFlow:
 def test_kernel_flux_is_symmetric(
     flow: EquivariantFlow, kind: KernelKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pointwise detailed balance of density, proposal and the kernel's own ratio, at beta = 0.4."""
+    """Detailed balance of density, proposal and the kernel's own ratio, point by point."""
     target, generator = TwoBasins(), torch.Generator().manual_seed(6)
     kernel = LatentKernel(flow, target, 0.6, kind)
     beta = torch.full((50,), 0.4, dtype=torch.float64)
