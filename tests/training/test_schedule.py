@@ -35,6 +35,7 @@ from openmm_eqflow.training.divergences import (
     ReverseKLLoss,
     ReversePathLoss,
 )
+from openmm_eqflow.training.flow_matching import FlowMatchingLoss
 from openmm_eqflow.training.loop import TrainingSettings, train
 from openmm_eqflow.training.objectives import ScheduledLoss
 from openmm_eqflow.training.precision import AutocastField, training_precision
@@ -43,7 +44,18 @@ from openmm_eqflow.training.schedule import Schedule
 from openmm_eqflow.vector_fields import ChartField, LeaveOneOutField
 from openmm_eqflow.vector_fields.baselines import EGNNField
 
+KINDS = {
+    "flow-matching": FlowMatchingLoss,
+    "nll": LikelihoodLoss,
+    "reverse-kl": ReverseKLLoss,
+    "path-forward": ForwardPathLoss,
+    "path-reverse": ReversePathLoss,
+}
 TWO = {"nll": [[0.0, 1.0], [0.5, 1.0], [1.0, 0.5]], "reverse-kl": [[0.5, 0.0], [1.0, 0.5]]}
+
+
+def parameters(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().double() for p in module.parameters()])
 
 
 def test_weights_are_piecewise_linear() -> None:
@@ -188,14 +200,38 @@ def test_a_schedule_trains(forward: str, reverse: str) -> None:
     ],
     ids=str,
 )
-def test_from_the_recipe_to_the_flow(tmp_path: Path, objective: Any) -> None:
+def test_from_the_recipe_to_the_flow(
+    tmp_path: Path, objective: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objectives asked for are those that are evaluated; their weights are the flow's."""
     recipe = replace(SMALL, objective=objective)
     log = tmp_path / "history.csv"
+    evaluated: set[type] = set()
+    for kind in KINDS.values():
+
+        def call(self: Any, *given: Any, own: Any = kind.__call__) -> Any:
+            evaluated.add(type(self))
+            return own(self, *given)
+
+        monkeypatch.setattr(kind, "__call__", call)
+    starts: list[torch.Tensor] = []
+
+    def watched(field: torch.nn.Module, *given: Any, **options: Any) -> Any:
+        starts.append(parameters(field))
+        return train(field, *given, **options)
+
+    monkeypatch.setattr(fitting, "train", watched)
     with four_particles() as target:
         flow, result = fitting.train_flow(
             recipe, target, dw4_frames(300), seed=1, folder=tmp_path / "training", log=log
         )
+    asked = [objective] if isinstance(objective, str) else objective
+    assert evaluated == {KINDS[name] for name in asked}
     assert result.n_steps == 12
+    (start,), end = starts, parameters(result.average)
+    assert float((end - start).abs().max()) > 1e-4
+    kept = 0.0 if result.prior_kept else 1.0  # a flow that lost to its prior is at rest
+    torch.testing.assert_close(parameters(flow.module).to(end), kept * end)
     assert flow.audit_report is not None
     with log.open() as handle:
         (row,) = list(csv.DictReader(handle))
