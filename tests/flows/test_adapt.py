@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from openmm import unit
@@ -29,24 +27,6 @@ from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 
 pytestmark = pytest.mark.statistical
-
-
-def exact_log_z(kt: float) -> float:
-    """Log Z of hydrogen peroxide's System, factor by factor in its internal coordinates.
-
-    On the mean-free subspace, with orientations: 8 pi^2 N^(-3/2) prod b^2 sin theta.
-    """
-    total = math.log(8 * math.pi**2) - 1.5 * math.log(4)
-    for rest in (0.097, 0.147, 0.097):
-        b = np.linspace(rest - 0.04, rest + 0.04, 20_001)
-        f = b**2 * np.exp(-0.5 * 300_000.0 * (b - rest) ** 2 / kt)
-        total += math.log(np.trapezoid(f, b))
-    theta = np.linspace(0.0, math.pi, 20_001)
-    f = np.sin(theta) * np.exp(-0.5 * 500.0 * (theta - 1.77) ** 2 / kt)
-    total += 2 * math.log(np.trapezoid(f, theta))
-    tau = np.linspace(-math.pi, math.pi, 20_001)
-    energy = 4.0 * (1 + np.cos(2 * tau - 0.3)) + 3.0 * (1 + np.cos(tau - math.pi))
-    return total + math.log(np.trapezoid(np.exp(-energy / kt), tau))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +60,7 @@ def test_log_z_is_exact_whatever_the_number_of_levels(
     path = AnnealedPath(prior, target, Levels(2, times, steps))
     x, log_q = path.sample_and_log_prob(600, generator=stream(n_levels))
     log_w = (-target.reduced_potential(x) - log_q).numpy()
-    found, truth = log_z(log_w), exact_log_z(target.kT)
+    found, truth = log_z(log_w), peroxide.exact(target.kT).log_z
     assert found.error < 0.05
     assert abs(found.value - truth) < 4.5 * found.error
     for layer in path.layers:  # power: the points are the same, the work is left out
@@ -101,7 +81,7 @@ def test_rounds_shorten_the_path_to_the_ess_asked_for(
     x, log_q = made.path.sample_and_log_prob(2000, generator=stream(3))
     found = log_z((-target.reduced_potential(x) - log_q).numpy())
     assert found.error < 0.01
-    assert abs(found.value - exact_log_z(target.kT)) < 4.5 * found.error
+    assert abs(found.value - peroxide.exact(target.kT).log_z) < 4.5 * found.error
     assert made.path.audit_report is not None
     assert made.path.audit_report["passed"]
     assert all(value < 0.05 for value in made.floor.values())
@@ -133,7 +113,7 @@ def test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor(
     assert weight > 0.2
     found = log_z(log_w.numpy())
     assert found.error < 0.2  # less than the log 2 of a mode that were never found again
-    assert abs(found.value - exact_log_z(target.kT)) < 5 * found.error
+    assert abs(found.value - peroxide.exact(target.kT).log_z) < 5 * found.error
     (whole,) = made.floor.values()
     assert not whole > 0.2  # power: of the prior that lost nothing it is small
 

@@ -16,6 +16,7 @@ from stand_ins.peroxide import write_system
 
 from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.runs.annealing import _warnings, anneal_system, isomer_populations
 from openmm_eqflow.runs.stages import build_target
@@ -51,7 +52,9 @@ def molecule(tmp_path_factory: pytest.TempPathFactory) -> MolecularSystem:
 
 
 @pytest.mark.statistical
-def test_a_molecule_with_a_known_torsion(molecule: MolecularSystem, tmp_path: Path) -> None:
+def test_a_molecule_with_a_known_torsion(
+    molecule: MolecularSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     with build_target(molecule) as target:
         metrics = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
@@ -61,6 +64,7 @@ def test_a_molecule_with_a_known_torsion(molecule: MolecularSystem, tmp_path: Pa
         assert abs(metrics["log_z"] - exact) < 4 * metrics["log_z_error"]
         assert metrics["log_z_error"] < 0.02
         whole = quad(torsion_weight, -math.pi, math.pi)[0]
+        assert {row["state"] for row in metrics["isomers"]} == {"gauche+", "anti", "gauche-"}
         for row in metrics["isomers"]:
             low, high = {
                 "gauche+": (0.0, 2 * math.pi / 3),
@@ -85,7 +89,9 @@ def test_a_molecule_with_a_known_torsion(molecule: MolecularSystem, tmp_path: Pa
         assert abs(float(torch.logsumexp(log_w, 0)) - math.log(500) - exact) < 0.1
         # Again: nothing is made anew.
         before = (out / "flow.safetensors").stat().st_mtime_ns
-        again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(AnnealedPath, "sample_and_log_prob", None)
+            again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
         assert again["log_z"] == metrics["log_z"]
         assert (out / "flow.safetensors").stat().st_mtime_ns == before
         with pytest.raises(ConfigurationError, match="other settings"):

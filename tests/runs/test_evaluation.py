@@ -51,15 +51,30 @@ def test_mean_weight_is_the_partition_function(flow, target, lie):
     assert (abs(found.value - harmonic_log_z(6)) < 4 * found.error) == (lie is None)
 
 
-def test_a_part_has_its_own_draws_and_a_cut_evaluation_goes_on(flow, target, tmp_path: Path):
+def test_a_part_has_its_own_draws_and_a_cut_evaluation_goes_on(
+    flow, target, tmp_path: Path, monkeypatch
+):
+    drawn: list[int] = []
+    draw = type(flow).sample_and_log_prob
+
+    def counted(self, n, **options):
+        drawn.append(n)
+        return draw(self, n, **options)
+
+    monkeypatch.setattr(type(flow), "sample_and_log_prob", counted)
     whole = draw_weighted(flow, target, 600, seed=3, folder=tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) > 1
     assert len(np.unique(whole.x.numpy().reshape(600, -1), axis=0)) == 600
+    assert sum(drawn) == 600
+    kept = files[0].stat().st_mtime_ns
     for file in files[1:]:
         file.unlink()
+    drawn.clear()
     again = draw_weighted(flow, target, 600, seed=3, folder=tmp_path)
     assert torch.equal(again.x, whole.x)
     assert torch.equal(again.log_weight, whole.log_weight)
+    assert 0 < sum(drawn) < 600  # what is there is not drawn again
+    assert files[0].stat().st_mtime_ns == kept
     other = draw_weighted(flow, target, 600, seed=4, folder=tmp_path)
     assert not torch.isin(other.log_q, whole.log_q).any()

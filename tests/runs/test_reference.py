@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def test_walkers_and_seeds_differ():
         engine = TemperingWalker(dataclasses.replace(plan, seed=seed), system.system, walker)
         state = engine.start(starts)
         frames.append(engine.run_chunk(state, max_frames=2, should_stop=lambda n: False).frames)
-    assert not np.array_equal(frames[0], frames[1])
-    assert not np.array_equal(frames[0], frames[2])
+    seen = [{frame.tobytes() for frame in f.reshape(-1, 6, 3)} for f in frames]
+    assert all(len(part) == frames[0].shape[0] * frames[0].shape[1] for part in seen)
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +204,28 @@ def test_energies_belong_to_the_frames(tempered):
         assert energy == pytest.approx(data.all_energies[t, 17], rel=1e-5)
 
 
-def test_finished_run_returns_at_once_and_extends(tempered):
+def test_finished_run_returns_at_once_and_extends(tempered, tmp_path):
     system, directory, data, _ = tempered
-    before = sorted((directory / "reference").rglob("chunk-*"))
+
+    def chunks(folder):
+        return {
+            path.relative_to(folder): (path.stat().st_mtime_ns, path.stat().st_size)
+            for path in (folder / "reference").rglob("chunk-*")
+        }
+
+    before = chunks(directory)
     again = run_reference(system, directory, seconds=UNLIMITED, max_frames=4001, seed=7)
     np.testing.assert_array_equal(again.positions, data.positions)
-    assert sorted((directory / "reference").rglob("chunk-*")) == before
+    assert chunks(directory) == before
+    shutil.copytree(directory, tmp_path / "more")
+    before = chunks(tmp_path / "more")
+    more = run_reference(system, tmp_path / "more", seconds=UNLIMITED, max_frames=4021, seed=7)
+    assert np.bincount(more.walker).tolist() == [2011, 2010]
+    assert chunks(tmp_path / "more").items() > before.items()
+    for walker in (0, 1):
+        old, new = (d.positions[d.walker == walker] for d in (data, more))
+        np.testing.assert_array_equal(new[: len(old)], old)
+        assert len(np.unique(new.reshape(len(new), -1), axis=0)) == len(new)
 
 
 def test_directory_of_another_system_temperature_or_seed(tempered):

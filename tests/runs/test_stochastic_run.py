@@ -62,6 +62,7 @@ def test_figures_and_files(finished: Path) -> None:
     assert metrics["relative_ess"] > 0.1 > 10 * metrics["prior_relative_ess"]
     assert metrics["n_ode_steps"] == 149
     assert metrics["log_q_error_p99"] < 0.01
+    assert metrics["log_z_error"] < 0.2
     assert abs(metrics["log_z"] - 59.86) < 4 * metrics["log_z_error"]
     assert abs(metrics["mean_log_weight"] - 59.86) > 4 * metrics["mean_log_weight_error"]  # power
     with (finished / "history.csv").open() as file:
@@ -91,9 +92,17 @@ def test_report_and_card_say_what_it_is(finished: Path, tmp_path: Path) -> None:
 
 
 def test_commands_work_on_it(finished: Path, shell: Shell) -> None:
-    for command in ("evaluate", "audit"):
-        result = shell(command, str(finished), "--n-samples", "64")
-        assert result.code == 0, result
+    result = shell("audit", str(finished), "--n-samples", "64")
+    assert result.code == 0, result
+    report = json.loads(result.out)
+    assert report["passed"] is True
+    assert report["against_jacobian"]["p99"] < 0.01
+    result = shell("evaluate", str(finished), "--n-samples", "192", "--json", "m.json")
+    assert result.code == 0, result
+    metrics = json.loads(Path("m.json").read_text())
+    assert metrics["log_z_error"] < 0.3
+    assert abs(metrics["log_z"] - 59.86) < 4 * metrics["log_z_error"]
+    assert f"{metrics['relative_ess']:.6g}" in result.out
 
 
 def test_moves_of_openmmtools_take_it(finished: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import openmm
 import yaml
 from openmm import app, unit
@@ -54,6 +55,31 @@ def system(stiffness: float = 300_000.0) -> openmm.System:
     for force in (bonds, angles, torsions):
         made.addForce(force)
     return made
+
+
+class Exact(NamedTuple):
+    """What is known of :func:`system` on the mean-free subspace, with orientations."""
+
+    log_z: float
+    mean_u: float
+
+
+def exact(kt: float) -> Exact:
+    """Factor by factor in internal coordinates: 8 pi^2 N^(-3/2) prod b^2 sin theta."""
+    theta, tau = np.linspace(0.0, math.pi, 20_001), np.linspace(-math.pi, math.pi, 20_001)
+    bend = (theta, np.sin(theta), 0.5 * 500.0 * (theta - 1.77) ** 2)
+    turn = 4.0 * (1 + np.cos(2 * tau - 0.3)) + 3.0 * (1 + np.cos(tau - math.pi))
+    factors = [bend, bend, (tau, np.ones_like(tau), turn)]
+    for rest in (0.097, 0.147, 0.097):
+        b = np.linspace(rest - 0.04, rest + 0.04, 20_001)
+        factors.append((b, b**2, 0.5 * 300_000.0 * (b - rest) ** 2))
+    log_z, mean_u = math.log(8 * math.pi**2) - 1.5 * math.log(4), 0.0
+    for x, volume, energy in factors:
+        f = volume * np.exp(-energy / kt)
+        z = np.trapezoid(f, x)
+        log_z += math.log(z)
+        mean_u += np.trapezoid(f * energy / kt, x) / z
+    return Exact(log_z, float(mean_u))
 
 
 def chain_molecule(n: int) -> tuple[app.Topology, openmm.System, Any]:
