@@ -298,8 +298,9 @@ def population(
 ) -> tuple[Estimate, float]:
     r"""Give the population of a state, its standard error and its effective sample size.
 
-    The ESS is Kish's for weighted samples, divided by the statistical inefficiency of state and
-    weights if they come from chains; without weights, that of the chains' autocorrelation.
+    The ESS is Kish's for weighted samples, divided by the statistical inefficiency of the weighted
+    deviations :math:`w_i (1_i - p)` if they come from chains; without weights, that of the chains'
+    autocorrelation.
     The error is :math:`\sqrt{\tilde p (1 - \tilde p) / \mathrm{ESS}}` with
     :math:`\tilde p = (p\,\mathrm{ESS} + 1) / (\mathrm{ESS} + 2)` (add one success and one failure,
     Laplace), so that a state never visited does not get an error of zero; for weighted samples
@@ -318,7 +319,7 @@ def population(
     bootstrap = 0.0
     if log_weights is not None:
         ess = float(1.0 / np.square(w).sum())
-        length = chosen_block_length(state.astype(np.float64), log_weights, chain, None)
+        length = 1 if chain is None else block_length_of(w * (state - p), chain)
         ess *= min(1.0, 2.0 / length)  # a block is twice as long as its statistical inefficiency
         blocks = block_index(state.size, length, chain)
         _, errors = bootstrap_shares(state.astype(np.int64) - 1, 1, w, blocks, 200, 0)

@@ -152,6 +152,11 @@ def test_profile_along_any_function_of_a_trajectory():
     noise = rng.normal(scale=0.01, size=(200, frame.n_atoms, 3)).astype(np.float32)
     trajectory = mdtraj.Trajectory(frame.xyz + noise, frame.topology)
     profile = analysis.free_energy_profile(trajectory, mdtraj.compute_rg, bins=5)
+    same = analysis.free_energy_profile(mdtraj.compute_rg(trajectory), bins=5)
+    for name in ("centres", "free_energy", "error"):
+        np.testing.assert_array_equal(getattr(profile, name), getattr(same, name))
+    other = analysis.free_energy_profile(trajectory, lambda t: mdtraj.compute_phi(t)[1], bins=5)
+    assert not np.allclose(other.centres, profile.centres)  # power: another function
     assert profile.free_energy.min() == 0.0
     with pytest.raises(ValueError, match="needs a function"):
         analysis.free_energy_profile(trajectory)
@@ -238,10 +243,10 @@ def test_inference_data_gets_chains_and_lp(monkeypatch):
     arviz.from_dict = lambda groups: groups
     monkeypatch.setitem(sys.modules, "arviz", arviz)
     data = analysis.to_inference_data(
-        {"phi": np.arange(6.0)}, [0, 0, 0, 1, 1, 1], reduced_potential=np.arange(6.0)
+        {"phi": np.arange(6.0)}, [0, 0, 0, 1, 1, 1], reduced_potential=np.arange(6.0) ** 2
     )
     assert data["posterior"]["phi"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
-    assert data["sample_stats"]["lp"].shape == (2, 3)
+    assert data["sample_stats"]["lp"].tolist() == [[0.0, -1.0, -4.0], [-9.0, -16.0, -25.0]]
     with pytest.raises(ValueError, match="one length"):
         analysis.to_inference_data({"phi": np.arange(3.0)}, [0, 0, 1])
 
@@ -267,7 +272,7 @@ def test_population_errors_of_weighted_chains_cover_the_truth(state, weights):
         # Power control: as if the samples were independent.
         error = analysis.population(x.ravel() > 0, log_weights=log_w)[0].error
         naive.append((estimate.value - 0.5) / error)
-    assert np.std(z) < 1.3
+    assert 0.7 < np.std(z) < 1.3  # neither too small nor too large
     if state:
         assert np.std(naive) > 1.6
 

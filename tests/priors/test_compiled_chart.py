@@ -140,11 +140,30 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
             torch.testing.assert_close(s, score[part], atol=1e-9, rtol=1e-11)
 
 
-def test_what_is_not_covered_goes_by_autograd() -> None:
-    prior = water_prior()
+def test_what_is_not_covered_goes_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    prior, target = water_prior(), Pull()
     y = prior.sample_latent(4, generator=stream(5))
     assert covers(prior, y)
     assert not covers(prior, y.float())
     assert not covers(load_flow("dw4").prior, y)
+    ran: list[str] = []
+    place = chart_kernels.pull_back
+
+    def seen(*given: Any) -> None:
+        ran.append("compiled")
+        place(*given)
+
+    monkeypatch.setattr(chart_kernels, "pull_back", seen)
+    latent_target(prior, target, y)
+    assert ran == ["compiled"]  # power: what is covered does not
     prior.bends = {0: 10.0}
     assert not covers(prior, y)
+    ran.clear()
+    for ours, theirs in (
+        (latent_target(prior, target, y), latent_target(prior, target, y, autograd=True)),
+        (prior_score(prior, y), prior_score(prior, y, autograd=True)),
+    ):
+        for one, two in zip(ours, theirs, strict=True):
+            assert torch.equal(one, two)
+            assert torch.isfinite(one).all()
+    assert ran == []

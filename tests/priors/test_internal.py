@@ -250,6 +250,8 @@ def test_plain_fit_converges_to_the_truth():
     fitted = fit_internal_prior(x, *CHAIN, tail_share=0.0)
     assert fitted.n_soft == 2
     assert -0.01 < divergence_from(truth, fitted) < 0.12
+    few = fit_internal_prior(x[:500], *CHAIN, tail_share=0.0)
+    assert divergence_from(truth, few) > 5 * divergence_from(truth, fitted)
 
 
 def test_forces_make_the_fit_data_efficient():
@@ -309,8 +311,13 @@ def test_few_frames_still_give_a_proper_density():
     for gradient in (None, -truth.gradient(x)):
         fitted = fit_internal_prior(x, *CHAIN, gradient=gradient)
         assert len(fitted.modes) <= 30 / 12 or len(fitted.modes) <= 4
-        log_p = fitted.log_prob(truth.sample(500, generator=stream(17)))
+        fresh = truth.sample(500, generator=stream(17))
+        log_p = fitted.log_prob(fresh)
         assert bool(torch.isfinite(log_p).all())
+        # Its integral is 1, by samples of the truth; it is not far from it.
+        ratio = (log_p - truth.log_prob(fresh)).exp()
+        assert abs(float(ratio.mean()) - 1) < 5 * float(ratio.std()) / 500**0.5 < 0.8
+        assert float((truth.log_prob(fresh) - log_p).mean()) < 4.0
 
 
 # -- two atoms, and atoms in line -----------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -103,13 +104,20 @@ def test_costs_are_measured_and_go_into_the_forecast():
     assert more.minutes == pytest.approx(cast.minutes + 10.0)
 
 
-def test_init_names_isomers_minutes_memory_and_size(tmp_path):
+def test_init_names_isomers_minutes_memory_and_size(tmp_path, monkeypatch):
     made = written(tmp_path / "in", "BUTENE")
-    lines, warnings = describe_system(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure", lambda system: SLOW)
+        lines, warnings = describe_system(made)
     text = " ".join(lines)
     assert "double bond C2-C3" in text
-    for word in ("quick", "standard", "thorough", "min and", "GB"):
-        assert word in text
+    told = re.findall(r"(quick|standard|thorough) (\d+) min and (\d+\.\d) GB", text)
+    assert [budget for budget, _, _ in told] == ["quick", "standard", "thorough"]
+    minutes = [int(m) for _, m, _ in told]
+    assert minutes == sorted(set(minutes))
+    for budget, *figures in told:
+        cast = forecast(made, make_recipe("molecule", budget, None, 12), budget, SLOW)
+        assert figures == [f"{cast.minutes:.0f}", f"{cast.gigabytes:.1f}"]
     assert "Size: small (12 atoms, 0 torsions that turn)" in text
     assert not any("atoms with" in w for w in warnings)
     assert describe_system(load_system("dw4")) == ([], [])

@@ -180,6 +180,7 @@ def test_velocities_keep_the_bonds_and_have_the_temperature() -> None:
         theirs.append(v._value)
     ratio = draws.var(0) / np.array(theirs).var(0)
     assert abs(np.log(ratio).mean()) < 4 * math.sqrt(4 / 400 / ratio.size)
+    assert np.abs(np.log(ratio)).max() < 5 * math.sqrt(4 / 400)
 
 
 def refused(change, message: str) -> None:

@@ -116,13 +116,21 @@ def test_planar_system():
         assert gradient.shape == (5, 4, 2)
 
 
-def test_lj13_virial_reference():
+def test_lj13_energy_and_virial_are_the_pair_sums():
     with make("lj13") as target:
         x = torch.from_numpy(target.positions)[None]
         r = torch.pdist(x[0])
         centred = x - x.mean(dim=1, keepdim=True)
         expected = (2 * (r**-12 - 2 * r**-6)).sum() + 0.5 * centred.square().sum()
-        torch.testing.assert_close(target.reduced_potential(x)[0], expected)
+        u, gradient = target.reduced_potential_and_gradient(x)
+        torch.testing.assert_close(u[0], expected)
+        virial = (2 * (-12 * r**-12 + 12 * r**-6)).sum() + centred.square().sum()
+        torch.testing.assert_close((centred * gradient).sum(), virial, rtol=1e-9, atol=1e-9)
+        wide = target.reduced_potential_and_gradient(1.1 * x)[1]
+        r = 1.1 * r
+        virial = (2 * (-12 * r**-12 + 12 * r**-6)).sum() + (1.1 * centred).square().sum()
+        torch.testing.assert_close((1.1 * centred * wide).sum(), virial)
+        assert abs(float(virial)) > 10
 
 
 def test_any_evaluator(x):

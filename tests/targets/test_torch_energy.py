@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import warnings
+from pathlib import Path
 
 import numpy as np
 import openmm
@@ -240,14 +243,25 @@ def test_tables_of_positions_are_not_covered():
 
 
 def test_kernels_are_cached_under_the_hash_of_their_sources():
+    """All of them: a module of this package that a kernel imports is one of the sources."""
     import numba
 
     from openmm_eqflow.targets.energies.compiled import load_kernels
 
     before = numba.config.CACHE_DIR
-    bonded = load_kernels()[0]
+    kernels = load_kernels()
     assert numba.config.CACHE_DIR == before
-    assert "kernels-" in str(bonded.bond_kernel.stats.cache_path)
+    folder = Path(kernels[0].__file__).parent
+    sources = sorted([*folder.glob("kernels_*.py"), folder / "vector_math.py"])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    assert f"kernels-{digest}" in str(kernels[0].bond_kernel.stats.cache_path)
+    needed = {Path(kernel.__file__).stem for kernel in kernels}
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("openmm_eqflow"):
+                needed.add(str(node.module).rsplit(".", 1)[-1])
+    assert needed <= {path.stem for path in sources}
+    assert "vector_math" in needed
 
 
 def forces_without_terms():
