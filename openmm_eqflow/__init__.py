@@ -17,7 +17,7 @@ sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radia
 -sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               flows/test_path::test_weights_forwards_and_backwards_give_log_z
 log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.relax                           flows/test_path::test_weights_forwards_and_backwards_give_log_z
 (sum W e^d)^2 / sum W e^2d = share          t_k              flows.adapt.carry                             flows/test_adapt::test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor
-du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_regressors_are_divergence_minus_work
+du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_fit_leaves_less_to_do
 h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    flows/test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
 sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     vector_fields/test_contract::test_divergence_is_the_trace
 -|x|^2/2s^2 - (N-1)D/2 log 2 pi s^2         log p0           priors.gaussian.MeanFreeGaussian              priors/test_gaussian::test_normalised_on_the_mean_free_subspace
@@ -30,7 +30,7 @@ E[s + Sigma g] = E[s]                       Sigma            priors.fit.fit_inte
 div v + v . grad log p_t + log w - E[..]    r_t              training.liouville.LiouvilleLoss              training/test_liouville::test_exact_field_has_no_residual
 w^t / sum_l alpha_l exp(t_l log w - F_l)    omega_t          analysis.balance.path_weights                 training/test_pool::test_weights_give_moments_of_every_time
 exp(-Delta H) for p_0^(1-t) p_1^t           acceptance       flows.kernels.Trajectory                      flows/test_path::test_kernels_leave_their_level_invariant
-|v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       training/test_flow_matching::test_training_lowers_the_loss_towards_the_linear_optimum
+|v(t, x_t) - (x_1 - x_0)|^2                 loss             training.flow_matching.FlowMatchingLoss       training/test_flow_matching::test_the_loss_is_least_at_the_exact_field
 -E_data[log q]                              NLL              training.divergences.LikelihoodLoss           training/test_divergences::test_likelihood_is_the_flows_own
 E_q[log q + u]                              KL(q|p)          training.divergences.ReverseKLLoss            training/test_divergences::test_reverse_kl_takes_forces_from_openmm
 grad_y (log q - log p) . dT/dtheta          grad KL(q|p)     training.divergences.ReversePathLoss          training/test_path_gradients::test_reverse_path_gradient_is_unbiased
@@ -41,7 +41,7 @@ ds/dt = -grad_y (v . s + div v)             s_t              training.solve.tran
 u_h + log(u - u_h + 1)                      u_reg            training.divergences.bound_energy             training/test_divergences::test_energy_is_bounded_and_its_slope_follows
 u = U / kT, +inf off the sector             u                targets.target.BoltzmannTarget                targets/test_target::test_wrong_hand_and_failures_are_infinite_and_counted
 log w = -u - log q                          log_weight       runs.evaluation.draw_weighted                 runs/test_evaluation::test_weights_are_those_of_the_densities
-min(1, w(x') / w(x))                        log_acceptance   moves.metropolis.log_acceptance_ratio         moves/test_metropolis::test_detailed_balance_is_exact
+min(1, w(x') / w(x))                        log_acceptance   moves.metropolis.log_acceptance_ratio         moves/test_metropolis::test_one_proposal_is_the_metropolis_rule
 multiple-try Metropolis                     P(choice)        moves.metropolis.multiple_try_probabilities   moves/test_metropolis::test_detailed_balance_is_exact
 exp(-Delta H)                               acceptance       flows.kernels.hamiltonian_step                flows/test_kernels::test_stationary
 (sum w)^2 / n sum w^2                       relative_ess     analysis.weights.relative_ess                 analysis/test_weights_and_chains::test_gaussian_log_weights_reproduce_their_relative_ess

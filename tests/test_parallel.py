@@ -61,6 +61,10 @@ def test_the_loss_curve_is_that_of_one_process(folder, tmp_path):
     assert len(curve(one)) == 25
     for key in ("loss", "validation_loss"):
         torch.testing.assert_close(curve(first, key), curve(one, key), rtol=1e-5, atol=0)
+    # Gradients are sums over both; alone they are what they are.
+    assert reports(folder, "sum") == [[[2.0, 1.0]]] * 2
+    (alone,) = distributed.sum_over_processes([torch.tensor([1.0, 0.0])])
+    assert alone.tolist() == [1.0, 0.0]
     # All processes hold the same weights and the same history, bit for bit.
     assert first == second
     # Power control: another number of shards is another random stream.

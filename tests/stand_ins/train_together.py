@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.parallel import process_group, rank, world_size
+from openmm_eqflow.parallel import process_group, rank, sum_over_processes, world_size
 from openmm_eqflow.runs.evaluation import draw_weighted, prior_log_weights
 from openmm_eqflow.training.flow_matching import FlowMatchingLoss
 from openmm_eqflow.training.loop import TrainingSettings, train
@@ -69,6 +69,7 @@ def main() -> None:
     with process_group():
         found = {
             "world_size": world_size(),
+            "sum": [v.tolist() for v in sum_over_processes([torch.tensor([1.0, rank()])])],
             "steps": training(folder / "steps", 2, 1e6),
             "seconds": training(folder / "seconds", 2, 1.5),
             "evaluation": evaluation(folder / "evaluation"),
