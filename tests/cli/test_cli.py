@@ -106,7 +106,8 @@ def test_help(shell):
         outcome = shell(*arguments)
         assert outcome.code == 0
         assert outcome.err == ""
-        assert outcome.out
+        named = " ".join(["openmm-eqflow", *(a for a in arguments if a[0] != "-")])
+        assert f"{named} [OPTIONS]" in outcome.out.splitlines()[0]
 
 
 # -- names and options ----------------------------------------------------------------------------

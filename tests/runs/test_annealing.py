@@ -94,6 +94,21 @@ def test_a_molecule_with_a_known_torsion(
             again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
         assert again["log_z"] == metrics["log_z"]
         assert (out / "flow.safetensors").stat().st_mtime_ns == before
+        # Cut: what is lost of the draws is drawn again, and nothing else.
+        parts = sorted((out / "drawn").iterdir())
+        parts[-1].unlink()
+        (out / "metrics.json").unlink()
+        drawn: list[int] = []
+        with monkeypatch.context() as patch:
+            draw = AnnealedPath.sample_and_log_prob
+            patch.setattr(
+                AnnealedPath,
+                "sample_and_log_prob",
+                lambda self, n, **options: drawn.append(n) or draw(self, n, **options),
+            )
+            again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
+        assert 0 < sum(drawn) < 4000
+        assert again["log_z"] == pytest.approx(metrics["log_z"], abs=1e-9)
         with pytest.raises(ConfigurationError, match="other settings"):
             anneal_system(molecule, target, out, n_points=400, seed=4)
         (tmp_path / "full").mkdir()

@@ -48,6 +48,7 @@ def test_weights_of_the_pool_give_moments_of_the_path():
     bessel = 0.371  # I1(0.8) / I0(0.8)
     expected = MEAN + torch.tensor([0.5 * bessel, 0.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(z.mean(0), expected, atol=0.08, rtol=0)
+    assert float((loss.pool.y[:, :3].double().mean(0) - expected).abs().min()) > 0.08  # power
     early = t < 0.05
     assert float(loss.pool.y[index[early], :3].mean(0).abs().max()) < 0.12
 

@@ -123,15 +123,21 @@ def test_lasting_nan_stops_and_keeps_the_last_good_weights(tmp_path, bad_from):
 
 
 def test_a_single_nan_is_passed_over():
+    """Such a step leaves the weights as they are, bit for bit; every other one moves them."""
+    weights: list[Tensor] = []
+
     class Hiccup(Regression):
         def __call__(self, batch_size: int, generator: torch.Generator) -> Tensor:
             loss = super().__call__(batch_size, generator)
+            weights.append(torch.cat([p.detach().flatten() for p in self.module.parameters()]))
             return loss * float("inf") if self.n_calls % 10 == 0 else loss
 
     module = network()
     result = train(module, Hiccup(module), settings())
     assert result.n_steps == 60
     assert all(bool(torch.isfinite(p).all()) for p in result.average.parameters())
+    kept = [torch.equal(a, b) for a, b in itertools.pairwise(weights)]
+    assert [k + 1 for k, same_ in enumerate(kept) if same_] == [10, 20, 30, 40, 50]
 
 
 def test_weights_the_loss_does_not_see():
