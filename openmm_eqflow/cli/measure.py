@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from openmm_eqflow.cli.campaign import campaign
 from openmm_eqflow.cli.progress import stage_progress
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.files import write_json
@@ -52,7 +53,7 @@ _own_device = click.option(
 
 def register(group: click.Group) -> None:
     """Add the commands of this module."""
-    for command in (evaluate, audit, bench, compare, publish):
+    for command in (evaluate, audit, bench, compare, publish, campaign):
         group.add_command(command)
 
 
