@@ -27,7 +27,7 @@ from typing import Any
 
 import openmm_eqflow
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.files import atomic_path
+from openmm_eqflow.files import atomic_path, write_json
 from openmm_eqflow.parallel import available_threads
 from openmm_eqflow.runs.campaign_job import FIGURES, stored
 from openmm_eqflow.targets.library import check_temperature
@@ -50,6 +50,7 @@ COLUMNS = (
 #: Budgets of ``run``, and ``anneal``: samples without reference data.
 METHODS = (*BUDGETS, "anneal")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PATIENCE = 10.0  # s, until a scheduler has to answer
 _INSTALL = 'pip install "openmm-eqflow[campaign]"'
 Rows = list[dict[str, Any]]
 
@@ -208,7 +209,9 @@ def attempt(job: Mapping[str, Any]) -> dict[str, Any]:
             "status": "failed",
             "message": f"ended by signal {-code} (memory?); the same command tries it again",
         }
-    return {"status": "failed", "message": f"ended with code {code} ({last}); see {log}"}
+    result = {"status": "failed", "message": f"ended with code {code} ({last}); see {log}"}
+    write_json(out / "jobs" / f"{name}.json", {"asked": job["row"], "result": result})
+    return result
 
 
 def _keep_to_part(process: int, parts: int) -> None:
@@ -239,7 +242,7 @@ def _cluster(scheduler: str | None, n_workers: int) -> Iterator[Any]:
             yield client
         return
     try:
-        client = distributed.Client(scheduler, timeout=10)
+        client = distributed.Client(scheduler, timeout=_PATIENCE)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"no Dask scheduler answers at {scheduler}: start one with 'dask scheduler' and "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import openmm
 from openmm import app
+
 from stand_ins.small_molecules import ETHENE, embed, molecule
 
 MOLECULES = {
