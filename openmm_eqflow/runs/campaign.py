@@ -15,6 +15,7 @@ import difflib
 import importlib
 import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -236,6 +237,7 @@ def _cluster(scheduler: str | None, n_workers: int) -> Iterator[Any]:
                 processes=False,
                 dashboard_address=None,
                 memory_limit=None,
+                silence_logs=logging.ERROR,
             ) as cluster,
             distributed.Client(cluster) as client,
         ):
