@@ -478,7 +478,11 @@ def _processes() -> AbstractContextManager[None]:
 
 
 def main() -> None:
-    """Entry point: one line per error, exit code 2, traceback only with --debug."""
+    """Entry point: one line per error, traceback only with --debug.
+
+    Exit codes: 0 done, 1 unexpected, 2 an error that is told, 3 a campaign with failures (also
+    done), 130 stopped by Ctrl-C.
+    """
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--allow-code")]
     debug = "--debug" in sys.argv[1:]
     if "--allow-code" in sys.argv[1:]:
