@@ -22,7 +22,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,16 +190,19 @@ def attempt(job: Mapping[str, Any]) -> dict[str, Any]:
             start_new_session=True,  # Ctrl-C is for the campaign, which ends this one
         )
         try:
-            _keep_to_part(process.pid, job.get("parts", 1))
-            if process.stdin is not None:
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()
+            # Whatever it dies of, it may do so before it has read its job.
+            with suppress(BrokenPipeError, ProcessLookupError):
+                _keep_to_part(process.pid, job.get("parts", 1))
+                if process.stdin is not None:
+                    process.stdin.write(json.dumps(job) + "\n")
+                    process.stdin.flush()
             code = process.wait()
         finally:
             process.kill()
             process.wait()
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
     result: dict[str, Any] | None = stored(out, name).get("result")
     if result is not None:
         return result
