@@ -48,8 +48,8 @@ def main() -> None:
     columns = {}
     for torsion, of_chains, of_flow in zip(torsions, angles.T, weighted.T, strict=True):
         by_chain = np.cos([of_chains[chain == c] for c in np.unique(chain)])
-        one, _ = population(of_chains > 0.0, chain=chain)
-        two, _ = population(of_flow > 0.0, log_weights=log_weights)
+        one = population(of_chains > 0.0, chain=chain)
+        two = population(of_flow > 0.0, log_weights=log_weights)
         print(
             f"  {torsion.name:<12} chains {one.value:.3f} +- {one.error:.3f}, reweighted flow "
             f"{two.value:.3f} +- {two.error:.3f}; {autocorrelation_ess(by_chain):.0f} effective "

@@ -71,9 +71,9 @@ def main() -> None:
     # 3. phi > 0 against phi < 0.
     topology = mdtraj.Topology.from_openmm(system.topology)
     phi = mdtraj.compute_phi(mdtraj.Trajectory(samples.x.numpy(), topology))[1][:, 0]
-    share, effective = population(phi > 0.0, log_weights=log_w)
-    show("population of phi > 0", share)
-    print(f"  {effective:.0f} effective samples")
+    share = population(phi > 0.0, log_weights=log_w)
+    show("population of phi > 0", share.estimate)
+    print(f"  {share.ess:.0f} effective samples")
     if share.value > 0.0:
         odds = np.log1p(-share.value) - np.log(share.value)
         print(f"  free energy against phi < 0: {odds:.2f} kT")

@@ -10,6 +10,7 @@ agreement between chains.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from openmm_eqflow.analysis.weights import Estimate, checked_log_weights, relative_weights
 
 __all__ = [
+    "Population",
     "autocorrelation_ess",
     "block_index",
     "block_length_of",
@@ -32,6 +34,31 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+
+
+class Population(NamedTuple):
+    """Share of a state: an estimate with its standard error, and the samples it is worth.
+
+    Examples
+    --------
+    >>> found = Population(Estimate(0.25, 0.05), 80.0)
+    >>> found.value, found.error, found.ess
+    (0.25, 0.05, 80.0)
+    """
+
+    estimate: Estimate
+    ess: float
+    """Effective sample size."""
+
+    @property
+    def value(self) -> float:
+        """Share between 0 and 1."""
+        return float(self.estimate.value)
+
+    @property
+    def error(self) -> float:
+        """Its standard error."""
+        return float(self.estimate.error)
 
 
 def _autocovariance(chains: FloatArray) -> FloatArray:
@@ -184,6 +211,7 @@ def weighted_mean_with_error(
     return Estimate(value, error)
 
 _MAX_BLOCKS = 1000
+_BLOCK = 4.0  # statistical inefficiencies in a block
 
 
 def normalised_weights(log_weights: ArrayLike | None, n: int) -> FloatArray:
@@ -214,8 +242,9 @@ def split_chains(values: FloatArray, chain: ArrayLike | None) -> list[FloatArray
 
 
 def block_length_of(values: ArrayLike, chain: ArrayLike | None = None) -> int:
-    r"""Twice the statistical inefficiency :math:`n / \mathrm{ESS}` of one or several chains.
+    r"""Four times the statistical inefficiency :math:`n / \mathrm{ESS}` of one or several chains.
 
+    A block of b inefficiencies makes an error too small by about 1 / (4 b) of itself.
     A quantity that never changes, or chains that disagree entirely, give whole chains as blocks.
     """
     parts = split_chains(np.asarray(values, dtype=np.float64), chain)
@@ -224,7 +253,7 @@ def block_length_of(values: ArrayLike, chain: ArrayLike | None = None) -> int:
         return max(1, shortest)
     ess = autocorrelation_ess(np.stack([part[:shortest] for part in parts]))
     total = shortest * len(parts)
-    return shortest if ess == 0.0 else min(shortest, max(1, math.ceil(2.0 * total / ess)))
+    return shortest if ess == 0.0 else min(shortest, max(1, math.ceil(_BLOCK * total / ess)))
 
 
 def block_index(n: int, block_length: int, chain: ArrayLike | None) -> NDArray[np.int64]:
@@ -295,7 +324,7 @@ def population(
     *,
     log_weights: ArrayLike | None = None,
     chain: ArrayLike | None = None,
-) -> tuple[Estimate, float]:
+) -> Population:
     r"""Give the population of a state, its standard error and its effective sample size.
 
     The ESS is Kish's for weighted samples, divided by the statistical inefficiency of the weighted
@@ -312,6 +341,22 @@ def population(
         ``(n,)`` booleans.
     log_weights, chain
         As for :func:`openmm_eqflow.analysis.profiles.weighted_histogram`.
+
+    Returns
+    -------
+    Population
+        ``value``, ``error`` and ``ess``.
+
+    Raises
+    ------
+    ValueError
+        Shapes that differ, or no positive weight.
+
+    Examples
+    --------
+    >>> found = population([True, False, False, False] * 25, log_weights=[0.0] * 100)
+    >>> found.value, round(found.error, 3), round(found.ess)
+    (0.25, 0.044, 100)
     """
     state = np.asarray(inside, dtype=bool)
     w = normalised_weights(log_weights, state.size)
@@ -320,7 +365,7 @@ def population(
     if log_weights is not None:
         ess = float(1.0 / np.square(w).sum())
         length = 1 if chain is None else block_length_of(w * (state - p), chain)
-        ess *= min(1.0, 2.0 / length)  # a block is twice as long as its statistical inefficiency
+        ess *= min(1.0, _BLOCK / length)
         blocks = block_index(state.size, length, chain)
         _, errors = bootstrap_shares(state.astype(np.int64) - 1, 1, w, blocks, 200, 0)
         bootstrap = float(errors[0]) if np.isfinite(errors[0]) else 0.0
@@ -335,7 +380,7 @@ def population(
             ess = min(float(state.size), ess) if ess > 0.0 else float(len(parts))
     smoothed = (p * ess + 1.0) / (ess + 2.0)
     error = math.sqrt(smoothed * (1.0 - smoothed) / max(ess, 1.0))
-    return Estimate(p, max(error, bootstrap)), ess
+    return Population(Estimate(p, max(error, bootstrap)), ess)
 
 
 def split_r_hat(values: ArrayLike) -> float:

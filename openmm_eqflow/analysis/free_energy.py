@@ -14,6 +14,7 @@ free energy perturbation (Wirnsberger et al. 2020) is one-sided, :func:`log_z_ba
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from typing import Any, NamedTuple
 
@@ -48,13 +49,18 @@ class MbarResult(NamedTuple):
 
 
 def _pymbar() -> Any:
-    """Import the optional dependency when it is first needed."""
+    """Import the optional dependency when it is first needed, without its banners."""
+    logger = logging.getLogger("pymbar")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return importlib.import_module("pymbar")
     except ImportError as error:
         raise ConfigurationError(
             "BAR and MBAR need pymbar, which is not installed: pip install pymbar"
         ) from error
+    finally:
+        logger.setLevel(level)  # what it warns of later is heard
 
 
 def _finite_reduced(u: ArrayLike, what: str) -> FloatArray:

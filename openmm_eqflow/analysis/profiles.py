@@ -242,7 +242,29 @@ def free_energy_map(
     n_bootstrap: int = 100,
     seed: int = 0,
 ) -> FreeEnergyMap:
-    r"""Free energy :math:`-\log p(x, y)` in kT, p the share of each bin (not shifted)."""
+    r"""Free energy :math:`-\log p(x, y)` in kT, p the share of each bin; its minimum is 0.
+
+    Parameters
+    ----------
+    x, y
+        Coordinates of every frame, ``(n,)``.
+    log_weights, chain, block_length, n_bootstrap, seed
+        As for :func:`weighted_histogram`.
+    bins, range
+        Bins along each coordinate, and what they span; torsions in radians by default.
+
+    Raises
+    ------
+    ValueError
+        Shapes that differ, or no frame in range.
+
+    Examples
+    --------
+    >>> phi, psi = np.random.default_rng(0).uniform(-np.pi, np.pi, size=(2, 1000))
+    >>> surface = free_energy_map(phi, psi, bins=4)
+    >>> surface.free_energy.shape, float(surface.free_energy.min())
+    ((4, 4), 0.0)
+    """
     a, b = _values(x, None), _values(y, None)
     w = normalised_weights(log_weights, a.size)
     x_edges, y_edges = (np.linspace(*limits, bins + 1) for limits in range)
@@ -252,7 +274,10 @@ def free_energy_map(
     share, error = bootstrap_shares(
         index, bins * bins, w, block_index(a.size, length, chain), n_bootstrap, seed
     )
+    if not (share > 0.0).any():
+        raise ValueError(f"no frame with weight lies in the range {range}: give another one")
     free_energy, spread = _free_energy(share, error)
+    free_energy -= free_energy.min()
     shape = (bins, bins)
     return FreeEnergyMap(
         x_edges, y_edges, free_energy.reshape(shape), spread.reshape(shape), share.reshape(shape)

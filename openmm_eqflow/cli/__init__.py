@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import logging
 import os
 import sys
@@ -20,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from openmm_eqflow.cli import measure
-from openmm_eqflow.cli.measure import device_option, seed_option
+from openmm_eqflow.cli.measure import device_option, json_option, seed_option
 from openmm_eqflow.cli.memory import keep_freed_memory
 from openmm_eqflow.cli.progress import stage_progress
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
+from openmm_eqflow.files import write_json
 from openmm_eqflow.training.recipes import BUDGETS
 
 if TYPE_CHECKING:
@@ -94,14 +96,37 @@ def _print_outcome(run: RunDirectory) -> None:
     console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+def _write_outcome(run: RunDirectory, json_path: Path | None) -> None:
+    """Where the run is, the facts of its complete stages, and its figures (null before)."""
+    from openmm_eqflow.parallel import is_main
+    from openmm_eqflow.runs.directory import STAGES
+
+    if json_path is None or not is_main():
+        return
+    complete = [stage for stage in STAGES if run.is_complete(stage)]
+    files = {stage: run.path / "stages" / f"{stage}.json" for stage in complete}
+    content = {
+        "run": str(run.path),
+        "stages": {stage: json.loads(file.read_text("utf-8")) for stage, file in files.items()},
+        "metrics": run.metrics() if "sample" in complete else None,
+    }
+    write_json(json_path, content)
+
+
 @cli.command()
 @click.argument("system")
 @_out
 @_budget
 @seed_option
 @device_option
+@json_option
 def run(
-    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+    system: str,
+    out: Path | None,
+    budget: str | None,
+    seed: int | None,
+    device: str | None,
+    json_path: Path | None,
 ) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
     from openmm_eqflow.runs.directory import STAGES
@@ -111,6 +136,7 @@ def run(
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     _run_stages(directory, STAGES)
     _print_outcome(directory)
+    _write_outcome(directory, json_path)
 
 
 def _stage_command(stage: str, summary: str) -> None:
@@ -120,13 +146,20 @@ def _stage_command(stage: str, summary: str) -> None:
     @_budget
     @seed_option
     @device_option
+    @json_option
     def command(
-        system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+        system: str,
+        out: Path | None,
+        budget: str | None,
+        seed: int | None,
+        device: str | None,
+        json_path: Path | None,
     ) -> None:
         from openmm_eqflow.runs.stages import open_run
 
         directory = open_run(system, out, budget=budget, seed=seed, device=device)
         _run_stages(directory, (stage,))
+        _write_outcome(directory, json_path)
 
 
 _stage_command("reference", "Make reference data by parallel tempering.")
@@ -140,8 +173,14 @@ _stage_command("report", "Write report.html of a run.")
 @_budget
 @seed_option
 @device_option
+@json_option
 def sample(
-    system: str, out: Path | None, budget: str | None, seed: int | None, device: str | None
+    system: str,
+    out: Path | None,
+    budget: str | None,
+    seed: int | None,
+    device: str | None,
+    json_path: Path | None,
 ) -> None:
     """Sample: a run with its own flow, or a shipped system with the flow that ships."""
     from openmm_eqflow.parallel import main_first
@@ -153,6 +192,7 @@ def sample(
             adopt_shipped_flow(directory)
     _run_stages(directory, ("sample", "report"))
     _print_outcome(directory)
+    _write_outcome(directory, json_path)
 
 
 @cli.command()
@@ -176,8 +216,15 @@ def sample(
     help="Points of an adaptive round; more for molecules with many torsions.",
 )
 @seed_option
+@json_option
 def anneal(
-    system: str, out: Path | None, ess: float, n_samples: int, n_points: int, seed: int | None
+    system: str,
+    out: Path | None,
+    ess: float,
+    n_samples: int,
+    n_points: int,
+    seed: int | None,
+    json_path: Path | None,
 ) -> None:
     """Sample a molecule without reference data: isomers, populations, free energies.
 
@@ -214,6 +261,8 @@ def anneal(
     for text in metrics["warnings"]:
         errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"wrote {folder}", highlight=False, soft_wrap=True, markup=False)
+    if json_path is not None:
+        write_json(json_path, {"folder": str(folder), "metrics": metrics})
 
 
 def _print_isomers(rows: list[dict[str, Any]]) -> None:
@@ -231,17 +280,26 @@ def _print_isomers(rows: list[dict[str, Any]]) -> None:
 
 
 @cli.command()
-def systems() -> None:
+@json_option
+def systems(json_path: Path | None) -> None:
     """List the systems that ship."""
     from openmm_eqflow.targets.library import list_systems
 
     table = Table(box=None, pad_edge=False)
     for heading in ("name", "kind", "kelvin", "flow", "description"):
         table.add_column(heading, overflow="fold")
+    rows = []
     for info in list_systems():
-        flow = "yes" if (info.directory / "flow.safetensors").is_file() else "-"
-        table.add_row(info.name, info.kind, f"{info.temperature_kelvin:g}", flow, info.description)
+        flow = (info.directory / "flow.safetensors").is_file()
+        kelvins = info.temperature_kelvin
+        table.add_row(
+            info.name, info.kind, f"{kelvins:g}", "yes" if flow else "-", info.description
+        )
+        row = {"name": info.name, "kind": info.kind, "temperature_kelvin": kelvins, "flow": flow}
+        rows.append({**row, "description": info.description})
     console.print(table)
+    if json_path is not None:
+        write_json(json_path, {"systems": rows})
 
 
 @cli.command()
@@ -292,6 +350,7 @@ def systems() -> None:
     show_default=True,
     help="Of --smiles and --sdf: AM1-BCC, or Gasteiger for a quick look.",
 )
+@json_option
 @click.argument("more_forcefields", nargs=-1)
 def init(
     folder: Path,
@@ -310,6 +369,7 @@ def init(
     smiles: str | None,
     sdf: Path | None,
     charges: str,
+    json_path: Path | None,
     **files: Path | None,
 ) -> None:
     """Describe your own molecule: writes FOLDER/system.yaml."""
@@ -324,7 +384,10 @@ def init(
             raise ConfigurationError(f"--{' and --'.join(given)} say the same: give one")
         return next(iter(given.values()), None)
 
+    told: list[str] = []
+
     def tell(line: str) -> None:
+        told.append(line)
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     files["pdb"] = pdb
@@ -367,6 +430,9 @@ def init(
         errors.print(f"warning: {caution}", highlight=False, soft_wrap=True, markup=False)
     text = f"wrote {folder / 'system.yaml'}; next: openmm-eqflow run {quote(str(folder))}"
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+    if json_path is not None:
+        content = {"folder": str(folder), "n_atoms": made.n_particles}
+        write_json(json_path, {**content, "lines": told, "warnings": cautions})
 
 
 def _complain(message: str) -> None:
@@ -412,7 +478,11 @@ def _processes() -> AbstractContextManager[None]:
 
 
 def main() -> None:
-    """Entry point: one line per error, exit code 2, traceback only with --debug."""
+    """Entry point: one line per error, traceback only with --debug.
+
+    Exit codes: 0 done, 1 unexpected, 2 an error that is told, 3 a campaign with failures (also
+    done), 130 stopped by Ctrl-C.
+    """
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--allow-code")]
     debug = "--debug" in sys.argv[1:]
     if "--allow-code" in sys.argv[1:]:

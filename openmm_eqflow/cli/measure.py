@@ -9,12 +9,14 @@ from typing import Any
 import click
 from rich.console import Console
 
+from openmm_eqflow.cli.campaign import campaign
 from openmm_eqflow.cli.progress import stage_progress
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.files import write_json
 
 __all__ = [
     "device_option",
+    "json_option",
     "register",
     "seed_option",
 ]
@@ -41,6 +43,9 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Of the network; auto is a CUDA GPU if there is one (default auto, or that of the run).",
 )
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the outcome here."
+)
 _own_device = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -52,7 +57,7 @@ _own_device = click.option(
 
 def register(group: click.Group) -> None:
     """Add the commands of this module."""
-    for command in (evaluate, audit, bench, compare, publish):
+    for command in (evaluate, audit, bench, compare, publish, campaign):
         group.add_command(command)
 
 
@@ -114,8 +119,11 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
     help="Flow samples and test frames on which log q is compared.",
 )
 @seed_option
+@json_option
 @_own_device
-def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> None:
+def audit(
+    name_or_run: str, n_samples: int, seed: int | None, json_path: Path | None, device: str
+) -> None:
     """Check the accuracy of log q."""
     from openmm_eqflow.flows.audit import audit as run_audit
     from openmm_eqflow.runs.stages import flow_of
@@ -127,6 +135,8 @@ def audit(name_or_run: str, n_samples: int, seed: int | None, device: str) -> No
         flow, n=n_samples, x=None if test is None else test[:n_samples], generator=generator
     )
     console.print_json(json.dumps(report))
+    if json_path is not None:
+        write_json(json_path, report)
     if not report["passed"]:
         raise EqFlowError(
             f"log q is off by {report['log_q_error_p99']:.2g} kT (99th percentile), more than "
@@ -314,11 +324,16 @@ def objectives(
     show_default=True,
     help="HTML file to write.",
 )
-def compare(runs: tuple[Path, ...], out: Path) -> None:
+@json_option
+def compare(runs: tuple[Path, ...], out: Path, json_path: Path | None) -> None:
     """Table and overlays of several runs."""
     from openmm_eqflow.report.compare import compare as compare_runs
+    from openmm_eqflow.runs.directory import RunDirectory
 
     console.print(f"wrote {compare_runs(list(runs), out)}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        figures = {str(run): RunDirectory.open(run).metrics() for run in runs}
+        write_json(json_path, {"page": str(out), "runs": figures})
 
 
 @click.command()
@@ -326,8 +341,12 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder, such as a system's."
 )
-def publish(run: Path, out: Path) -> None:
+@json_option
+def publish(run: Path, out: Path, json_path: Path | None) -> None:
     """Copy the flow of a complete run, with a card of how it was made and how good it is."""
     from openmm_eqflow.runs.publish import publish as publish_flow
 
-    console.print(f"wrote {publish_flow(run, out)}", highlight=False, soft_wrap=True)
+    written = publish_flow(run, out)
+    console.print(f"wrote {written}", highlight=False, soft_wrap=True)
+    if json_path is not None:
+        write_json(json_path, {"run": str(run), "wrote": str(written)})

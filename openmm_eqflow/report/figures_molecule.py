@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +32,11 @@ def _map(run: RunData, ensemble: Ensemble, pair: Ramachandran, bins: int) -> Fre
     return free_energy_map(
         phi, psi, log_weights=ensemble.log_weight, chain=ensemble.chain, bins=bins
     )
+
+
+def _absolute(surface: FreeEnergyMap) -> FloatArray:
+    """-log p, not shifted: maps of several ensembles are compared by it."""
+    return np.where(surface.probability > 0.0, -np.log(surface.probability.clip(1e-300)), np.inf)
 
 
 def _draw(
@@ -69,9 +76,9 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
         fewest = min(len(e.x) for e in run.ensembles)
         bins = 36 if fewest > 3000 else 24
         maps = {e.label: _map(run, e, pair, bins) for e in run.ensembles}
-        floor = min(float(m.free_energy.min()) for m in maps.values())
+        floor = -math.log(max(float(m.probability.max()) for m in maps.values()))
         for index, ensemble in enumerate(run.ensembles):
-            values = maps[ensemble.label].free_energy - floor
+            values = _absolute(maps[ensemble.label]) - floor
             figure, _ = _draw(values, "cividis", (0.0, _CEILING), "free energy (kT)", "max")
             panels.append(
                 Panel(
@@ -93,7 +100,7 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
         )
         difference = np.full(both.shape, np.nan)
         error = np.full(both.shape, np.nan)
-        difference[both] = b.free_energy[both] - a.free_energy[both]
+        difference[both] = np.log(a.probability[both] / b.probability[both])
         error[both] = np.hypot(a.error[both], b.error[both])
         known = both & np.isfinite(error) & (error < 1.0) & (error > 0.0)
         trusted = np.where(both & (error < 1.5), difference, np.nan)

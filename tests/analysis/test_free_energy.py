@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,3 +138,12 @@ def test_mbar_counts_draws_outside_the_chart() -> None:
     assert not close((dropped.log_z[1], dropped.error[1]), EXACT[1], 1.0)
     with pytest.raises(ValueError, match="outside its chart"):
         log_z_mbar(np.zeros_like(u), density, [3000, 0], n_flow=8000)
+
+
+def test_pymbar_is_loaded_without_its_banners() -> None:
+    """A fresh process: the banners come with the first import."""
+    code = "from openmm_eqflow.analysis.free_energy import log_z_bar; "
+    code += "import logging; log_z_bar([0.0, 0.1, 0.2], [0.0, 0.1]); "
+    code += "assert logging.getLogger('pymbar').level == logging.NOTSET"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == run.stderr == ""

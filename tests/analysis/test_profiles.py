@@ -13,6 +13,8 @@ import pytest
 from stand_ins.processes import ar1
 
 from openmm_eqflow.analysis import profiles as analysis
+from openmm_eqflow.analysis.chains import block_index
+from openmm_eqflow.analysis.export import to_series, to_trajectory
 from openmm_eqflow.analysis.observables import (
     TwoStates,
     pair_distances,
@@ -92,7 +94,7 @@ def test_blocks_do_not_cross_chains_and_follow_the_correlation():
     slow, fast = ar1(2, 2000, 0.95, 3), ar1(2, 2000, 0.0, 4)
     chain = np.repeat([0, 1], 2000)
     assert analysis.block_length_of(slow.ravel(), chain) > 20
-    assert analysis.block_length_of(fast.ravel(), chain) <= 4
+    assert analysis.block_length_of(fast.ravel(), chain) <= 6
     assert analysis.block_length_of([1.0, 1.0, 1.0, 1.0, 1.0]) == 5
 
 
@@ -104,7 +106,11 @@ def test_map_marginals_are_the_histograms():
     line = analysis.weighted_histogram(x, log_weights=log_w, bins=12, range=(-np.pi, np.pi))
     assert np.allclose(surface.probability.sum(axis=1), line.probability)
     seen = surface.probability > 0
-    assert np.allclose(np.exp(-surface.free_energy[seen]), surface.probability[seen])
+    relative = surface.probability[seen] / surface.probability.max()
+    assert np.allclose(np.exp(-surface.free_energy[seen]), relative)
+    assert surface.free_energy.min() == 0.0
+    with pytest.raises(ValueError, match="no frame with weight"):
+        analysis.free_energy_map(x, y, range=((4.0, 5.0), (4.0, 5.0)))
 
 
 def test_population_of_a_state_never_seen_has_an_error():
@@ -112,6 +118,44 @@ def test_population_of_a_state_never_seen_has_an_error():
     assert estimate.value == 0.0
     assert estimate.error > 0.1
     assert ess == 2.0
+
+
+def test_population_is_named_and_can_be_unpacked():
+    found = analysis.population([True, False] * 50)
+    assert (found.value, found.error) == found.estimate
+    assert tuple(found) == (found.estimate, found.ess)
+
+
+@pytest.mark.statistical
+def test_block_bootstrap_and_autocorrelation_errors_agree_on_a_known_chain():
+    r"""Signs of a Gaussian chain: covariance arcsin(rho^k) / 2 pi, so the error is known."""
+    n_chains, n, rho = 4, 5000, 0.9
+    lag = np.arange(1, n)
+    covariance = 0.25 + 2.0 * ((1.0 - lag / n) * np.arcsin(rho**lag)).sum() / (2.0 * np.pi)
+    exact = np.sqrt(covariance / (n_chains * n))
+    chain = np.repeat(np.arange(n_chains), n)
+    for seed in range(5):
+        x = ar1(n_chains, n, rho, seed).ravel()
+        inside = x > 0.0
+        blocks = block_index(x.size, analysis.block_length_of(inside, chain), chain)
+        size = np.bincount(blocks)
+        means = np.bincount(blocks, weights=inside) / size
+        variance = np.average((means - inside.mean()) ** 2, weights=size) / (size.size - 1)
+        histogram = analysis.weighted_histogram(x, chain=chain, bins=[0.0, 20.0], n_bootstrap=1000)
+        errors = {
+            "blocks": np.sqrt(variance),
+            "bootstrap": histogram.error[0],
+            "autocorrelation": analysis.population(inside, chain=chain).error,
+            "weighted": analysis.population(
+                inside, log_weights=np.zeros(x.size), chain=chain
+            ).error,
+        }
+        for name, error in errors.items():
+            assert error == pytest.approx(exact, rel=0.2), name
+        assert max(errors.values()) < 1.2 * min(errors.values())
+        # Power control: the same frames in random order have no correlation.
+        shuffled = np.random.default_rng(seed).permutation(inside)
+        assert analysis.population(shuffled, chain=chain).error < 0.4 * exact
 
 
 def test_population_error_of_weighted_samples():
@@ -238,15 +282,60 @@ def test_colvar_gives_torsions_names_plumed_can_read(tmp_path):
         analysis.write_colvar(tmp_path / "COLVAR", {"a b": [1.0], "a-b": [2.0]})
 
 
+def test_series_are_cut_by_chain_with_weights_of_mean_one():
+    log_w = np.log([1.0, 2.0, 3.0, 4.0, 2.0])
+    columns = {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [5.0, 4.0, 3.0, 2.0, 1.0]}
+    series = to_series(columns, chain=[1, 0, 1, 0, 1], log_weights=log_w)
+    assert [v.tolist() for v in series.values] == [
+        [[2.0, 4.0], [4.0, 2.0]],
+        [[1.0, 5.0], [3.0, 3.0], [5.0, 1.0]],
+    ]
+    both = np.concatenate(series.weights)
+    assert both.mean() == pytest.approx(1.0)
+    mean = np.average(np.concatenate(series.values), weights=both, axis=0)
+    expected = np.average(np.column_stack(list(columns.values())), weights=np.exp(log_w), axis=0)
+    assert np.allclose(mean, expected)
+    assert len(to_series(columns).values) == 1
+    with pytest.raises(ValueError, match="no columns"):
+        to_series({})
+    with pytest.raises(ValueError, match="expected"):
+        to_series(columns, log_weights=[0.0])
+
+
+def test_frames_drawn_by_weight_give_weighted_averages():
+    frame = peptide()
+    rng = np.random.default_rng(11)
+    x = frame.xyz + rng.normal(scale=0.02, size=(4000, frame.n_atoms, 3)).astype(np.float32)
+    phi = mdtraj.compute_phi(mdtraj.Trajectory(x, frame.topology))[1][:, 0]
+    log_w = 3.0 * (phi - phi.mean()) / phi.std()
+    drawn = to_trajectory(x, frame.topology, log_w, n_frames=4000, seed=2)
+    mean = mdtraj.compute_phi(drawn)[1].mean()
+    weights = np.exp(log_w - log_w.max())
+    assert mean == pytest.approx(np.average(phi, weights=weights), abs=0.005)
+    # Power control: without the weights the average is another one.
+    assert abs(phi.mean() - mean) > 0.05
+    by_ess = to_trajectory(x, frame.topology, log_w)
+    assert by_ess.n_frames == int(weights.sum() ** 2 / np.square(weights).sum())
+    assert to_trajectory(x, frame.topology).n_frames == 4000
+    with pytest.raises(ValueError, match="positions have shape"):
+        to_trajectory(x[:, :3], frame.topology)
+    with pytest.raises(ValueError, match="n_frames is 0"):
+        to_trajectory(x, frame.topology, n_frames=0)
+
+
 def test_inference_data_gets_chains_and_lp(monkeypatch):
     arviz = types.ModuleType("arviz")
     arviz.from_dict = lambda groups: groups
     monkeypatch.setitem(sys.modules, "arviz", arviz)
     data = analysis.to_inference_data(
-        {"phi": np.arange(6.0)}, [0, 0, 0, 1, 1, 1], reduced_potential=np.arange(6.0) ** 2
+        {"phi": np.arange(6.0)},
+        [0, 0, 0, 1, 1, 1],
+        reduced_potential=np.arange(6.0) ** 2,
+        log_weights=-np.arange(6.0),
     )
     assert data["posterior"]["phi"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     assert data["sample_stats"]["lp"].tolist() == [[0.0, -1.0, -4.0], [-9.0, -16.0, -25.0]]
+    assert data["sample_stats"]["log_weight"].tolist() == [[0.0, -1.0, -2.0], [-3.0, -4.0, -5.0]]
     with pytest.raises(ValueError, match="one length"):
         analysis.to_inference_data({"phi": np.arange(3.0)}, [0, 0, 1])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +68,33 @@ def test_init_as_the_documentation_writes_it(shell, tmp_path):
     outcome = shell(*"init hooh --system in/system.xml --pdb in/mol.pdb".split())
     assert outcome.code == 0, outcome
     assert load_system(tmp_path / "hooh").n_particles == 4
+
+
+def test_what_is_said_is_written_as_json(shell, tmp_path):
+    def said(*command):
+        outcome = shell(*command, "--json", "said.json")
+        assert outcome.code == 0, outcome
+        return json.loads((tmp_path / "said.json").read_text())
+
+    listed = {row["name"]: row for row in said("systems")["systems"]}
+    assert listed["lj13"]["flow"] is True
+    assert listed["harmonic"]["temperature_kelvin"] > 0
+    write_inputs(tmp_path / "in")
+    made = said("init", "hooh", "--system", "in/system.xml", "--pdb", "in/mol.pdb")
+    assert (made["folder"], made["n_atoms"], made["warnings"]) == ("hooh", 4, [])
+    assert any(line.startswith("Size: small (4 atoms") for line in made["lines"])
+    for name in ("a", "b"):
+        shutil.copytree(ROOT / "tests" / "data" / "frozen" / "run", tmp_path / name)
+    run = said("report", "a")
+    assert run["run"] == "a"
+    assert set(run["stages"]) == {"reference", "train", "sample", "report"}
+    assert run["metrics"]["verdict"]["word"]
+    both = said("compare", "a", "b")
+    assert both["page"] == "comparison.html"
+    assert both["runs"]["b"]["n_samples"] == run["metrics"]["n_samples"]
+    assert said("publish", "a", "--out", "kept")["run"] == "a"
+    audited = said("audit", "a", "--n-samples", 16)
+    assert audited["passed"] is True
 
 
 def test_printed_commands_quote_paths_with_spaces(shell, tmp_path):

@@ -31,6 +31,12 @@ def test_every_command_and_option_has_help(name):
             assert option.help, f"{name} {option.opts[0]} has no help"
 
 
+@pytest.mark.parametrize("name", [name for name, _ in commands(cli)])
+def test_every_command_writes_json_if_asked(name):
+    command = dict(commands(cli))[name]
+    assert any("--json" in option.opts for option in command.params)
+
+
 def test_minutes_of_a_budget_name_their_molecule():
     (budget,) = (p for p in cli.commands["run"].params if p.name == "budget")
     assert "alanine dipeptide on 2 cores" in budget.help

@@ -21,6 +21,7 @@ import dataclasses
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ import yaml
 from filelock import FileLock
 from stand_ins import ROOT
 from stand_ins.command_line import Shell
+from stand_ins.peroxide import write_system
 
 from openmm_eqflow.cli import cli, measure
 from openmm_eqflow.runs.reference.plan import ReferenceSettings
@@ -150,6 +152,9 @@ def copy_run(prepared: Path, name: str, out: Path, shell: Shell, **config: objec
 def give(name: str, prepared: Path, shell: Shell) -> None:
     if name == "my-run":
         copy_run(prepared, "alanine-dipeptide", Path(name), shell)
+    elif name == "molecules.csv":
+        write_system(Path("peroxide"))
+        Path(name).write_text("name,folder,seed\none,peroxide,1\ntwo,peroxide,2\n")
     elif name == "mol.pdb":
         shutil.copyfile(MOLECULE, name)
     elif name == "my-molecule":
@@ -287,6 +292,19 @@ def test_commands_in_the_text_exist(page: str, code: str) -> None:
     first, *rest = code.split()[1:]
     for name in first.split("|"):
         parse([name, *rest])
+
+
+def test_what_other_programs_start_exists() -> None:
+    """Lines of the Slurm script, the Snakefile and the shell that no test runs."""
+    page = (ROOT / "docs" / "campaigns.md").read_text(encoding="utf-8")
+    texts = re.findall(r"^```text\n(.*?)^```$", page, flags=re.M | re.S)
+    joined = [re.sub(r'"\n +"', "", text) for text in texts]
+    found = [line for text in joined for line in re.findall(r"openmm-eqflow ([^>\n]+)", text)]
+    assert [line.split()[0] for line in found] == ["campaign", "run", "init", "run"]
+    for line in found:
+        parse(shlex.split(line if line.count('"') % 2 == 0 else line.replace('"', "")))
+    (script,) = (text for text in texts if "#SBATCH" in text)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def parse(words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from stand_ins.runs import write_run
 EXAMPLES = ROOT / "examples"
 
 
-def run_example(name: str, *arguments: object, cwd: Path) -> str:
+def run_example(name: str | Path, *arguments: object, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)],
         cwd=cwd,
@@ -80,6 +81,25 @@ def test_analyse_trajectory(tmp_path: Path) -> None:
     header, *rows = (run / "COLVAR").read_text().splitlines()
     assert header.startswith("#! FIELDS time torsion_5_7_9_15 ")
     assert len([row for row in rows if not row.startswith("#!")]) == 160
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path: Path) -> None:
+    """Its cells as one script, on fewer samples and points."""
+    (notebook,) = EXAMPLES.glob("*.ipynb")
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    for old, new in (("n_samples=10_000", "n_samples=300"), ("n_points=1000", "n_points=200")):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    (tmp_path / "cells.py").write_text(code)
+    out = run_example(tmp_path / "cells.py", cwd=tmp_path)
+    assert number(r"relative ESS (\d\.\d+)", out) > 0.5
+    states = re.findall(r"^φ +\S+ +(\d\.\d{4}) \+- ", out, flags=re.M)
+    assert sum(map(float, states)) == pytest.approx(1.0, abs=2e-4)
+    # ff14SB in vacuum prefers phi < 0.
+    assert number(r"phi > 0: (\d\.\d+)", out) < 0.3
+    assert (tmp_path / "populations.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

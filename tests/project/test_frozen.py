@@ -257,15 +257,17 @@ def test_log_prob_of_the_stochastic_flow() -> None:
 
 
 #: Commands that came after what is frozen.
-NEW_COMMANDS = {"anneal", "bench chart", "bench gpu"}
+NEW_COMMANDS = {"anneal", "bench chart", "bench gpu", "campaign"}
 #: Options that came after, by command; and words of the frozen help that are no longer true.
 NEW_OPTIONS = {
     "": ("--allow-code",),
     "init": (
         *("--cif", "--prmtop", "--inpcrd", "--top", "--gro", "--psf", "--crd", "--params"),
         *("--chain", "--residue", "--strip-solvent", "--smiles", "--sdf", "--charges"),
-        *("--constraints", "--hydrogen-mass"),
+        *("--constraints", "--hydrogen-mass", "--json"),
     ),
+    **dict.fromkeys(("run", "reference", "train", "sample", "report", "systems"), ("--json",)),
+    **dict.fromkeys(("audit", "compare", "publish"), ("--json",)),
 }
 NO_LONGER = {"init": "[required]"}  # --pdb: --cif, --gro and others stand for it
 

@@ -154,12 +154,14 @@ def test_states_and_free_energies() -> None:
 
 def test_command(shell: Shell, molecule: MolecularSystem) -> None:
     sizes = ("--n-samples", 200, "--n-points", 200)
-    outcome = shell("anneal", molecule.directory, *sizes)
+    outcome = shell("anneal", molecule.directory, *sizes, "--json", "out.json")
     assert outcome.code == 0
     assert "relative ESS" in outcome.out
     assert "anti" in outcome.out
     written = json.loads(Path("runs/mol-annealed/metrics.json").read_text())
     assert written["n_samples"] == 200
+    said = json.loads(Path("out.json").read_text())
+    assert said == {"folder": "runs/mol-annealed", "metrics": written}
     assert "above 0" in shell.refuses("anneal", molecule.directory, "--ess", "1.5", "--out", "x")
     assert "bonded molecule with a structure" in shell.refuses("anneal", "dw4")
 
