@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +13,8 @@ from numpy.typing import NDArray
 from openmm_eqflow.analysis.observables import Ramachandran
 from openmm_eqflow.analysis.profiles import FreeEnergyMap, free_energy_map, weighted_histogram
 from openmm_eqflow.report.data import Ensemble, RunData
-from openmm_eqflow.report.theme import COLOURS, EMPTY, Panel, legend, new_figure, to_svg
+from openmm_eqflow.report.structures import Basin
+from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, Panel, legend, new_figure, to_svg
 
 __all__ = [
     "ramachandran_panels",
@@ -60,19 +63,33 @@ def _draw(
     return figure, axes
 
 
-def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
+def _mark(axes: Axes, basins: Sequence[Basin], columns: tuple[int, int]) -> None:
+    """Number the basins where their structures lie; the page finds marks by their ids."""
+    # The frame of the axes, so that a click can be read as angles.
+    axes.patch.set_gid("torus")
+    for k, basin in enumerate(basins):
+        place = np.degrees(basin.angles[list(columns)])
+        axes.plot(*place, "o", color=INK, markerfacecolor=EMPTY, markersize=9, gid=f"basin-{k}")
+        axes.annotate(str(k + 1), place, ha="center", va="center_baseline", fontsize=7)
+
+
+def ramachandran_panels(
+    run: RunData, pairs: list[Ramachandran], basins: Sequence[Basin]
+) -> list[Panel]:
     """Free-energy maps of every ensemble, then difference to the reference and its error."""
     panels = []
     for pair in pairs:
         where = f" of {pair.residue}" if pair.residue else ""
         key = f"rama-{pair.phi.atoms[1]}"
+        torsions = run.chain.torsions
         fewest = min(len(e.x) for e in run.ensembles)
         bins = 36 if fewest > 3000 else 24
         maps = {e.label: _map(run, e, pair, bins) for e in run.ensembles}
         floor = min(float(m.free_energy.min()) for m in maps.values())
         for index, ensemble in enumerate(run.ensembles):
             values = maps[ensemble.label].free_energy - floor
-            figure, _ = _draw(values, "cividis", (0.0, _CEILING), "free energy (kT)", "max")
+            figure, axes = _draw(values, "cividis", (0.0, _CEILING), "free energy (kT)", "max")
+            _mark(axes, basins, (torsions.index(pair.phi), torsions.index(pair.psi)))
             panels.append(
                 Panel(
                     f"{key}-{index}",
