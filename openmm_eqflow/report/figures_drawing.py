@@ -20,8 +20,9 @@ def drawing_panel(run: RunData) -> Panel:
     atoms = list(run.chain.topology.atoms)
     numbers = [0 if a.element is None else a.element.number for a in atoms]
     shown = [k for k, n in enumerate(numbers) if n != 1 or len(atoms) <= _SMALL]
-    # A hydrogen that a torsion counts is drawn too (the end of a hydroxyl).
-    shown = sorted({*shown, *(k for t in run.chain.torsions for k in t.atoms)})
+    # A hydrogen that a torsion counts is drawn too (the end of a hydroxyl), a methyl's is not.
+    ends = {k for t in run.chain.torsions if t.fold == 1 for k in t.atoms}
+    shown = sorted({*shown, *ends})
     graph = nx.Graph()
     graph.add_nodes_from(shown)
     graph.add_edges_from(
@@ -33,29 +34,31 @@ def drawing_panel(run: RunData) -> Panel:
     figure, axes = new_figure(height=3.0)
     for a, b in graph.edges:
         axes.plot(*zip(place[a], place[b], strict=True), color=INK, linewidth=1.2, zorder=1)
+    scale = np.mean([np.linalg.norm(place[a] - place[b]) for a, b in graph.edges] or [1.0])
+    taken = [place[k] for k in shown]
     for k in shown:
-        # White under the label in every theme would be wrong: the bond is shortened by a disc.
         axes.plot(*place[k], "o", color=COLOURS["chain"], markersize=4, zorder=2)
         symbol = atoms[k].element.symbol if numbers[k] else ""
-        axes.annotate(
-            f"{symbol}{k + 1}", place[k], (3, 3), textcoords="offset points", fontsize=7.5
-        )
+        away = _away(place[k], [place[j] for j in graph[k]])
+        spot = place[k] + 0.36 * scale * away
+        axes.annotate(f"{symbol}{k + 1}", spot, ha="center", va="center", fontsize=7.5)
+        taken.append(spot)
     for torsion in run.chain.torsions:
         if torsion.ring >= 0:
             continue
         b, c = place[torsion.atoms[1]], place[torsion.atoms[2]]
         axes.plot(*zip(b, c, strict=True), color=COLOURS["flow"], linewidth=2.2, zorder=1.5)
+        across = np.array([b[1] - c[1], c[0] - b[0]]) / np.linalg.norm(c - b)
+        # On the side of the bond with more room.
+        spots = [(b + c) / 2.0 + sign * 0.42 * scale * across for sign in (1.0, -1.0)]
+        room = [min(float(np.linalg.norm(spot - other)) for other in taken) for spot in spots]
+        spot = spots[int(np.argmax(room))]
+        taken.append(spot)
         axes.annotate(
-            torsion.name,
-            (b + c) / 2.0,
-            (0, -10),
-            textcoords="offset points",
-            ha="center",
-            color=COLOURS["flow"],
-            fontsize=8,
+            torsion.name, spot, ha="center", va="center", color=COLOURS["flow"], fontsize=7.5
         )
     axes.set_aspect("equal")
-    axes.margins(0.12)
+    axes.margins(0.15)
     axes.axis("off")
     return Panel(
         "drawing",
@@ -64,6 +67,16 @@ def drawing_panel(run: RunData) -> Panel:
         "Numbers are those of topology.pdb, from 1; hydrogens without a part in a torsion are "
         "left out. Orange: the bonds that torsions turn about. Bond orders are not shown.",
     )
+
+
+def _away(here: FloatArray, others: list[FloatArray]) -> FloatArray:
+    """Direction with the most room between bonds: the middle of their widest gap."""
+    if not others:
+        return np.array([0.0, 1.0])
+    angles = np.sort([np.arctan2(*(other - here)[::-1]) for other in others])
+    gaps = np.diff(np.append(angles, angles[0] + 2.0 * np.pi))
+    middle = angles[gaps.argmax()] + 0.5 * gaps.max()
+    return np.array([np.cos(middle), np.sin(middle)])
 
 
 def _layout(graph: nx.Graph, numbers: list[int]) -> dict[int, FloatArray]:
