@@ -15,7 +15,11 @@ from openmm_eqflow.report import figures, figures_chain, tables
 from openmm_eqflow.report.data import RunData, load_run
 from openmm_eqflow.report.figures_cluster import cluster_panels
 from openmm_eqflow.report.figures_drawing import drawing_panel
-from openmm_eqflow.report.figures_molecule import ramachandran_panels, torsion_panels
+from openmm_eqflow.report.figures_molecule import (
+    MAX_TORSIONS,
+    ramachandran_panels,
+    torsion_panels,
+)
 from openmm_eqflow.report.populations import Quantity, States, compare_ensembles, define_states
 from openmm_eqflow.report.structures import (
     Basin,
@@ -80,7 +84,7 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, Any]:
-    """What the 3D view needs, and the drawing beside it."""
+    """Collect what the 3D view needs, and the drawing beside it."""
     torsions = run.chain.torsions
     maps = [
         {
@@ -90,6 +94,11 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
             ),
         }
         for pair in ramachandran_pairs(torsions)
+    ]
+    maps += [
+        {"key": f"torsion-{k}", "grid": basin_grid(run, states, basins, (k,))}
+        for k in range(min(len(torsions), MAX_TORSIONS))
+        if torsions[k].name in states.arcs
     ]
     rows = [
         {"name": b.name, "share": pm(float(b.share.value), float(b.share.error))} for b in basins
@@ -108,7 +117,7 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
     caption = (
         "One structure per combination of torsion states, nearest to the middle of its basin; "
         "populations and errors are the chain's. "
-        + ("Click a Ramachandran map to see the basin of that bin. " if maps else "")
+        + ("Click a torsion map, or a torsion with two states, to see the basin. " if maps else "")
         if torsions
         else "The sampled frame of lowest energy. "
     )
@@ -150,7 +159,7 @@ def _context(
         for k, pair in enumerate(ramachandran_pairs(run.chain.torsions)):
             heading = f"Backbone of {pair.residue}" if pair.residue else "Backbone"
             sections.append((heading, f"backbone-{k}", ramachandran_panels(run, [pair], basins)))
-        sections.append(("Torsions", "torsions", torsion_panels(run)))
+        sections.append(("Torsions", "torsions", torsion_panels(run, basins)))
     else:
         sections.append(("Structure", "structure", cluster_panels(run)))
     sections.append(("Mixing of the chains", "mixing", mixing))

@@ -34,14 +34,15 @@ def drawing_panel(run: RunData) -> Panel:
     figure, axes = new_figure(height=3.0)
     for a, b in graph.edges:
         axes.plot(*zip(place[a], place[b], strict=True), color=INK, linewidth=1.2, zorder=1)
-    scale = np.mean([np.linalg.norm(place[a] - place[b]) for a, b in graph.edges] or [1.0])
+    lengths = [float(np.linalg.norm(place[a] - place[b])) for a, b in graph.edges]
+    scale = sum(lengths) / len(lengths) if lengths else 1.0
     taken = [place[k] for k in shown]
     for k in shown:
         axes.plot(*place[k], "o", color=COLOURS["chain"], markersize=4, zorder=2)
         symbol = atoms[k].element.symbol if numbers[k] else ""
         away = _away(place[k], [place[j] for j in graph[k]])
         spot = place[k] + 0.36 * scale * away
-        axes.annotate(f"{symbol}{k + 1}", spot, ha="center", va="center", fontsize=7.5)
+        axes.text(spot[0], spot[1], f"{symbol}{k + 1}", ha="center", va="center", fontsize=7.5)
         taken.append(spot)
     for torsion in run.chain.torsions:
         if torsion.ring >= 0:
@@ -50,12 +51,20 @@ def drawing_panel(run: RunData) -> Panel:
         axes.plot(*zip(b, c, strict=True), color=COLOURS["flow"], linewidth=2.2, zorder=1.5)
         across = np.array([b[1] - c[1], c[0] - b[0]]) / np.linalg.norm(c - b)
         # On the side of the bond with more room.
-        spots = [(b + c) / 2.0 + sign * 0.42 * scale * across for sign in (1.0, -1.0)]
+        spots = [(b + c) / 2.0 + sign * 0.25 * scale * across for sign in (1.0, -1.0)]
         room = [min(float(np.linalg.norm(spot - other)) for other in taken) for spot in spots]
         spot = spots[int(np.argmax(room))]
         taken.append(spot)
-        axes.annotate(
-            torsion.name, spot, ha="center", va="center", color=COLOURS["flow"], fontsize=7.5
+        side = float(spot[0] - (b + c)[0] / 2.0) / scale
+        ha = "left" if side > 0.15 else "right" if side < -0.15 else "center"
+        axes.text(
+            spot[0],
+            spot[1],
+            torsion.name,
+            ha=ha,
+            va="center",
+            color=COLOURS["flow"],
+            fontsize=7.5,
         )
     axes.set_aspect("equal")
     axes.margins(0.15)
@@ -65,7 +74,8 @@ def drawing_panel(run: RunData) -> Panel:
         "Atoms and torsions",
         to_svg(figure, "drawing", "Drawing of the molecule with atom numbers and torsions"),
         "Numbers are those of topology.pdb, from 1; hydrogens without a part in a torsion are "
-        "left out. Orange: the bonds that torsions turn about. Bond orders are not shown.",
+        "left out. Orange: the bonds that torsions turn about, named as in the figures. Bond "
+        "orders are not shown.",
     )
 
 

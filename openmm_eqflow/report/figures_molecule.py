@@ -17,6 +17,7 @@ from openmm_eqflow.report.structures import Basin
 from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, Panel, legend, new_figure, to_svg
 
 __all__ = [
+    "MAX_TORSIONS",
     "ramachandran_panels",
     "torsion_panels",
 ]
@@ -24,7 +25,7 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 _TICKS = (-180, -90, 0, 90, 180)
 _CEILING = 7.0
-_MAX_TORSIONS = 12
+MAX_TORSIONS = 12
 
 
 def _map(run: RunData, ensemble: Ensemble, pair: Ramachandran, bins: int) -> FreeEnergyMap:
@@ -64,13 +65,13 @@ def _draw(
 
 
 def _mark(axes: Axes, basins: Sequence[Basin], columns: tuple[int, int]) -> None:
-    """Number the basins where their structures lie; the page finds marks by their ids."""
+    """Put the numbers of the basins where their structures lie; the page finds them by id."""
     # The frame of the axes, so that a click can be read as angles.
     axes.patch.set_gid("torus")
     for k, basin in enumerate(basins):
-        place = np.degrees(basin.angles[list(columns)])
-        axes.plot(*place, "o", color=INK, markerfacecolor=EMPTY, markersize=9, gid=f"basin-{k}")
-        axes.annotate(str(k + 1), place, ha="center", va="center_baseline", fontsize=7)
+        phi, psi = (float(np.degrees(basin.angles[c])) for c in columns)
+        axes.plot(phi, psi, "o", color=INK, markerfacecolor=EMPTY, markersize=9, gid=f"basin-{k}")
+        axes.annotate(str(k + 1), (phi, psi), ha="center", va="center_baseline", fontsize=7)
 
 
 def ramachandran_panels(
@@ -142,11 +143,11 @@ def ramachandran_panels(
     return panels
 
 
-def torsion_panels(run: RunData) -> list[Panel]:
+def torsion_panels(run: RunData, basins: Sequence[Basin]) -> list[Panel]:
     """One histogram per rotatable bond, with error bands."""
     panels = []
     torsions = run.chain.torsions
-    for column, torsion in enumerate(torsions[:_MAX_TORSIONS]):
+    for column, torsion in enumerate(torsions[:MAX_TORSIONS]):
         half = 180.0 / torsion.fold
         figure, axes = new_figure()
         for ensemble, key, dash in (
@@ -186,6 +187,10 @@ def torsion_panels(run: RunData) -> list[Panel]:
         axes.set_xticks(np.linspace(-half, half, 5))
         axes.set_ylim(bottom=0.0)
         axes.set_xlabel(f"torsion {torsion.name} (°)")
+        axes.patch.set_gid("torus")
+        for k, basin in enumerate(basins if len(basins) > 1 else ()):
+            place = float(np.degrees(basin.angles[column]))
+            axes.axvline(place, ymax=0.05, color=INK, linewidth=1.5, gid=f"basin-{k}")
         axes.set_ylabel("density (1/°)")
         legend(figure, axes)
         fold = "" if torsion.fold == 1 else f", modulo {360 // torsion.fold}°"

@@ -74,7 +74,7 @@ def _medoid(ensemble: Ensemble, rows: NDArray[np.int64], used: list[int]) -> int
     if not used:
         return int(rows[np.argmin(ensemble.u[rows])])
     folds = np.array([ensemble.torsions[k].fold for k in used])
-    turns = np.exp(1j * folds * ensemble.angles[np.ix_(rows, used)])
+    turns = np.exp(1j * folds * ensemble.angles[rows][:, used])
     middle = np.angle(turns.mean(axis=0))
     distance = (1.0 - np.cos(np.angle(turns) - middle)).sum(axis=1)
     return int(rows[np.argmin(distance)])
@@ -129,33 +129,31 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
 
 
 def basin_grid(
-    run: RunData, states: States, basins: list[Basin], columns: tuple[int, int], bins: int = 36
-) -> list[list[int]]:
-    """Which basin most frames of every bin of a torsion map belong to; -1 where there are none.
+    run: RunData, states: States, basins: list[Basin], columns: tuple[int, ...], bins: int = 36
+) -> list[Any]:
+    """Tell which basin most frames of every bin of a torsion map are in; -1 where there are none.
 
     Parameters
     ----------
     columns
-        Torsions of the horizontal and the vertical axis.
+        Torsions of the horizontal and, for a map, of the vertical axis.
     bins
-        Per turn, from -180°.
+        Per turn (by its fold: per part that looks alike), from the left and from below.
 
     Returns
     -------
-    list of list of int
-        ``[horizontal][vertical]``, indices into ``basins``.
+    list
+        ``[horizontal]`` or ``[horizontal][vertical]``, indices into ``basins``.
     """
     codes, chain = _codes(run.chain, states), run.chain
-    cells = [
-        np.clip(((chain.angles[:, c] + np.pi) / (2.0 * np.pi) * bins).astype(int), 0, bins - 1)
-        for c in columns
-    ]
-    counts = np.zeros((len(basins), bins, bins), dtype=np.int64)
+    turns = [chain.angles[:, c] * chain.torsions[c].fold / (2.0 * np.pi) + 0.5 for c in columns]
+    cells = [np.clip((turn * bins).astype(int), 0, bins - 1) for turn in turns]
+    counts = np.zeros((len(basins), *(bins for _ in columns)), dtype=np.int64)
     for index, basin in enumerate(basins):
         inside = codes == basin.code
-        np.add.at(counts[index], (cells[0][inside], cells[1][inside]), 1)
+        np.add.at(counts[index], tuple(cell[inside] for cell in cells), 1)
     grid = np.where(counts.sum(axis=0) > 0, counts.argmax(axis=0), -1)
-    rows: list[list[int]] = grid.tolist()
+    rows: list[Any] = grid.tolist()
     return rows
 
 

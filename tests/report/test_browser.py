@@ -7,20 +7,24 @@ import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import mdtraj
 import numpy as np
 import pytest
 from matplotlib import image
-from stand_ins.runs import write_run
+from stand_ins.runs import turned_frames, write_run
+from stand_ins.small_molecules import written
 
 from openmm_eqflow.report import write_report
+from openmm_eqflow.targets.own_system import init_system
 
 pytestmark = [
     # Drawing without a GPU takes most of the time.
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
+DATA = Path(__file__).parent.parent / "data"
 WIDTHS = (400, 1400)
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -42,9 +46,17 @@ def browser():
         program.close()
 
 
-@pytest.fixture(scope="module", params=["alanine-dipeptide", "lj13"])
+@pytest.fixture(scope="module", params=["alanine-dipeptide", "proline", "ibuprofen", "lj13"])
 def report(request, tmp_path_factory):
-    path = write_run(tmp_path_factory.mktemp("browser") / "run", request.param)
+    folder = tmp_path_factory.mktemp("browser")
+    system, draw = request.param, None
+    if system == "proline":
+        system, draw = folder / "proline", turned_frames
+        init_system(system, pdb=DATA / "pro-dipeptide.pdb", forcefield=["amber14-all.xml"])
+    elif system == "ibuprofen":
+        written(folder / "ibuprofen", "ibuprofen")
+        system, draw = folder / "ibuprofen" / "system", turned_frames
+    path = write_run(folder / "run", str(system), draw=draw)
     return request.param, path, write_report(path)
 
 
@@ -105,10 +117,13 @@ def test_clicking_a_basin_shows_it(browser, report, width):
     data = json.loads(page.locator("#structures").text_content())
     first, _ = drawn(page)
     key, grid = data["maps"][0]["key"], np.array(data["maps"][0]["grid"])
+    key += "-1" if grid.ndim == 2 else ""
+    # Of one torsion: any height in the figure does.
+    grid = grid if grid.ndim == 2 else np.repeat(grid[:, None], len(grid), axis=1)
     assert len(data["basins"]) > 1
-    svg = page.locator(f"#figure-{key}-1 svg")
+    svg = page.locator(f"#figure-{key} svg")
     svg.scroll_into_view_if_needed()
-    frame = page.locator(f"#{key}-1-torus").bounding_box()
+    frame = page.locator(f"#{key}-torus").bounding_box()
     i, j = np.argwhere(grid == 1)[len(np.argwhere(grid == 1)) // 2]
     n = len(grid)
     x = frame["x"] + (i + 0.5) / n * frame["width"]
@@ -122,7 +137,7 @@ def test_clicking_a_basin_shows_it(browser, report, width):
     # A click where no frame lies changes nothing; the button leads back to the first picture.
     i, j = np.argwhere(grid == -1)[0]
     svg.scroll_into_view_if_needed()
-    frame = page.locator(f"#{key}-1-torus").bounding_box()
+    frame = page.locator(f"#{key}-torus").bounding_box()
     page.mouse.click(
         frame["x"] + (i + 0.5) / n * frame["width"],
         frame["y"] + (1.0 - (j + 0.5) / n) * frame["height"],

@@ -67,7 +67,7 @@
   dark.addEventListener("change", draw);
   // A click in a torsion map shows the basin that most frames of that bin belong to.
   maps.forEach(({ key, grid }) => {
-    document.querySelectorAll(`figure[id^="figure-${key}-"] svg`).forEach(svg => {
+    document.querySelectorAll(`#figure-${key} svg, figure[id^="figure-${key}-"] svg`).forEach(svg => {
       const frame = svg.querySelector('g[id$="-torus"]');
       if (!frame) return;
       svg.classList.add("clickable");
@@ -75,7 +75,8 @@
         const r = frame.getBoundingClientRect(), n = grid.length;
         const i = Math.floor((event.clientX - r.left) / r.width * n);
         const j = Math.floor((r.bottom - event.clientY) / r.height * n);
-        const k = grid[i]?.[j] ?? -1;
+        const column = grid[i] ?? -1, k = Array.isArray(column) ? column[j] ?? -1 : column;
+        if (j < 0 || j >= n) return;
         if (k >= 0) show(k);
       });
     });
