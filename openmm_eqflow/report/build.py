@@ -100,9 +100,7 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
         for k in range(min(len(torsions), MAX_TORSIONS))
         if torsions[k].name in states.arcs
     ]
-    rows = [
-        {"name": b.name, "share": pm(float(b.share.value), float(b.share.error))} for b in basins
-    ]
+    rows = [{"name": b.name, "share": _share(run, b, len(basins))} for b in basins]
     data = {
         "name": run.system.name,
         "atoms": model_atoms(run),
@@ -134,6 +132,13 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
         "viewer_library": markupsafe.Markup(_template("3Dmol-min.js")),
         "viewer": markupsafe.Markup(_template("viewer.js")),
     }
+
+
+def _share(run: RunData, basin: Basin, n: int) -> str:
+    """Population with its error; of a single structure its energy."""
+    if n == 1:
+        return f"u = {run.chain.u[basin.frame]:.1f} kT"
+    return pm(float(basin.share.value), float(basin.share.error))
 
 
 def _template(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +32,9 @@ def drawing_panel(run: RunData) -> Panel:
         for a, b in run.chain.topology.bonds
         if a.index in graph and b.index in graph
     )
-    place = _layout(graph, numbers)
-    figure, axes = new_figure(height=3.0)
+    place = _upright(_layout(graph, numbers))
+    wide, high = np.ptp(list(place.values()), axis=0) + 1e-3
+    figure, axes = new_figure(height=float(np.clip(0.4 + 3.7 * high / wide, 2.2, 4.5)))
     for a, b in graph.edges:
         axes.plot(*zip(place[a], place[b], strict=True), color=INK, linewidth=1.2, zorder=1)
     lengths = [float(np.linalg.norm(place[a] - place[b])) for a, b in graph.edges]
@@ -49,9 +52,14 @@ def drawing_panel(run: RunData) -> Panel:
             continue
         b, c = place[torsion.atoms[1]], place[torsion.atoms[2]]
         axes.plot(*zip(b, c, strict=True), color=COLOURS["flow"], linewidth=2.2, zorder=1.5)
+        # Of a methyl's bond the atoms are name enough.
+        if any(graph.degree[k] == 1 for k in torsion.atoms[1:3]):
+            continue
         across = np.array([b[1] - c[1], c[0] - b[0]]) / np.linalg.norm(c - b)
+        # Text is wider than high: beside a steep bond it starts at its end.
+        across *= 0.25 + 0.15 * abs(across[1])
         # On the side of the bond with more room.
-        spots = [(b + c) / 2.0 + sign * 0.25 * scale * across for sign in (1.0, -1.0)]
+        spots = [(b + c) / 2.0 + sign * scale * across for sign in (1.0, -1.0)]
         room = [min(float(np.linalg.norm(spot - other)) for other in taken) for spot in spots]
         spot = spots[int(np.argmax(room))]
         taken.append(spot)
@@ -74,9 +82,17 @@ def drawing_panel(run: RunData) -> Panel:
         "Atoms and torsions",
         to_svg(figure, "drawing", "Drawing of the molecule with atom numbers and torsions"),
         "Numbers are those of topology.pdb, from 1; hydrogens without a part in a torsion are "
-        "left out. Orange: the bonds that torsions turn about, named as in the figures. Bond "
-        "orders are not shown.",
+        "left out. Orange: the bonds that torsions turn about, named as in the figures "
+        "(methyls by their atoms). Bond orders are not shown.",
     )
+
+
+def _upright(place: dict[int, FloatArray]) -> dict[int, FloatArray]:
+    """Turn the longest extent to the horizontal."""
+    x = np.array(list(place.values()))
+    x = x - x.mean(axis=0)
+    x = x @ np.linalg.svd(x, full_matrices=False)[2].T if len(x) > 2 else x
+    return dict(zip(place, x, strict=True))
 
 
 def _away(here: FloatArray, others: list[FloatArray]) -> FloatArray:
@@ -89,13 +105,38 @@ def _away(here: FloatArray, others: list[FloatArray]) -> FloatArray:
     return np.array([np.cos(middle), np.sin(middle)])
 
 
+def _springs(graph: nx.Graph) -> dict[int, FloatArray]:
+    """Springs along the bonds (Kamada and Kawai, 1989), from the start that crosses fewest."""
+    if len(graph) < 3:
+        return {k: np.array([float(i), 0.0]) for i, k in enumerate(graph)}
+    starts = [None, nx.planar_layout(graph)] if nx.is_planar(graph) else [None]
+    starts += [nx.spring_layout(graph, seed=seed) for seed in range(4)]
+    layouts = [nx.kamada_kawai_layout(graph, pos=start) for start in starts]
+    best = min(layouts, key=lambda place: _crossings(graph, place))
+    return {k: np.asarray(v) for k, v in best.items()}
+
+
+def _crossings(graph: nx.Graph, place: dict[int, FloatArray]) -> int:
+    """How many pairs of bonds without a common atom cross."""
+
+    def side(a: int, b: int, c: int) -> bool:
+        (x, y), (u, v) = place[b] - place[a], place[c] - place[a]
+        return bool(x * v > y * u)
+
+    return sum(
+        side(a, b, c) != side(a, b, d) and side(c, d, a) != side(c, d, b)
+        for (a, b), (c, d) in combinations(graph.edges, 2)
+        if len({a, b, c, d}) == 4
+    )
+
+
 def _layout(graph: nx.Graph, numbers: list[int]) -> dict[int, FloatArray]:
     """Places in the plane: RDKit's where it is installed, springs along the bonds otherwise."""
     try:
         from rdkit import Chem
         from rdkit.Chem import rdDepictor
     except ImportError:
-        return {k: np.asarray(v) for k, v in nx.kamada_kawai_layout(graph).items()}
+        return _springs(graph)
     molecule, index = Chem.RWMol(), {}
     for k in graph:
         atom = Chem.Atom(numbers[k])
