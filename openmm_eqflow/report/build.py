@@ -129,13 +129,15 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
         "structures": markupsafe.Markup(
             json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         ),
-        "viewer_library": markupsafe.Markup(_template("3Dmol-min.js")),
+        "viewer_library": markupsafe.Markup(
+            f"/*\n{_template('3Dmol-LICENSE.txt')}*/\n{_template('3Dmol-min.js')}"
+        ),
         "viewer": markupsafe.Markup(_template("viewer.js")),
     }
 
 
 def _share(run: RunData, basin: Basin, n: int) -> str:
-    """Population with its error; of a single structure its energy."""
+    """Write the population with its error; of a single structure its energy."""
     if n == 1:
         return f"u = {run.chain.u[basin.frame]:.1f} kT"
     return pm(float(basin.share.value), float(basin.share.error))
