@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,22 @@ from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.report import figures, figures_chain, tables
 from openmm_eqflow.report.data import RunData, load_run
 from openmm_eqflow.report.figures_cluster import cluster_panels
-from openmm_eqflow.report.figures_molecule import ramachandran_panels, torsion_panels
-from openmm_eqflow.report.populations import Quantity, compare_ensembles
+from openmm_eqflow.report.figures_drawing import drawing_panel
+from openmm_eqflow.report.figures_molecule import (
+    MAX_TORSIONS,
+    ramachandran_panels,
+    torsion_panels,
+)
+from openmm_eqflow.report.populations import Quantity, States, compare_ensembles, define_states
+from openmm_eqflow.report.structures import (
+    Basin,
+    basin_grid,
+    find_basins,
+    model_atoms,
+    pdb_text,
+)
 from openmm_eqflow.report.theme import Panel, style
-from openmm_eqflow.report.verdict import Verdict, judge
+from openmm_eqflow.report.verdict import Verdict, judge, pm
 
 __all__ = [
     "render",
@@ -40,10 +53,12 @@ def write_report(path: Path) -> Path:
         The report: one file, no external request.
     """
     run = load_run(Path(path))
-    quantities = compare_ensembles(run)
+    states = define_states(run)
+    quantities = compare_ensembles(run, states)
     verdict = judge(run, quantities)
+    basins = find_basins(run, states)
     with style():
-        context = _context(run, quantities, verdict)
+        context = _context(run, quantities, verdict, basins) | _molecule(run, states, basins)
     html = render("report.html", context)
     metrics = run.metrics | {
         "populations": [row.to_json() for row in quantities],
@@ -64,11 +79,77 @@ def render(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["svg"] = lambda panel: markupsafe.Markup(panel.svg)
-    css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    css = _template("style.css")
     return environment.get_template(template).render(css=markupsafe.Markup(css), **context)
 
 
-def _context(run: RunData, quantities: list[Quantity], verdict: Verdict) -> dict[str, Any]:
+def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, Any]:
+    """Collect what the 3D view needs, and the drawing beside it."""
+    torsions = run.chain.torsions
+    maps = [
+        {
+            "key": f"rama-{pair.phi.atoms[1]}",
+            "grid": basin_grid(
+                run, states, basins, (torsions.index(pair.phi), torsions.index(pair.psi))
+            ),
+        }
+        for pair in ramachandran_pairs(torsions)
+    ]
+    maps += [
+        {"key": f"torsion-{k}", "grid": basin_grid(run, states, basins, (k,))}
+        for k in range(min(len(torsions), MAX_TORSIONS))
+        if torsions[k].name in states.arcs
+    ]
+    rows = [{"name": b.name, "share": _share(run, b, len(basins))} for b in basins]
+    data = {
+        "name": run.system.name,
+        "atoms": model_atoms(run),
+        "basins": [
+            row | {"x": (10.0 * b.x.astype(float)).round(3).tolist()}
+            for row, b in zip(rows, basins, strict=True)
+        ],
+        "maps": maps,
+        "bonded": run.kind == "molecule",
+        "pdb": pdb_text(run, basins),
+    }
+    caption = (
+        "One structure per combination of torsion states, nearest to the middle of its basin; "
+        "populations and errors are the chain's. "
+        + ("Click a torsion map, or a torsion with two states, to see the basin. " if maps else "")
+        if torsions
+        else "The sampled frame of lowest energy. "
+    )
+    if len(basins) > 1:
+        caption += "Thin: the other basins, superposed by heavy atoms. "
+    return {
+        "drawing": drawing_panel(run) if run.kind == "molecule" else None,
+        "basins": rows,
+        "basins_caption": caption + "Drag to turn, pinch or scroll to zoom.",
+        # "<" in a script could end it.
+        "structures": markupsafe.Markup(
+            json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        ),
+        "viewer_library": markupsafe.Markup(
+            f"/*\n{_template('3Dmol-LICENSE.txt')}*/\n{_template('3Dmol-min.js')}"
+        ),
+        "viewer": markupsafe.Markup(_template("viewer.js")),
+    }
+
+
+def _share(run: RunData, basin: Basin, n: int) -> str:
+    """Write the population with its error; of a single structure its energy."""
+    if n == 1:
+        return f"u = {run.chain.u[basin.frame]:.1f} kT"
+    return pm(float(basin.share.value), float(basin.share.error))
+
+
+def _template(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _context(
+    run: RunData, quantities: list[Quantity], verdict: Verdict, basins: list[Basin]
+) -> dict[str, Any]:
     config = run.run.config
     sections: list[tuple[str, str, list[Panel]]] = []
     overlap = [
@@ -84,8 +165,8 @@ def _context(run: RunData, quantities: list[Quantity], verdict: Verdict) -> dict
     if run.kind == "molecule":
         for k, pair in enumerate(ramachandran_pairs(run.chain.torsions)):
             heading = f"Backbone of {pair.residue}" if pair.residue else "Backbone"
-            sections.append((heading, f"backbone-{k}", ramachandran_panels(run, [pair])))
-        sections.append(("Torsions", "torsions", torsion_panels(run)))
+            sections.append((heading, f"backbone-{k}", ramachandran_panels(run, [pair], basins)))
+        sections.append(("Torsions", "torsions", torsion_panels(run, basins)))
     else:
         sections.append(("Structure", "structure", cluster_panels(run)))
     sections.append(("Mixing of the chains", "mixing", mixing))

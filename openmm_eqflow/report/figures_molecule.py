@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from openmm_eqflow.analysis.observables import Ramachandran
 from openmm_eqflow.analysis.profiles import FreeEnergyMap, free_energy_map, weighted_histogram
 from openmm_eqflow.report.data import Ensemble, RunData
-from openmm_eqflow.report.theme import COLOURS, EMPTY, Panel, legend, new_figure, to_svg
+from openmm_eqflow.report.structures import Basin
+from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, Panel, legend, new_figure, to_svg
 
 __all__ = [
+    "MAX_TORSIONS",
     "ramachandran_panels",
     "torsion_panels",
 ]
@@ -23,7 +26,7 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 _TICKS = (-180, -90, 0, 90, 180)
 _CEILING = 7.0
-_MAX_TORSIONS = 12
+MAX_TORSIONS = 12
 
 
 def _map(run: RunData, ensemble: Ensemble, pair: Ramachandran, bins: int) -> FreeEnergyMap:
@@ -67,19 +70,33 @@ def _draw(
     return figure, axes
 
 
-def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
+def _mark(axes: Axes, basins: Sequence[Basin], columns: tuple[int, int]) -> None:
+    """Put the numbers of the basins where their structures lie; the page finds them by id."""
+    # The frame of the axes, so that a click can be read as angles.
+    axes.patch.set_gid("torus")
+    for k, basin in enumerate(basins):
+        phi, psi = (float(np.degrees(basin.angles[c])) for c in columns)
+        axes.plot(phi, psi, "o", color=INK, markerfacecolor=EMPTY, markersize=9, gid=f"basin-{k}")
+        axes.annotate(str(k + 1), (phi, psi), ha="center", va="center_baseline", fontsize=7)
+
+
+def ramachandran_panels(
+    run: RunData, pairs: list[Ramachandran], basins: Sequence[Basin]
+) -> list[Panel]:
     """Free-energy maps of every ensemble, then difference to the reference and its error."""
     panels = []
     for pair in pairs:
         where = f" of {pair.residue}" if pair.residue else ""
         key = f"rama-{pair.phi.atoms[1]}"
+        torsions = run.chain.torsions
         fewest = min(len(e.x) for e in run.ensembles)
         bins = 36 if fewest > 3000 else 24
         maps = {e.label: _map(run, e, pair, bins) for e in run.ensembles}
         floor = -math.log(max(float(m.probability.max()) for m in maps.values()))
         for index, ensemble in enumerate(run.ensembles):
             values = _absolute(maps[ensemble.label]) - floor
-            figure, _ = _draw(values, "cividis", (0.0, _CEILING), "free energy (kT)", "max")
+            figure, axes = _draw(values, "cividis", (0.0, _CEILING), "free energy (kT)", "max")
+            _mark(axes, basins, (torsions.index(pair.phi), torsions.index(pair.psi)))
             panels.append(
                 Panel(
                     f"{key}-{index}",
@@ -132,11 +149,11 @@ def ramachandran_panels(run: RunData, pairs: list[Ramachandran]) -> list[Panel]:
     return panels
 
 
-def torsion_panels(run: RunData) -> list[Panel]:
+def torsion_panels(run: RunData, basins: Sequence[Basin]) -> list[Panel]:
     """One histogram per rotatable bond, with error bands."""
     panels = []
     torsions = run.chain.torsions
-    for column, torsion in enumerate(torsions[:_MAX_TORSIONS]):
+    for column, torsion in enumerate(torsions[:MAX_TORSIONS]):
         half = 180.0 / torsion.fold
         figure, axes = new_figure()
         for ensemble, key, dash in (
@@ -176,6 +193,10 @@ def torsion_panels(run: RunData) -> list[Panel]:
         axes.set_xticks(np.linspace(-half, half, 5))
         axes.set_ylim(bottom=0.0)
         axes.set_xlabel(f"torsion {torsion.name} (°)")
+        axes.patch.set_gid("torus")
+        for k, basin in enumerate(basins if len(basins) > 1 else ()):
+            place = float(np.degrees(basin.angles[column]))
+            axes.axvline(place, ymax=0.05, color=INK, linewidth=1.5, gid=f"basin-{k}")
         axes.set_ylabel("density (1/°)")
         legend(figure, axes)
         fold = "" if torsion.fold == 1 else f", modulo {360 // torsion.fold}°"

@@ -183,7 +183,7 @@ def _bond_torsions(
 
 
 def _backbone(topology: app.Topology) -> dict[tuple[int, int], tuple[str, tuple[int, ...]]]:
-    """Central bond -> (name, atoms) of phi, psi and omega."""
+    """Central bond -> (name, atoms) of phi, psi, omega and chi 1 to 4."""
     table = mdtraj.Topology.from_openmm(topology)
     frame = mdtraj.Trajectory(np.zeros((1, table.n_atoms, 3), dtype=np.float32), table)
     named: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
@@ -191,6 +191,10 @@ def _backbone(topology: app.Topology) -> dict[tuple[int, int], tuple[str, tuple[
         ("φ", 1, mdtraj.geometry.dihedral.indices_phi(frame.topology)),
         ("ψ", 1, mdtraj.geometry.dihedral.indices_psi(frame.topology)),
         ("ω", 2, mdtraj.geometry.dihedral.indices_omega(frame.topology)),
+        ("χ1", 1, mdtraj.geometry.dihedral.indices_chi1(frame.topology)),
+        ("χ2", 1, mdtraj.geometry.dihedral.indices_chi2(frame.topology)),
+        ("χ3", 1, mdtraj.geometry.dihedral.indices_chi3(frame.topology)),
+        ("χ4", 1, mdtraj.geometry.dihedral.indices_chi4(frame.topology)),
     ):
         several = len(quads) > 1
         for quad in np.asarray(quads, dtype=np.int64).reshape(-1, 4):

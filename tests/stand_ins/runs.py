@@ -6,6 +6,7 @@ import dataclasses
 import types
 
 import mdtraj
+import networkx as nx
 import numpy as np
 
 from openmm_eqflow.analysis.weights import (
@@ -22,8 +23,10 @@ from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.reference.plan import SamplingPlan
 from openmm_eqflow.runs.reference.tempering import Chunk, WalkerState, write_chunk
 from openmm_eqflow.runs.stages import chain_metrics, write_trajectory
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.model_systems import harmonic_log_z, harmonic_stiffness
+from openmm_eqflow.targets.symmetry import bond_graph
 from openmm_eqflow.targets.target import system_sha256
 from openmm_eqflow.units import kelvin, kt_in_kj_mol
 
@@ -55,6 +58,19 @@ def molecule_frames(system, n, rng):
         beyond = [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
         _rotate(x, 6, 8, beyond, wanted - now)
     return x - x.mean(1, keepdims=True), 0.5 * rng.chisquare(60, size=n) - 50.0
+
+
+def turned_frames(system, n, rng):
+    """Any molecule, three tenths of it turned by half a turn about its first torsion."""
+    x, u = molecule_frames(system, n, rng)
+    start = np.array(system.positions._value)
+    torsion = find_isomers(system.system, system.topology, start).torsions[0]
+    graph = bond_graph(system.system, system.topology)
+    b, c = torsion.atoms[1:3]
+    graph.remove_edge(b, c)
+    beyond = sorted(nx.node_connected_component(graph, c) - {c})
+    _rotate(x, b, c, beyond, np.pi * (rng.random(n) < 0.3))
+    return x - x.mean(1, keepdims=True), u
 
 
 def harmonic_frames(system, n, rng):
@@ -92,6 +108,7 @@ def write_run(
     n_invalid=0,
     budget="quick",
     seed=0,
+    draw=None,
 ):
     """Write a run; ``stuck`` chains never move, ``spread`` is the sd of the flow's log weights."""
     rng = np.random.default_rng(seed)
@@ -105,7 +122,7 @@ def write_run(
         seed=seed,
         device="cpu",
     )
-    draw = FRAMES[system.kind]
+    draw = draw or FRAMES[system.kind]
     if reference:
         _write_reference(run, system, system_hash, draw, n_reference, rng)
 

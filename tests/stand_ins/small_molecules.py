@@ -122,6 +122,18 @@ TOLUENE = molecule(
 )
 
 
+ibuprofen = molecule(
+    "CCCCCCCCCCCCCOO",
+    [
+        *((k, k + 1) for k in (0, 1, 3, 4, 5, 6, 7, 8, 10, 12)),
+        *((1, 3), (4, 9), (7, 10), (10, 12), (12, 14)),
+    ],
+    hydrogens=(3, 1, 3, 2, 0, 1, 1, 0, 1, 1, 1, 3, 0, 0, 1),
+    double=[(4, 5), (6, 7), (8, 9), (12, 13)],
+    flat=[*range(4, 10), 12],
+)
+
+
 def written(folder, name):
     """A folder with system.yaml of one of the small molecules."""
     topology, system = globals()[name]
