@@ -10,8 +10,11 @@ import openmm
 import yaml
 from openmm import app, unit
 
+from openmm_eqflow.targets.constraints import hold_bonds
+
 ATOMS = (("H1", "H"), ("O1", "O"), ("O2", "O"), ("H2", "H"))
 POSITIONS = ((0.096, 0.0, 0.0), (0.0, 0.0, 0.0), (-0.03, 0.14, 0.0), (0.05, 0.165, 0.06))
+HELD_MASSES, HELD_ANGLE = (12.0, 1.0, 1.0, 12.0), (1.6, 20.0)
 QUICK: dict[str, Any] = {
     "reference_seconds": 60,
     "train_seconds": 2.0,
@@ -53,6 +56,18 @@ def system(stiffness: float = 300_000.0) -> openmm.System:
     torsions.addTorsion(0, 1, 2, 3, 1, math.pi, 3.0)
     for force in (bonds, angles, torsions):
         made.addForce(force)
+    return made
+
+
+def held() -> openmm.System:
+    """All bonds constrained, light atoms between heavy ones, soft angles: masses matter."""
+    made = system()
+    hold_bonds(made, topology(), "allbonds")
+    for k, mass in enumerate(HELD_MASSES):
+        made.setParticleMass(k, mass)
+    angles = made.getForce(1)
+    for k in (0, 1):
+        angles.setAngleParameters(k, k, k + 1, k + 2, *HELD_ANGLE)
     return made
 
 
