@@ -21,6 +21,7 @@ Ciccotti, Berendsen 1977), which the velocities take too.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import networkx as nx
@@ -41,6 +42,7 @@ __all__ = [
     "repartition",
 ]
 
+logger = logging.getLogger(__name__)
 _OFF = 1e-3  # share of its length by which a bond may be off; integrators allow 1e-5
 _EXACT = 1e-9  # nm by which a bond may be off after a step here
 _TRIES = 50
@@ -101,11 +103,14 @@ def hold_bonds(system: openmm.System, topology: app.Topology, which: str) -> Non
 def repartition(system: openmm.System, topology: app.Topology, mass: float) -> None:
     """Give hydrogens ``mass`` (dalton) in place, taken from the atoms they are bonded to.
 
+    Warns of an atom that is lighter then than they are.
+
     Raises
     ------
     UnsupportedSystemError
         Nothing would be left of an atom.
     """
+    lightest: tuple[float, int] | None = None
     for bond in topology.bonds():
         light = [a for a in bond if a.element is not None and a.element.atomic_number == 1]
         if len(light) != 1:
@@ -120,6 +125,15 @@ def repartition(system: openmm.System, topology: app.Topology, mass: float) -> N
             )
         system.setParticleMass(light[0].index, mass)
         system.setParticleMass(heavy.index, left)
+        lightest = min(lightest or (left, heavy.index), (left, heavy.index))
+    if lightest is not None and lightest[0] < mass:
+        logger.warning(
+            "hydrogens of %g u leave atom %d with %.3g u, less than theirs: dynamics then needs a "
+            "shorter step, not a longer one; take a smaller --hydrogen-mass",
+            mass,
+            lightest[1] + 1,
+            lightest[0],
+        )
 
 
 class Constraints:
