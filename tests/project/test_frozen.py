@@ -267,6 +267,7 @@ NEW_OPTIONS = {
         *("--constraints", "--hydrogen-mass"),
     ),
 }
+GROUPED = {"init"}  # options under headings, in another order
 NO_LONGER = {"init": "[required]"}  # --pdb: --cif, --gro and others stand for it
 
 
@@ -302,6 +303,10 @@ def test_help_of_every_command() -> None:
             expected = expected.replace(NO_LONGER[command], "")
         if same_click and command not in NEW_OPTIONS:  # they change the width of columns
             assert text == expected, command
+        if command in GROUPED:
+            body, was = re.sub(r"\n[A-Z][a-z ]+:\n", "\n", text), expected.replace("Options:", "")
+            assert sorted(body.split()) == sorted(was.split()), command
+            continue
         assert text.split() == expected.split(), command  # whatever the line breaks of click
 
 
