@@ -52,7 +52,7 @@ _own_device = click.option(
 
 def register(group: click.Group) -> None:
     """Add the commands of this module."""
-    for command in (evaluate, audit, bench, compare, publish):
+    for command in (evaluate, audit, bench, compare, publish, doctor):
         group.add_command(command)
 
 
@@ -331,3 +331,19 @@ def publish(run: Path, out: Path) -> None:
     from openmm_eqflow.runs.publish import publish as publish_flow
 
     console.print(f"wrote {publish_flow(run, out)}", highlight=False, soft_wrap=True)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> None:
+    """Say what this machine has: versions, platforms, devices, threads, what is missing."""
+    from openmm_eqflow.bench.doctor import examine, lines
+
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        for line in lines(found):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if found["problems"]:
+        raise EqFlowError("; ".join(found["problems"]))

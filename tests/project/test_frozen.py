@@ -257,7 +257,7 @@ def test_log_prob_of_the_stochastic_flow() -> None:
 
 
 #: Commands that came after what is frozen.
-NEW_COMMANDS = {"anneal", "bench chart", "bench gpu"}
+NEW_COMMANDS = {"anneal", "bench chart", "bench gpu", "doctor"}
 #: Options that came after, by command; and words of the frozen help that are no longer true.
 NEW_OPTIONS = {
     "": ("--allow-code",),
