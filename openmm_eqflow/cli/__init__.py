@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openmm_eqflow.cli import measure
+from openmm_eqflow.cli.grouped import Grouped
 from openmm_eqflow.cli.measure import device_option, json_option, seed_option
 from openmm_eqflow.cli.memory import keep_freed_memory
 from openmm_eqflow.cli.progress import stage_progress
@@ -302,7 +303,16 @@ def systems(json_path: Path | None) -> None:
         write_json(json_path, {"systems": rows})
 
 
-@cli.command()
+@cli.command(
+    cls=Grouped,
+    headings={
+        "Structure": ("pdb", "cif", "inpcrd", "gro", "crd", "chain", "residue"),
+        "Parameters": ("forcefield", "system_xml", "prmtop", "top", "psf", "params"),
+        "Small molecules": ("smiles", "sdf", "charges"),
+        "Preparation": ("add_hydrogens", "strip_solvent", "constraints", "hydrogen_mass"),
+        "Output": ("temperature", "json_path"),
+    },
+)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
     "--pdb",

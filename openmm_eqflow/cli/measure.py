@@ -57,7 +57,7 @@ _own_device = click.option(
 
 def register(group: click.Group) -> None:
     """Add the commands of this module."""
-    for command in (evaluate, audit, bench, compare, publish, campaign):
+    for command in (evaluate, audit, bench, compare, publish, campaign, doctor):
         group.add_command(command)
 
 
@@ -350,3 +350,18 @@ def publish(run: Path, out: Path, json_path: Path | None) -> None:
     console.print(f"wrote {written}", highlight=False, soft_wrap=True)
     if json_path is not None:
         write_json(json_path, {"run": str(run), "wrote": str(written)})
+
+
+@click.command()
+@json_option
+def doctor(json_path: Path | None) -> None:
+    """Say what this machine has: versions, platforms, devices, threads, what is missing."""
+    from openmm_eqflow.bench.doctor import examine, lines
+
+    found = examine()
+    for line in lines(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if json_path is not None:
+        write_json(json_path, found)
+    if found["problems"]:
+        raise EqFlowError("; ".join(found["problems"]))

@@ -8,7 +8,8 @@ by energy and width,
 
 .. math:: W_c \propto e^{-u_c} \sqrt{\det\Sigma_c}.
 
-Stereocentres, double bonds and prochiral labels stay as in the structure.
+Stereocentres, double bonds and prochiral labels stay as in the structure. Constrained bonds are no
+coordinates of the Gaussians, and the dynamics around the minima keeps them.
 
 No barrier is crossed in getting there, so the height of none matters. The density is far from the
 target's; levels of a path (:func:`~openmm_eqflow.flows.relaxed.anneal`) make up for it, and
@@ -69,18 +70,13 @@ def chemical_prior(
     Raises
     ------
     UnsupportedSystemError
-        No positions, constraints, not one bonded molecule, or no minimum with the hands of the
-        positions.
+        No positions, not one bonded molecule, a constraint that is no bond of the Z-matrix, or no
+        minimum with the hands of the positions.
     """
     if target.positions is None or target.n_dims != 3:
         raise UnsupportedSystemError(
             "a prior from chemistry is for a bonded molecule with a structure in three "
             "dimensions; this System is none"
-        )
-    if target.constraints is not None:
-        raise UnsupportedSystemError(
-            "a prior from chemistry is for molecules without constraints: init the molecule again "
-            "without --constraints, or take openmm-eqflow run"
         )
     n, generator = target.n_particles, child(seed, "chemistry")
     masses = torch.tensor([target.system.getParticleMass(k)._value for k in range(n)])
@@ -218,7 +214,8 @@ def _with_stiff(
     pooled = InternalCoordinates(*(torch.cat(v) for v in zip(*inside, strict=True)))
     # Between the extremes of what the minima have: the chart ends half a turn away from it.
     centre = torch.angle(torch.polar(torch.ones_like(pooled.torsions), pooled.torsions).mean(0))
-    n_stiff = 2 * target.n_particles - 3 + len(stiff)
+    n_held = 0 if target.constraints is None else len(target.constraints.lengths)
+    n_stiff = 2 * target.n_particles - 3 + len(stiff) - n_held
     prior = InternalCoordinatePrior(
         zmatrix,
         soft=soft,
@@ -227,6 +224,7 @@ def _with_stiff(
         coefficients=torch.zeros(1, n_stiff),
         cholesky=torch.eye(n_stiff),
         torsions=torsions,
+        constraints=target.constraints,
     )
     prior.bends = nearly_linear(pooled.angles)
     means, covariances, log_weights = [], [], []

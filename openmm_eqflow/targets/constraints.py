@@ -13,10 +13,15 @@ respect to :math:`J \sqrt{\det H}\,dq`, and on the chart of
 :math:`\tfrac12 \log\det H` is added to the log volume, whatever the temperature. Two constraints
 couple where they share an atom i: :math:`H_{jk} = \cos(\text{angle}) / m_i`. Masses enter. Divided
 by its diagonal H has no unit and is 1 for bonds that share no atom.
+
+Dynamics that keeps the bonds (:meth:`Constraints.drift`) goes straight along velocities projected
+on the tangent space, then back by impulses along the bonds where it began (SHAKE: Ryckaert,
+Ciccotti, Berendsen 1977), which the velocities take too.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import networkx as nx
@@ -37,7 +42,10 @@ __all__ = [
     "repartition",
 ]
 
+logger = logging.getLogger(__name__)
 _OFF = 1e-3  # share of its length by which a bond may be off; integrators allow 1e-5
+_EXACT = 1e-9  # nm by which a bond may be off after a step here
+_TRIES = 50
 
 
 def constraint_lengths(system: openmm.System) -> dict[tuple[int, int], float]:
@@ -95,11 +103,14 @@ def hold_bonds(system: openmm.System, topology: app.Topology, which: str) -> Non
 def repartition(system: openmm.System, topology: app.Topology, mass: float) -> None:
     """Give hydrogens ``mass`` (dalton) in place, taken from the atoms they are bonded to.
 
+    Warns of an atom that is lighter then than they are.
+
     Raises
     ------
     UnsupportedSystemError
         Nothing would be left of an atom.
     """
+    lightest: tuple[float, int] | None = None
     for bond in topology.bonds():
         light = [a for a in bond if a.element is not None and a.element.atomic_number == 1]
         if len(light) != 1:
@@ -114,6 +125,15 @@ def repartition(system: openmm.System, topology: app.Topology, mass: float) -> N
             )
         system.setParticleMass(light[0].index, mass)
         system.setParticleMass(heavy.index, left)
+        lightest = min(lightest or (left, heavy.index), (left, heavy.index))
+    if lightest is not None and lightest[0] < mass:
+        logger.warning(
+            "hydrogens of %g u leave atom %d with %.3g u, less than theirs: dynamics then needs a "
+            "shorter step, not a longer one; take a smaller --hydrogen-mass",
+            mass,
+            lightest[1] + 1,
+            lightest[0],
+        )
 
 
 class Constraints:
@@ -174,6 +194,8 @@ class Constraints:
         weight = (sign / torch.as_tensor(np.array(masses), dtype=torch.float64)) @ sign.T
         scale = torch.diagonal(weight).rsqrt()
         self._sign, self._weight = sign, scale[:, None] * weight * scale
+        self._scale = scale
+        self._mobility = sign.T / torch.as_tensor(np.array(masses), dtype=torch.float64)[:, None]
         self._nominal = torch.tensor(list(lengths.values()), dtype=torch.float64)
 
     @classmethod
@@ -246,13 +268,46 @@ class Constraints:
         inverse = 1.0 / torch.tensor(self.masses, dtype=torch.float64)
         noise = torch.randn(len(x), 3, generator=generator, dtype=torch.float64)
         v = noise * (kt * inverse).sqrt()[:, None]
-        along = self._vectors(torch.as_tensor(x)[None])[0]
-        c = self._sign[:, :, None] * (along / along.norm(dim=1, keepdim=True))[:, None]
-        c = c.flatten(1)
-        three = inverse.repeat_interleave(3)
-        solved = torch.linalg.solve((c * three) @ c.T, c @ v.flatten())
-        kept: FloatArray = (v - (three * (c.T @ solved)).reshape(-1, 3)).numpy()
+        kept: FloatArray = self.tangent(torch.as_tensor(x)[None], v[None])[0].numpy()
         return kept
+
+    def tangent(self, x: Tensor, v: Tensor) -> Tensor:
+        """Project velocities (n, N, 3) at x (n, N, 3) so that no bond changes its length."""
+        _, factor, u, _ = self._factor(x)
+        return v - self._impulse(factor, u, (u * self._vectors(v)).sum(-1))
+
+    def drift(self, x: Tensor, v: Tensor, duration: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Move freely for a time, bonds kept; see the module docstring.
+
+        Parameters
+        ----------
+        x, v
+            Positions (n, N, 3) that keep the bonds, velocities.
+        duration
+            A time, or one of every configuration (n, 1, 1).
+
+        Returns
+        -------
+        x, v
+            Where it got to; nan where bonds turn too far at once to be kept.
+        """
+        _, factor, u, _ = self._factor(x)
+        v = v - self._impulse(factor, u, (u * self._vectors(v)).sum(-1))
+        y = straight = x + duration * v
+        for _ in range(_TRIES):
+            off = torch.linalg.vector_norm(self._vectors(y), dim=-1) - self._nominal.to(y)
+            far = off.abs().amax(1)
+            if not bool((far > _EXACT).any()):
+                break
+            y = y - self._impulse(factor, u, off)
+        y = torch.where((far <= _EXACT)[:, None, None], y, torch.nan)
+        return y, v + (y - straight) / duration
+
+    def _impulse(self, factor: Tensor, u: Tensor, rate: Tensor) -> Tensor:
+        r"""Return :math:`M^{-1} C^T H^{-1}` times the change (n, m) of every bond, (n, N, 3)."""
+        scale = self._scale.to(u)
+        tension = scale * torch.cholesky_solve((scale * rate)[..., None], factor)[..., 0]
+        return torch.einsum("im,nmd->nid", self._mobility.to(u), tension[..., None] * u)
 
     def _vectors(self, x: Tensor) -> Tensor:
         return x[:, self._first.to(x.device)] - x[:, self._second.to(x.device)]

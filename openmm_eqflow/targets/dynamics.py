@@ -3,7 +3,7 @@ r"""Many short simulations of one molecule at once: dynamics, quenches, minima t
 What a prior from chemistry needs to know of a molecule is local: its minima and the motion around
 each. Langevin dynamics in the BAOAB splitting (Leimkuhler and Matthews 2013) and the fast inertial
 relaxation engine (FIRE: Bitzek et al. 2006) move all walkers together through a target's batched
-energies, without constraints. Nothing here needs to be exact: a prior may be wrong, weights are
+energies, constrained bonds kept. Nothing here needs to be exact: a prior may be wrong, weights are
 not.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.analysis.observables import torsion_angles
+from openmm_eqflow.targets.constraints import Constraints
 
 __all__ = [
     "Minimum",
@@ -64,7 +65,7 @@ def langevin(
     Parameters
     ----------
     target
-        Reduced potential with gradient.
+        Reduced potential with gradient; its ``constraints``, if it has any, are kept.
     x, masses
         Positions in nm, masses (N,) in dalton.
     n_steps, timestep
@@ -79,17 +80,20 @@ def langevin(
     keep = math.exp(-_FRICTION * timestep)
     kick, half = math.sqrt(1 - keep * keep), 0.5 * timestep
 
+    held: Constraints | None = getattr(target, "constraints", None)
+
     def normal() -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def drift(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return (x + half * v, v) if held is None else held.drift(x, v, half)
 
     x = x.double()
     v = thermal * normal()
     force = -target.kT * target.reduced_potential_and_gradient(x)[1] / mass
     for _ in range(n_steps):
-        v = v + half * force
-        x = x + half * v
-        v = keep * v + kick * thermal * normal()
-        x = x + half * v
+        x, v = drift(x, v + half * force)
+        x, v = drift(x, keep * v + kick * thermal * normal())
         force = -target.kT * target.reduced_potential_and_gradient(x)[1] / mass
         v = v + half * force
     return x
@@ -98,9 +102,17 @@ def langevin(
 def quench(target: _Target, x: Tensor, *, n_steps: int = 800) -> tuple[Tensor, Tensor]:
     """Positions (n, N, 3) near the minima below ``x``, and their reduced energies (n,)."""
     x, v = x.double(), torch.zeros_like(x, dtype=torch.float64)
+    held: Constraints | None = getattr(target, "constraints", None)
+    if held is not None:  # masses of one, as everything here has
+        held = Constraints(held.lengths, [1.0] * x.shape[1])
+
+    def slope(x: Tensor) -> tuple[Tensor, Tensor]:
+        u, gradient = target.reduced_potential_and_gradient(x)
+        return u, gradient if held is None else held.tangent(x, gradient)
+
     dt = torch.full((len(x), 1, 1), 2e-4, dtype=torch.float64)
     blend, since = torch.full_like(dt, 0.1), torch.zeros_like(dt)
-    u, gradient = target.reduced_potential_and_gradient(x)
+    u, gradient = slope(x)
     for _ in range(n_steps):
         downhill = -(v * gradient).sum((1, 2), keepdim=True) > 0
         length = v.square().sum((1, 2), keepdim=True).sqrt()
@@ -114,8 +126,9 @@ def quench(target: _Target, x: Tensor, *, n_steps: int = 800) -> tuple[Tensor, T
         step = dt * v
         # No atom moves further than a hundredth of a nanometre.
         far = step.abs().amax((1, 2), keepdim=True)
-        x = x + step * (0.01 / far.clamp(min=0.01))
-        u, gradient = target.reduced_potential_and_gradient(x)
+        step = step * (0.01 / far.clamp(min=0.01))
+        x = x + step if held is None else held.drift(x, step, 1.0)[0]
+        u, gradient = slope(x)
     return x, u
 
 

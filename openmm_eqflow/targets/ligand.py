@@ -18,10 +18,12 @@ from openmm_eqflow.targets.forcefield import one_line
 __all__ = [
     "CHARGES",
     "parametrise",
+    "read_molecule",
 ]
 
 #: antechamber's names and what they mean.
 CHARGES = {"bcc": "AM1-BCC", "gas": "Gasteiger"}
+_CONFORMERS = 10  # of which the lowest in MMFF's energy is taken: no boats
 _INSTALL = 'pip install "openmm-eqflow[ligand]"'
 
 
@@ -52,6 +54,62 @@ def parametrise(
         A program is not installed, the molecule cannot be read, a centre or double bond is not
         said, or AmberTools fails.
     """
+    molecule, orders, lines = read_molecule(smiles=smiles, sdf=sdf)
+    from rdkit import Chem
+
+    name = smiles if sdf is None else str(sdf)
+    with Chem.SDWriter(str(folder / "mol.sdf")) as writer:
+        writer.write(molecule)
+    net = Chem.GetFormalCharge(molecule)
+    _call(
+        folder,
+        *("antechamber", "-i", "mol.sdf", "-fi", "sdf", "-o", "mol.mol2", "-fo", "mol2"),
+        *("-c", charges, "-at", "gaff2", "-nc", str(net), "-rn", "MOL", "-dr", "no"),
+    )
+    _call(folder, "parmchk2", "-i", "mol.mol2", "-f", "mol2", "-o", "mol.frcmod", "-s", "gaff2")
+    (folder / "leap.in").write_text(
+        "source leaprc.gaff2\nloadamberparams mol.frcmod\nM = loadmol2 mol.mol2\n"
+        "saveamberparm M mol.prmtop mol.inpcrd\nquit\n",
+        encoding="utf-8",
+    )
+    _call(folder, "tleap", "-f", "leap.in")
+    prmtop, inpcrd = folder / "mol.prmtop", folder / "mol.inpcrd"
+    if not (inpcrd.is_file() and inpcrd.stat().st_size):
+        raise ConfigurationError(
+            f"{name!r}: tleap made no parameters; GAFF2 has none for some elements: make a System "
+            "with your own tool and give it with --system"
+        )
+    return prmtop, inpcrd, orders, lines
+
+
+def read_molecule(
+    *, smiles: str | None = None, sdf: Path | None = None
+) -> tuple[Any, list[tuple[int, int, int]], list[str]]:
+    """Read a molecule with all its hydrogens, in three dimensions; this needs RDKit alone.
+
+    Parameters
+    ----------
+    smiles, sdf
+        As in :func:`parametrise`.
+
+    Returns
+    -------
+    molecule, orders, lines
+        RDKit's molecule with one conformer (in angstrom), and the others as in
+        :func:`parametrise`.
+
+    Raises
+    ------
+    ConfigurationError
+        RDKit is not installed, the molecule cannot be read, or a centre or double bond is not
+        said.
+
+    Examples
+    --------
+    >>> molecule, orders, lines = read_molecule(smiles="C/C=C/C")  # doctest: +SKIP
+    >>> lines  # doctest: +SKIP
+    ['Double bond 2-3: E.']
+    """
     try:
         from rdkit import Chem, RDLogger
         from rdkit.Chem import AllChem
@@ -78,35 +136,17 @@ def parametrise(
     has_place = molecule.GetNumConformers() and molecule.GetConformer().Is3D()
     if has_place:
         Chem.AssignStereochemistryFrom3D(whole)
-    elif AllChem.EmbedMolecule(whole, randomSeed=7) != 0:
+    elif not len(AllChem.EmbedMultipleConfs(whole, _CONFORMERS, randomSeed=7)):
         raise ConfigurationError(
             f"{name!r}: no geometry satisfies it (ETKDG): check its stereochemistry, or give an "
             "SD file with coordinates"
         )
     _refuse_unsaid(Chem, whole, str(name))
     if not has_place:
-        AllChem.MMFFOptimizeMolecule(whole)
-    with Chem.SDWriter(str(folder / "mol.sdf")) as writer:
-        writer.write(whole)
-    net = Chem.GetFormalCharge(whole)
-    _call(
-        folder,
-        *("antechamber", "-i", "mol.sdf", "-fi", "sdf", "-o", "mol.mol2", "-fo", "mol2"),
-        *("-c", charges, "-at", "gaff2", "-nc", str(net), "-rn", "MOL", "-dr", "no"),
-    )
-    _call(folder, "parmchk2", "-i", "mol.mol2", "-f", "mol2", "-o", "mol.frcmod", "-s", "gaff2")
-    (folder / "leap.in").write_text(
-        "source leaprc.gaff2\nloadamberparams mol.frcmod\nM = loadmol2 mol.mol2\n"
-        "saveamberparm M mol.prmtop mol.inpcrd\nquit\n",
-        encoding="utf-8",
-    )
-    _call(folder, "tleap", "-f", "leap.in")
-    prmtop, inpcrd = folder / "mol.prmtop", folder / "mol.inpcrd"
-    if not (inpcrd.is_file() and inpcrd.stat().st_size):
-        raise ConfigurationError(
-            f"{name!r}: tleap made no parameters; GAFF2 has none for some elements: make a System "
-            "with your own tool and give it with --system"
-        )
+        energies = [e for _, e in AllChem.MMFFOptimizeMoleculeConfs(whole)]
+        kept = Chem.Conformer(whole.GetConformers()[energies.index(min(energies))])
+        whole.RemoveAllConformers()
+        whole.AddConformer(kept, assignId=True)
     orders = [
         (
             min(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()),
@@ -115,7 +155,7 @@ def parametrise(
         )
         for bond in whole.GetBonds()
     ]
-    return prmtop, inpcrd, orders, _stereo(Chem, whole)
+    return whole, orders, _stereo(Chem, whole)
 
 
 def _refuse_unsaid(chem: Any, molecule: Any, name: str) -> None:

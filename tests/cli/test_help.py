@@ -35,6 +35,29 @@ def test_every_command_and_option_has_help(name):
 def test_every_command_writes_json_if_asked(name):
     command = dict(commands(cli))[name]
     assert any("--json" in option.opts for option in command.params)
+def test_options_of_init_are_grouped(shell):
+    text = shell("init", "--help").out
+    sections: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.endswith(":") and not line.startswith((" ", "Usage")):
+            sections[line[:-1]] = options = []
+        elif line.startswith("  -"):
+            options.append(line.split()[0].rstrip(","))
+    expected = {
+        "Structure": {"--pdb", "--cif", "--gro", "--chain"},
+        "Parameters": {"--forcefield", "--system", "--params"},
+        "Small molecules": {"--smiles", "--sdf", "--charges"},
+        "Preparation": {"--add-hydrogens", "--strip-solvent", "--constraints", "--hydrogen-mass"},
+        "Output": {"--temperature", "--json"},
+        "Other": {"-h"},
+    }
+    assert list(sections) == list(expected)
+    for heading, some in expected.items():
+        assert some <= set(sections[heading])
+    listed = [option for options in sections.values() for option in options]
+    given = {p.opts[0] for p in cli.commands["init"].params if isinstance(p, click.Option)}
+    assert set(listed) == given | {"-h"}
+    assert len(listed) == len(set(listed))
 
 
 def test_minutes_of_a_budget_name_their_molecule():

@@ -25,6 +25,7 @@ from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.priors.chemistry import chemical_prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
+from openmm_eqflow.targets.constraints import Constraints
 
 pytestmark = pytest.mark.statistical
 
@@ -85,6 +86,33 @@ def test_rounds_shorten_the_path_to_the_ess_asked_for(
     assert made.path.audit_report is not None
     assert made.path.audit_report["passed"]
     assert all(value < 0.05 for value in made.floor.values())
+
+
+def test_log_z_with_bonds_held_is_that_of_constrained_dynamics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All bonds held, heavy ends: the determinant of the mass metric is worth 0.05 in log Z."""
+    held = BoltzmannTarget(
+        peroxide.held(), peroxide.topology(), 300 * unit.kelvin, peroxide.held_positions()
+    )
+    path = path_from_chemistry(held, ess=0.9, seed=1, n_points=400, max_rounds=1).path
+    assert path.prior.event_shape == (3,)
+
+    def found() -> tuple[float, float]:
+        x, log_q = path.sample_and_log_prob(6000, generator=stream(4))
+        estimate = log_z((-held.reduced_potential(x) - log_q).numpy())
+        return float(estimate.value), float(estimate.error)
+
+    truth = peroxide.held_exactly(held.kT)[0]
+    value, error = found()
+    assert error < 0.008
+    assert abs(value - truth) < 4 * error
+    monkeypatch.setattr(Constraints, "half_log_det", lambda self, x: 0 * x[:, 0, 0])
+    monkeypatch.setattr(
+        Constraints, "half_log_det_and_gradient", lambda self, x: (0 * x[:, 0, 0], 0 * x)
+    )
+    value, error = found()  # power: the determinant is left out
+    assert not abs(value - truth) < 4 * error
 
 
 def test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor(

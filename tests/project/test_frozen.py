@@ -257,7 +257,7 @@ def test_log_prob_of_the_stochastic_flow() -> None:
 
 
 #: Commands that came after what is frozen.
-NEW_COMMANDS = {"anneal", "bench chart", "bench gpu", "campaign"}
+NEW_COMMANDS = {"anneal", "bench chart", "bench gpu", "campaign", "doctor"}
 #: Options that came after, by command; and words of the frozen help that are no longer true.
 NEW_OPTIONS = {
     "": ("--allow-code",),
@@ -269,6 +269,7 @@ NEW_OPTIONS = {
     **dict.fromkeys(("run", "reference", "train", "sample", "report", "systems"), ("--json",)),
     **dict.fromkeys(("audit", "compare", "publish"), ("--json",)),
 }
+GROUPED = {"init"}  # options under headings, in another order
 NO_LONGER = {"init": "[required]"}  # --pdb: --cif, --gro and others stand for it
 
 
@@ -304,6 +305,10 @@ def test_help_of_every_command() -> None:
             expected = expected.replace(NO_LONGER[command], "")
         if same_click and command not in NEW_OPTIONS:  # they change the width of columns
             assert text == expected, command
+        if command in GROUPED:
+            body, was = re.sub(r"\n[A-Z][a-z ]+:\n", "\n", text), expected.replace("Options:", "")
+            assert sorted(body.split()) == sorted(was.split()), command
+            continue
         assert text.split() == expected.split(), command  # whatever the line breaks of click
 
 

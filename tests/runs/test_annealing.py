@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 from stand_ins.command_line import Shell
-from stand_ins.peroxide import write_system
+from stand_ins.peroxide import held, held_exactly, write_inputs, write_system
 
 from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import ConfigurationError
@@ -20,6 +20,7 @@ from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.runs.annealing import _warnings, anneal_system, isomer_populations
 from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.targets.constraints import Constraints
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 
 KT = 8.314462618e-3 * 300
@@ -117,6 +118,44 @@ def test_a_molecule_with_a_known_torsion(
             anneal_system(molecule, target, tmp_path / "full")
         with pytest.raises(ConfigurationError, match="above 0 and below 1"):
             anneal_system(molecule, target, tmp_path / "never", ess=1.2)
+
+
+@pytest.mark.statistical
+@pytest.mark.slow
+def test_a_molecule_with_its_bonds_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log Z and mean energy of constrained dynamics, determinant of the mass metric included."""
+    write_system(tmp_path / "mol")
+    write_inputs(tmp_path / "mol", held())
+    molecule = load_system(tmp_path / "mol")
+
+    def deviations(name: str) -> tuple[float, float]:
+        with build_target(molecule) as target:
+            found = anneal_system(
+                molecule, target, tmp_path / name, n_samples=40_000, n_points=400, seed=4
+            )
+            stored = np.load(tmp_path / name / "samples.npz")
+            x = torch.from_numpy(stored["positions"]).double()
+            u = target.kT * target.reduced_potential(x).numpy()
+        assert found["relative_ess"] > 0.85
+        bonds = (x[:, 1:] - x[:, :-1]).norm(dim=-1)
+        assert (bonds - torch.tensor([0.097, 0.147, 0.097])).abs().max() < 1e-7
+        w = np.exp(stored["log_weight"] - stored["log_weight"].max())
+        mean = (w @ u) / w.sum()
+        error = np.sqrt((w**2) @ (u - mean) ** 2) / w.sum()
+        assert found["log_z_error"] < 0.005
+        assert error < 0.03
+        log_z, energy = held_exactly(KT)
+        return (found["log_z"] - log_z) / found["log_z_error"], (mean - energy) / error
+
+    assert all(abs(away) < 3 for away in deviations("out"))
+    # power: without the determinant both are wrong
+    monkeypatch.setattr(Constraints, "half_log_det", lambda self, x: 0 * x[:, 0, 0])
+    monkeypatch.setattr(
+        Constraints, "half_log_det_and_gradient", lambda self, x: (0 * x[:, 0, 0], 0 * x)
+    )
+    assert all(abs(away) > 4 for away in deviations("flat"))
 
 
 def four_atoms(tau: np.ndarray) -> np.ndarray:

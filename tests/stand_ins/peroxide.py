@@ -11,8 +11,11 @@ import openmm
 import yaml
 from openmm import app, unit
 
+from openmm_eqflow.targets.constraints import constrained, hold_bonds
+
 ATOMS = (("H1", "H"), ("O1", "O"), ("O2", "O"), ("H2", "H"))
 POSITIONS = ((0.096, 0.0, 0.0), (0.0, 0.0, 0.0), (-0.03, 0.14, 0.0), (0.05, 0.165, 0.06))
+HELD_MASSES, HELD_ANGLE = (12.0, 1.0, 1.0, 12.0), (1.6, 20.0)
 QUICK: dict[str, Any] = {
     "reference_seconds": 60,
     "train_seconds": 2.0,
@@ -80,6 +83,42 @@ def exact(kt: float) -> Exact:
         log_z += math.log(z)
         mean_u += np.trapezoid(f * energy / kt, x) / z
     return Exact(log_z, float(mean_u))
+def held() -> openmm.System:
+    """All bonds constrained, light atoms between heavy ones, soft angles: masses matter."""
+    made = system()
+    hold_bonds(made, topology(), "allbonds")
+    for k, mass in enumerate(HELD_MASSES):
+        made.setParticleMass(k, mass)
+    angles = made.getForce(1)
+    for k in (0, 1):
+        angles.setAngleParameters(k, k, k + 1, k + 2, *HELD_ANGLE)
+    return made
+
+
+def held_positions() -> unit.Quantity:
+    return constrained(held(), [openmm.Vec3(*p) for p in POSITIONS] * unit.nanometer)
+
+
+def held_exactly(kt: float) -> tuple[float, float]:
+    """Log Z of :func:`held` and its mean energy in kJ/mol; the determinant couples both angles."""
+    inverse = [1 / m for m in HELD_MASSES]
+    share = inverse[1] ** 2 / ((inverse[0] + inverse[1]) * (inverse[1] + inverse[2]))
+    theta, (rest, k) = np.linspace(0, math.pi, 2001), HELD_ANGLE
+    energy = 0.5 * k * (theta - rest) ** 2
+    single = np.sin(theta) * np.exp(-energy / kt)
+    squares = share * np.cos(theta) ** 2
+    both = single[:, None] * single * np.sqrt(1 - squares[:, None] - squares)
+
+    def over_angles(f: Any) -> float:
+        return float(np.trapezoid(np.trapezoid(f, theta), theta))
+
+    tau = np.linspace(-math.pi, math.pi, 20_001)
+    turn = 4.0 * (1 + np.cos(2 * tau - 0.3)) + 3.0 * (1 + np.cos(tau - math.pi))
+    turned = np.exp(-turn / kt)
+    z = 8 * math.pi**2 * 4**-1.5 * (0.097**2 * 0.147) ** 2 * np.trapezoid(turned, tau)
+    mean = over_angles(both * (energy[:, None] + energy)) / over_angles(both)
+    mean += np.trapezoid(turn * turned, tau) / np.trapezoid(turned, tau)
+    return math.log(z * over_angles(both)), mean
 
 
 def chain_molecule(n: int) -> tuple[app.Topology, openmm.System, Any]:

@@ -422,6 +422,23 @@ def test_hydrogens_too_heavy_are_refused(tmp_path):
     assert not (tmp_path / "mol").exists()
 
 
+def test_heavy_atoms_lighter_than_their_hydrogens_are_told(tmp_path, caplog):
+    def told(mass):
+        caplog.clear()
+        folder = tmp_path / f"{mass:g}"
+        made = init_system(folder, pdb=DIPEPTIDE, forcefield=AMBER, hydrogen_mass=mass)
+        lightest = masses_in_dalton(made.system).min()
+        lines = [r.getMessage() for r in caplog.records if "less than theirs" in r.getMessage()]
+        return lightest < mass, lines
+
+    assert told(3.0) == (False, [])  # methyls keep 6.03 u
+    light, (line,) = told(4.0)
+    assert light
+    assert line.startswith("hydrogens of 4 u leave atom ")
+    assert "with 3.0" in line
+    assert line.endswith("take a smaller --hydrogen-mass")
+
+
 def test_bond_orders_are_kept_and_aromatic_bonds_have_none(tmp_path):
     """What RDKit calls aromatic is written as 0; mdtraj takes 1 to 3 or nothing."""
     made = init_system(
