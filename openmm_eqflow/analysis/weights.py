@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "Estimate",
     "checked_log_weights",
+    "forward_ess_with_error",
     "kish_ess",
     "log_z",
     "max_weight_share",
@@ -152,6 +153,46 @@ def relative_ess_with_error(log_weights: ArrayLike) -> Estimate:
         return Estimate(value, math.inf)
     w = relative_weights(log_w)
     influence = 2.0 * w / w.mean() - np.square(w) / np.square(w).mean()
+    return Estimate(value, value * float(influence.std(ddof=1)) / math.sqrt(w.size))
+
+
+def forward_ess_with_error(log_weights: ArrayLike) -> Estimate:
+    r"""Relative effective sample size as points of the target see it, and its standard error.
+
+    .. math:: \hat f = \left[ \frac1n \sum_i w_i \cdot \frac1n \sum_i w_i^{-1} \right]^{-1}
+              \to \frac{Z}{E_p[w]} = \frac{E_q[w]^2}{E_q[w^2]}, \qquad x_i \sim p
+
+    (Nicoli et al., Phys. Rev. D 108, 114501, 2023: the forward ESS.) Both kinds estimate one
+    number. A region to which q gives too little density is rare among draws of q but not among
+    points of p, so that the lower of the two is the safer one. The error (delta method) takes the
+    points as independent; of correlated frames it is too small.
+
+    Parameters
+    ----------
+    log_weights
+        ``-u - log q`` at points x of the target, (n,). ``-inf`` (the target has no density there)
+        is an error; ``+inf`` (q has none) makes the value 0.
+
+    Examples
+    --------
+    >>> forward_ess_with_error([0.0, 0.0]).value
+    1.0
+    """
+    log_w = np.asarray(log_weights, dtype=np.float64)
+    if log_w.ndim != 1 or log_w.size == 0:
+        raise ValueError(
+            f"log_weights has shape {log_w.shape}; expected a non-empty one-dimensional array"
+        )
+    if np.isnan(log_w).any() or (log_w == -np.inf).any():
+        raise ValueError("points of the target have weights, none may be NaN or zero")
+    if (log_w == np.inf).any():
+        return Estimate(0.0, math.inf)
+    w, v = relative_weights(log_w), relative_weights(-log_w)
+    span = float(log_w.max() - log_w.min())
+    value = math.exp(-span) / float(w.mean() * v.mean())
+    if log_w.size == 1:
+        return Estimate(value, math.inf)
+    influence = w / w.mean() + v / v.mean()
     return Estimate(value, value * float(influence.std(ddof=1)) / math.sqrt(w.size))
 
 

@@ -33,6 +33,7 @@ NEEDED = {
 } | {"pyyaml": "yaml"}
 #: Modules and programs of the optional parts, by the name of the extra (``gpu`` aside).
 EXTRAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "campaign": (("dask", "distributed", "pyarrow"), ()),
     "free-energy": (("pymbar",), ()),
     "ligand": (("rdkit",), ("antechamber", "parmchk2", "tleap")),
 }

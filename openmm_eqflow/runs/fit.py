@@ -19,7 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openmm_eqflow.analysis.weights import relative_ess, relative_ess_with_error
+from openmm_eqflow.analysis.weights import (
+    Estimate,
+    forward_ess_with_error,
+    relative_ess,
+    relative_ess_with_error,
+)
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import PATH_COLUMNS, write_history
 from openmm_eqflow.flows.audit import audit
@@ -377,7 +382,7 @@ def _train_flow(
     size = min(4096, recipe.n_evaluate)
     if len(prior.event_shape) == 2:
         size = _affordable(512, prior, 128)
-    flow, result.prior_kept = keep_prior(flow, target, size, seed=seed)
+    flow, result.prior_kept = keep_prior(flow, target, size, test, seed=seed)
     if result.prior_kept is None:
         flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=stream("calibration"))
     audit(flow, n=n // 2, x=test[: n // 2], generator=stream("audit"))
@@ -385,13 +390,15 @@ def _train_flow(
 
 
 def keep_prior(
-    flow: EquivariantFlow, target: BoltzmannTarget, n: int, *, seed: int
+    flow: EquivariantFlow, target: BoltzmannTarget, n: int, frames: Tensor, *, seed: int
 ) -> tuple[EquivariantFlow, dict[str, float] | None]:
     """Put the field to rest where the flow has a lower relative ESS than its prior, beyond chance.
 
-    Both are measured on the same ``n`` latents, of a stream that ``seed`` gives to this alone, the
-    flow on a grid of at least 16 steps. A field at rest is zero, so that flow and
-    prior are one density.
+    The ESS of each is the lower of two estimates: from ``n`` draws (the same latents for both, of
+    a stream that ``seed`` gives to this alone, the flow on a grid of at least 16 steps) and from
+    at most ``n`` of the target's ``frames``, to which the flow was not trained. What a flow gives
+    too little density its own draws hardly ever show. A field at rest is zero, so that
+    flow and prior are one density.
 
     Returns
     -------
@@ -402,13 +409,21 @@ def keep_prior(
     steps = max(flow.n_ode_steps, 16)
     grid = tuple(k / steps for k in range(steps + 1))
     fine = EquivariantFlow(flow.prior, flow.module, grid=grid)  # type: ignore[arg-type]
+    frames = frames[:: max(1, -(-len(frames) // n))].double()
     with torch.no_grad():
         parts = [fine.transform(part) for part in z.to(flow.device).split(flow.chunk_size)]
         x, log_q = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    ours, error = relative_ess_with_error((-target.reduced_potential(x) - log_q).numpy())
-    prior, spread = relative_ess_with_error(latent_log_weights(flow.prior, target, z).numpy())
+        log_f = torch.cat([fine.log_prob(part).cpu() for part in frames.split(flow.chunk_size)])
+    log_f = torch.where(torch.isnan(log_f), -torch.inf, log_f)  # a field that runs away
+    u = target.reduced_potential(frames)
+    ours = _lower(-target.reduced_potential(x) - log_q, -u - log_f)
+    prior = _lower(latent_log_weights(flow.prior, target, z), -u - flow.prior.log_prob(frames))
+    # Compared by their logarithms: an ESS of .01 +- .01 may be far below one of .1 +- .1.
     # A flow without any weight has no error to go by.
-    lost = prior > 0.0 if ours == 0.0 else prior - ours > 2.0 * np.hypot(error, spread)
+    chance = 2.0 * np.hypot(ours.error / (ours.value or 1.0), prior.error / (prior.value or 1.0))
+    lost = prior.value > 0.0 and (
+        ours.value == 0.0 or np.log(prior.value / ours.value) > chance
+    )
     if not lost:
         return flow, None
     module = copy.deepcopy(flow.module)
@@ -419,11 +434,17 @@ def keep_prior(
     logger.warning(
         "training made the flow worse than its prior (relative ESS %.3g against %.3g, n = %d): "
         "the prior is kept, the report says what may be wrong",
-        ours,
-        prior,
+        ours.value,
+        prior.value,
         n,
     )
-    return rest, {"flow": float(ours), "prior": float(prior), "n": float(n)}
+    return rest, {"flow": float(ours.value), "prior": float(prior.value), "n": float(n)}
+
+
+def _lower(draws: Tensor, frames: Tensor) -> Estimate:
+    """Return the lower of the relative ESS that draws and frames of the target show."""
+    forward = forward_ess_with_error(frames.numpy())
+    return min(relative_ess_with_error(draws.numpy()), forward, key=lambda ess: ess.value)
 
 
 def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:

@@ -16,6 +16,7 @@ from openmm_eqflow.analysis.chains import (
     weighted_mean_with_error,
 )
 from openmm_eqflow.analysis.weights import (
+    forward_ess_with_error,
     kish_ess,
     log_z,
     max_weight_share,
@@ -33,6 +34,39 @@ def test_kish_ess_closed_forms() -> None:
     w = np.array([1.0, 2.0, 3.0])
     assert kish_ess(np.log(w) + 700.0) == pytest.approx(36.0 / 14.0)
     assert max_weight_share(np.log(w) - 700.0) == pytest.approx(0.5)
+
+
+def test_forward_ess_of_two_gaussians() -> None:
+    """q = N(0, 1.2^2) for N(0, 1): sqrt(2 s^2 - 1) / s^2, from points of the target."""
+    s, n = 1.2, 20_000
+    exact = math.sqrt(2 * s**2 - 1) / s**2
+    points = np.random.default_rng(0).normal(size=n)
+    log_w = -0.5 * points**2 * (1 - 1 / s**2)
+    value, error = forward_ess_with_error(log_w + 500.0)
+    assert error < 0.002
+    assert abs(value - exact) < 4 * error
+    assert forward_ess_with_error(log_w).value == pytest.approx(value)
+    # Power: points of q give another number.
+    wrong = forward_ess_with_error(s**2 * log_w)
+    assert abs(wrong.value - exact) > 10 * wrong.error
+
+
+def test_forward_ess_sees_a_state_that_draws_of_q_lack() -> None:
+    """A hundredth of the target has e^-12 of its density in q."""
+    log_w = np.zeros(1000)
+    assert forward_ess_with_error(log_w).value == 1.0
+    log_w[:10] = 12.0
+    expected = 1.0 / ((0.99 + 0.01 * math.exp(12)) * (0.99 + 0.01 * math.exp(-12)))
+    assert forward_ess_with_error(log_w).value == pytest.approx(expected)
+    log_w[0] = np.inf
+    assert forward_ess_with_error(log_w).value == 0.0
+    assert forward_ess_with_error([3.0, -3000.0]).value == 0.0  # nothing overflows
+    assert forward_ess_with_error([3.0]) == (1.0, math.inf)
+    for bad in ([0.0, -np.inf], [0.0, np.nan]):
+        with pytest.raises(ValueError, match="points of the target"):
+            forward_ess_with_error(bad)
+    with pytest.raises(ValueError, match="non-empty"):
+        forward_ess_with_error([])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

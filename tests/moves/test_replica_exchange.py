@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openmm
 import pytest
 from openmm import app, unit
 from openmmtools.mcmc import LangevinDynamicsMove, SequenceMove
+from stand_ins import TESTS
 from stand_ins.lies import LyingFlow
 from stand_ins.moves import harmonic_flow
 
@@ -193,36 +198,66 @@ def test_a_resumed_run_draws_anew(flow: EquivariantFlow) -> None:
     assert first == again  # power control: the same stream is recognised
 
 
-def test_a_run_resumed_by_its_reporter_visits_nothing_twice(
+REPORTED = """
+import json, random, sys
+from pathlib import Path
+import openmm
+from openmm import app, unit
+import stand_ins.moves
+from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.moves.replica_exchange import FlowReplicaExchangeSampler
+from openmm_eqflow.moves.steps import ProposalBuffer
+from openmm_eqflow.targets.library import load_system
+
+flow_path, folder, resume = sys.argv[1], sys.argv[2], sys.argv[3] == "resume"
+random.seed(1 + resume)
+system = load_system("harmonic")
+integrator = openmm.LangevinMiddleIntegrator(
+    300 * unit.kelvin, 10 / unit.picosecond, 20 * unit.femtosecond)
+platform = openmm.Platform.getPlatformByName("Reference")
+simulation = app.Simulation(system.topology, system.system, integrator, platform)
+if not resume:
+    simulation.context.setPositions(system.positions)
+states = [{"temperature": t * unit.kelvin} for t in (300, 350)]
+run = FlowReplicaExchangeSampler(states, simulation, 5, load_flow(flow_path), seed=5,
+                                 flow_states=(0, 1), n_proposals=2, n_predraw=8)
+drawn, take = set(), ProposalBuffer.take
+
+def noted(buffer, n):
+    taken = take(buffer, n)
+    drawn.update(row.numpy().tobytes().hex() for row in taken.positions)
+    return taken
+
+ProposalBuffer.take = noted
+run.reporters.append(app.ReplicaExchangeReporter(folder, 1, run, checkpoints=True, resume=resume))
+started = run.currentIteration
+run.simulate(10)
+print(json.dumps({"started": started, "drawn": sorted(drawn)}))
+"""
+
+
+def test_a_process_that_resumes_by_the_reporter_draws_anew(
     flow: EquivariantFlow, tmp_path: Path
 ) -> None:
-    """Shapes are compared: a draw is put at the centroid of the state it replaces."""
-    states = [{"temperature": t * unit.kelvin} for t in TEMPERATURES]
-    parts: list[set[bytes]] = []
-    for resume in (False, True):
-        run = FlowReplicaExchangeSampler(
-            states, simulation(placed=not resume), 5, flow, (0, 1, 2), 16, seed=5
-        )
-        reporter = app.ReplicaExchangeReporter(
-            str(tmp_path / "run"), 1, run, checkpoints=True, resume=resume
-        )
-        shapes: set[bytes] = set()
+    path = save_flow(flow, tmp_path / "kept")
 
-        def keep(
-            current: FlowReplicaExchangeSampler, shapes: set[bytes] = shapes
-        ) -> None:
-            for conformation in current.replicaConformation:
-                x = positions_in_nm(conformation.getPositions(asNumpy=True))
-                shapes.add(((x - x.mean(0)).round(6) + 0.0).tobytes())
+    def parts(folder: str, *how: str) -> list[dict[str, Any]]:
+        made = [
+            subprocess.run(
+                [sys.executable, "-c", REPORTED, str(path), str(tmp_path / folder), word],
+                capture_output=True, text=True, cwd=TESTS, timeout=240, check=False,
+            )
+            for word in how
+        ]  # fmt: skip
+        assert not any(done.returncode for done in made), made[-1].stderr[-2000:]
+        return [json.loads(done.stdout.splitlines()[-1]) for done in made]
 
-        run.reporters += [reporter, keep]
-        run.simulate(10)
-        assert sum(s["n_accepted"] for s in run.flow_statistics.values()) > 10
-        parts.append(shapes)
-        del run.reporters[:]
-    assert run.currentIteration == 20
-    assert min(map(len, parts)) > 20
-    assert not parts[0] & parts[1]
+    first, second = parts("run", "new", "resume")
+    (again,) = parts("other", "new")
+    assert (first["started"], second["started"]) == (0, 10)
+    assert min(len(first["drawn"]), len(second["drawn"])) >= 20
+    assert not set(first["drawn"]) & set(second["drawn"])
+    assert again["drawn"] == first["drawn"]  # power: the same stream is recognised
 
 
 def test_positions_may_come_from_the_checkpoints_of_a_reporter(

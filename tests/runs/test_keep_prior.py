@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from stand_ins import peroxide
+from stand_ins.moves import Springs
 from stand_ins.runs import write_run
+from torch import nn
 
+from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import compare_ensembles
 from openmm_eqflow.report.verdict import judge, training_trend
@@ -41,11 +46,12 @@ def spoilt(module, scale=3.0):
 def test_the_better_of_flow_and_prior_is_kept(name, n, tmp_path):
     flow = load_flow(systems_directory() / name / "flow.safetensors")
     with build_target(load_system(name)) as target:
-        same, kept = keep_prior(flow, target, n, seed=0)
+        frames = flow.sample_and_log_prob(200, generator=stream(2))[0]  # as good as the target's
+        same, kept = keep_prior(flow, target, n, frames, seed=0)
         assert same is flow
         assert kept is None
         bad = EquivariantFlow(flow.prior, spoilt(flow.module), grid=(0.0, 0.5, 1.0))
-        rest, kept = keep_prior(bad, target, n, seed=0)
+        rest, kept = keep_prior(bad, target, n, frames, seed=0)
     assert kept is not None
     assert kept["flow"] < kept["prior"]
     assert kept["n"] == n
@@ -60,6 +66,45 @@ def test_the_better_of_flow_and_prior_is_kept(name, n, tmp_path):
         torch.testing.assert_close(made.log_prob(x), log_q, rtol=0.0, atol=1e-5)
     # Power: the spoilt flow is neither.
     assert float((bad.transform(z)[0].detach() - y).abs().max()) > 1e-3
+
+
+class GapField(nn.Module):
+    """v = (gap / (1 + exp(-40 (|y| - 2.35))) - shrink) y: it empties a shell."""
+
+    exact_divergence = True
+    config: ClassVar = {}
+    event_shape = (2, 3)
+
+    def __init__(self, gap):
+        super().__init__()
+        self.gap = nn.Parameter(torch.tensor(gap, dtype=torch.float64))
+        self.shrink = nn.Parameter(torch.tensor(0.262, dtype=torch.float64))
+
+    def with_divergence(self, t, y):
+        r = y.square().sum((1, 2)).sqrt()
+        inside = torch.sigmoid(40.0 * (r - 2.35))
+        h, slope = self.gap * inside - self.shrink, 40.0 * self.gap * inside * (1.0 - inside)
+        return h[:, None, None] * y, 3.0 * h + r * slope
+
+    def forward(self, t, y):
+        return self.with_divergence(t, y)[0]
+
+
+def test_what_a_flow_has_lost_is_seen_in_frames_and_not_in_its_draws():
+    target, prior = Springs(), MeanFreeGaussian(2, 3, 0.65)
+    frames = MeanFreeGaussian(2, 3, 0.5).sample_latent(4000, generator=stream(3))
+    grid = tuple(k / 16 for k in range(17))
+    gap, whole = (EquivariantFlow(prior, GapField(c), grid=grid) for c in (1.0, 0.0))
+    x, log_q = gap.sample_and_log_prob(1000, generator=stream(4))
+    draws = relative_ess((-target.reduced_potential(x) - log_q).detach().numpy())
+    assert draws > 0.97  # the prior has .76
+    kept = keep_prior(gap, target, 1000, frames, seed=0)[1]
+    assert kept is not None
+    assert kept["flow"] < 0.01 < 0.7 < kept["prior"]
+    # Power: frames that avoid the gap say nothing, and a flow without one stays.
+    near = frames[frames.square().sum((1, 2)).sqrt() < 1.4]
+    assert keep_prior(gap, target, 1000, near, seed=0)[1] is None
+    assert keep_prior(whole, target, 1000, frames, seed=0)[1] is None
 
 
 def test_a_run_whose_training_fails_goes_on_with_the_prior_and_says_so(tmp_path, monkeypatch):

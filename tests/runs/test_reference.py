@@ -24,6 +24,7 @@ from openmm_eqflow.analysis.chains import mean_with_error
 from openmm_eqflow.analysis.convergence import round_trips
 from openmm_eqflow.analysis.observables import torsion_angles
 from openmm_eqflow.errors import CheckpointError, ConfigurationError, EnergyError
+from openmm_eqflow.runs.reference import calibration
 from openmm_eqflow.runs.reference.calibration import choose_ladder, exchange_rate, make_plan
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
 from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
@@ -436,6 +437,17 @@ def test_atoms_in_line_are_sampled_with_the_right_energy(tmp_path, caplog, monke
 def test_a_torsion_without_force_constant_is_no_reason_to_warn(caplog):
     plan_and_engine(acetylene(0.0))
     assert "in line" not in caplog.text
+
+
+def test_the_platform_of_the_dynamics_follows_from_a_rule(monkeypatch):
+    """Not from who was quicker: one seed means the same walk on a busy machine."""
+    rates = {"CPU": 1e9, "Reference": 1.0}
+
+    def rate(context):
+        return rates[context.getPlatform().getName()]
+
+    monkeypatch.setattr(calibration, "_steps_per_second", rate)
+    assert plan_and_engine(acetylene(0.0))[0].platform == "Reference"
 
 
 def test_a_time_step_in_which_nothing_moves_is_refused():
