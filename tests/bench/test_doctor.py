@@ -10,7 +10,6 @@ import sys
 from types import SimpleNamespace
 
 import openmm
-import pytest
 import torch
 from stand_ins import ROOT
 
