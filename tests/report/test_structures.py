@@ -65,6 +65,17 @@ def test_a_structure_is_a_frame_of_its_basin(run, tmp_path):
         )
 
 
+def test_structures_lie_on_the_first_as_well_as_they_can(run):
+    heavy = [a.index for a in run.chain.topology.atoms if a.element.number > 1]
+    shown = mdtraj.Trajectory(
+        np.array([b.x for b in find_basins(run, define_states(run))]), run.chain.topology
+    )
+    least = mdtraj.rmsd(shown, shown, 0, atom_indices=heavy)
+    apart = np.sqrt(np.square(shown.xyz - shown.xyz[:1])[:, heavy].sum(2).mean(1))
+    np.testing.assert_allclose(apart, least, atol=2e-4)
+    assert apart.max() > 0.02
+
+
 def test_the_grid_points_to_the_basin_under_it(run):
     states = define_states(run)
     basins = find_basins(run, states)
