@@ -30,6 +30,7 @@ __all__ = [
     "random_rotations",
     "remove_mean",
     "rotate",
+    "superposed",
     "where_drawn",
 ]
 
@@ -116,6 +117,17 @@ def align_rotations(mobile: Tensor, reference: Tensor, *, proper: bool = True) -
         sign = torch.sign(torch.linalg.det(u) * torch.linalg.det(vt))
         u = torch.cat([u[..., :-1], u[..., -1:] * sign[..., None, None]], dim=-1)
     return (u @ vt).transpose(-1, -2)
+
+
+def superposed(x: Tensor, by: Sequence[int] | None = None) -> Tensor:
+    """Turn structures (n, N, 3) onto the first, by some of their atoms or by all.
+
+    Not by mdtraj: its quaternion iteration does not converge for some small molecules, and says so
+    on stderr once per frame.
+    """
+    chosen = list(range(x.shape[1])) if by is None else list(by)
+    x = x - x[:, chosen].mean(dim=1, keepdim=True)
+    return rotate(x, align_rotations(x[:, chosen], x[:1, chosen]))
 
 
 def random_permutations(classes: Sequence[int], n: int, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from shlex import quote
@@ -53,6 +53,13 @@ _budget = click.option(
     type=click.Choice(BUDGETS),
     help="About 4, 15 or 60 minutes for alanine dipeptide on 2 cores (default standard).",
 )
+
+
+def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command what every stage of a run takes."""
+    for option in (json_option, device_option, seed_option, _budget, _out):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -116,24 +123,13 @@ def _write_outcome(run: RunDirectory, json_path: Path | None) -> None:
 
 @cli.command()
 @click.argument("system")
-@_out
-@_budget
-@seed_option
-@device_option
-@json_option
-def run(
-    system: str,
-    out: Path | None,
-    budget: str | None,
-    seed: int | None,
-    device: str | None,
-    json_path: Path | None,
-) -> None:
+@_run_options
+def run(system: str, json_path: Path | None, **options: Any) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
     from openmm_eqflow.runs.directory import STAGES
     from openmm_eqflow.runs.stages import open_run
 
-    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    directory = open_run(system, **options)
     console.print(f"run directory: {directory.path}", highlight=False, soft_wrap=True)
     _run_stages(directory, STAGES)
     _print_outcome(directory)
@@ -143,22 +139,11 @@ def run(
 def _stage_command(stage: str, summary: str) -> None:
     @cli.command(stage, help=summary)
     @click.argument("system")
-    @_out
-    @_budget
-    @seed_option
-    @device_option
-    @json_option
-    def command(
-        system: str,
-        out: Path | None,
-        budget: str | None,
-        seed: int | None,
-        device: str | None,
-        json_path: Path | None,
-    ) -> None:
+    @_run_options
+    def command(system: str, json_path: Path | None, **options: Any) -> None:
         from openmm_eqflow.runs.stages import open_run
 
-        directory = open_run(system, out, budget=budget, seed=seed, device=device)
+        directory = open_run(system, **options)
         _run_stages(directory, (stage,))
         _write_outcome(directory, json_path)
 
@@ -170,24 +155,13 @@ _stage_command("report", "Write report.html of a run.")
 
 @cli.command()
 @click.argument("system")
-@_out
-@_budget
-@seed_option
-@device_option
-@json_option
-def sample(
-    system: str,
-    out: Path | None,
-    budget: str | None,
-    seed: int | None,
-    device: str | None,
-    json_path: Path | None,
-) -> None:
+@_run_options
+def sample(system: str, json_path: Path | None, **options: Any) -> None:
     """Sample: a run with its own flow, or a shipped system with the flow that ships."""
     from openmm_eqflow.parallel import main_first
     from openmm_eqflow.runs.stages import adopt_shipped_flow, open_run
 
-    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    directory = open_run(system, **options)
     with main_first():
         if not directory.is_complete("train"):
             adopt_shipped_flow(directory)

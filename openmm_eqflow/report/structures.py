@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.chains import population
 from openmm_eqflow.analysis.weights import Estimate
-from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.geometry import superposed
 from openmm_eqflow.report.data import Ensemble, RunData
 from openmm_eqflow.report.populations import States
 
@@ -118,7 +118,8 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
     shown = chain.trajectory[frames].xyz
     heavy = [a.index for a in chain.topology.atoms if a.element is None or a.element.number > 1]
     if chain.x.shape[2] == 3 and run.kind == "molecule":
-        shown = _superposed(shown, heavy if len(heavy) > 2 else list(range(shown.shape[1])))
+        by = heavy if len(heavy) > 2 else None
+        shown = superposed(torch.from_numpy(shown).double(), by).float().numpy()
     basins = []
     for k, frame, x in zip(order, frames, shown, strict=True):
         inside = codes == found[k]
@@ -128,17 +129,6 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
         name = ", ".join(words) or ("one basin" if chain.torsions else "lowest energy")
         basins.append(Basin(name, int(found[k]), share, x, angles, int(frame)))
     return basins
-
-
-def _superposed(x: NDArray[np.float32], by: list[int]) -> NDArray[np.float32]:
-    """Turn structures (n, N, 3) onto the first by some of their atoms.
-
-    Not by mdtraj: its quaternion iteration does not converge for some small molecules.
-    """
-    frames = torch.from_numpy(x).double()
-    frames = frames - frames[:, by].mean(dim=1, keepdim=True)
-    turned = rotate(frames, align_rotations(frames[:, by], frames[:1, by]))
-    return turned.float().numpy()
 
 
 def basin_grid(

@@ -22,7 +22,6 @@ from typing import Any
 import mdtraj
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from openmm_eqflow import units as thermo
 from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
@@ -30,7 +29,7 @@ from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
-from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.geometry import superposed
 from openmm_eqflow.moves.chains import ChainSamples, run_chains
 from openmm_eqflow.moves.steps import Proposals
 from openmm_eqflow.parallel import is_main, main_first, share
@@ -67,7 +66,7 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
     if frames.shape[2] == 2:
         frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
     if system.kind == "molecule":
-        frames = _superposed(frames)
+        frames = superposed(torch.from_numpy(frames).double()).float().numpy()
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
     with atomic_path(path / "samples.dcd") as temporary:
         trajectory.save_dcd(str(temporary))
@@ -88,16 +87,6 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
             "local_acceptance": chains.local_acceptance,
         },
     )
-
-
-def _superposed(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn every centred frame onto the first.
-
-    Not by mdtraj: its quaternion iteration does not converge for some small molecules, and says so
-    on stderr once per frame.
-    """
-    x = torch.from_numpy(frames).double()
-    return rotate(x, align_rotations(x, x[:1])).float().numpy()
 
 
 def chain_metrics(chains: ChainSamples) -> dict[str, Any]:
