@@ -174,7 +174,7 @@ def _refuse_unsaid(chem: Any, molecule: Any, name: str) -> None:
 def _stereo(chem: Any, molecule: Any) -> list[str]:
     chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
     lines = [
-        f"Centre {atom.GetSymbol()}{atom.GetIdx() + 1}: {atom.GetProp('_CIPCode')}."
+        f"Centre {atom.GetSymbol()} (atom {atom.GetIdx() + 1}): {atom.GetProp('_CIPCode')}."
         for atom in molecule.GetAtoms()
         if atom.HasProp("_CIPCode")
     ]

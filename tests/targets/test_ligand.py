@@ -56,7 +56,7 @@ def test_centres_have_the_hand_that_is_said():
     volumes = {}
     for smiles, letter in (("C[C@H](N)C(=O)O", "S"), ("C[C@@H](N)C(=O)O", "R")):
         molecule, orders, lines = read_molecule(smiles=smiles)
-        assert lines == [f"Centre C2: {letter}."]
+        assert lines == [f"Centre C (atom 2): {letter}."]
         x = place(molecule)
         volumes[letter] = np.linalg.det(x[[0, 2, 3]] - x[1])
         assert (3, 4, 2) in orders  # C=O
@@ -163,7 +163,7 @@ def test_the_command_keeps_hands_and_holds_bonds(tmp_path, monkeypatch, shell):
     words = ("--smiles", "C[C@H](O)C#N", "--charges", "gas", "--constraints", "hbonds")
     outcome = shell("init", "mol", *words)
     assert outcome.code == 0, outcome.err
-    assert "Centre C2: " in outcome.out
+    assert "Centre C (atom 2): " in outcome.out
     assert "next: openmm-eqflow run mol" in outcome.out
     system = openmm.XmlSerializer.deserialize(Path("mol/system.xml").read_text())
     assert system.getNumConstraints() == 5
