@@ -204,7 +204,7 @@ def anneal(
     """Sample a molecule without reference data: isomers, populations, free energies.
 
     A path from a prior that bonds alone suggest to the Boltzmann distribution; no barrier is
-    crossed, so the height of none matters.
+    crossed outside rings, so the height of none matters there.
     """
     from openmm_eqflow.runs.annealing import anneal_system
     from openmm_eqflow.runs.stages import build_target
@@ -246,7 +246,10 @@ def _print_isomers(rows: list[dict[str, Any]]) -> None:
         table.add_column(heading, overflow="fold")
     for row in rows:
         free = [
-            "-" if row[key] is None else f"{row[key]:.2f} +- {row[f'{key}_error']:.2f}"
+            # Of a population below its error a free energy says nothing.
+            "-"
+            if row[key] is None or row["population"] < row["population_error"]
+            else f"{row[key]:.2f} +- {row[f'{key}_error']:.2f}"
             for key in ("free_energy_kj_mol", "free_energy_kcal_mol")
         ]
         p = f"{row['population']:.4f} +- {row['population_error']:.4f}"

@@ -11,7 +11,9 @@ by energy and width,
 Stereocentres, double bonds and prochiral labels stay as in the structure. Constrained bonds are no
 coordinates of the Gaussians, and the dynamics around the minima keeps them.
 
-No barrier is crossed in getting there, so the height of none matters. The density is far from the
+No barrier of a torsion outside rings is crossed in getting there, so the height of none matters.
+Ring conformers are those that dynamics at 1,000 to 3,000 K finds: one behind a barrier that stands
+even there is missing, and shows only in a start from it. The density is far from the
 target's; levels of a path (:func:`~openmm_eqflow.flows.relaxed.anneal`) make up for it, and
 :mod:`~openmm_eqflow.flows.adapt` lowers their number.
 """

@@ -30,7 +30,7 @@ from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.runs.evaluation import draw_weighted
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
-from openmm_eqflow.targets.isomers import find_isomers
+from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import positions_quantity
@@ -43,6 +43,7 @@ __all__ = [
 _KCAL = 4.184
 _LEAST = 50  # independent samples that a table of populations needs
 _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
+_SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
 _LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
 
@@ -202,7 +203,9 @@ def anneal_system(
     estimate = log_z(log_w)
     x = samples.x.numpy()
     isomers = find_isomers(target.system, system.topology, target.positions)
+    rows = isomer_populations(isomers.torsions, x, log_w, target.kT)
     k = pareto_k(log_w)
+    told = _warnings(float(value) * n_samples, adaptation, k, float(estimate.value))
     metrics: dict[str, Any] = {
         "system": system.name,
         "n_samples": n_samples,
@@ -216,8 +219,8 @@ def anneal_system(
         "n_levels": len(path.layers),
         "seconds_per_sample": samples.seconds / n_samples,
         "adaptation": adaptation,
-        "warnings": _warnings(float(value) * n_samples, adaptation, k, float(estimate.value)),
-        "isomers": isomer_populations(isomers.torsions, x, log_w, target.kT),
+        "warnings": told + _single_conformers(isomers, rows),
+        "isomers": rows,
     }
     _write(out, system, x, log_w, seed)
     write_json(out / "metrics.json", metrics)
@@ -261,6 +264,25 @@ def _warnings(
             "a state is probably missing; raise --n-points, and compare another --seed"
         )
     return told
+
+
+def _single_conformers(isomers: Isomers, rows: list[dict[str, Any]]) -> list[str]:
+    """Name the rings of which one conformer has all the weight."""
+    most: dict[str, float] = {}
+    for row in rows:
+        most[row["torsion"]] = max(most.get(row["torsion"], 0.0), row["population"])
+    alone = [
+        name
+        for k, name in enumerate(isomers.rings)
+        if (seen := [most[t.name] for t in isomers.torsions if t.ring == k and t.name in most])
+        and min(seen) > 1.0 - _SEEN
+    ]
+    if not alone:
+        return []
+    return [
+        f"{', '.join(alone)} was found in one conformer only: either the others are rare, or the "
+        "quenches missed them; anneal once more from another conformer (init --pdb), log Z tells"
+    ]
 
 
 def _write(

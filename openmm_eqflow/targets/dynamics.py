@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 _FRICTION = 5.0  # 1/ps
-_HOT = 8.31  # kJ/mol: 1,000 K
+# kJ/mol: 1,000 K, and up to 3,000 K for rings that picoseconds at 1,000 K do not turn over, as of
+# dithianes. Minima with another hand are no minima of the target.
+_HOT = (8.31, 24.94)
 _APART = 0.35  # rad by which some torsion of two minima differs
 _HIGHEST = 12.0  # kT above the lowest minimum
 _MOST = 12
@@ -57,7 +59,7 @@ def langevin(
     *,
     n_steps: int,
     generator: torch.Generator,
-    ratio: float = 1.0,
+    ratio: float | Tensor = 1.0,
     timestep: float = 0.001,
 ) -> Tensor:
     """Carry walkers (n, N, 3) through ``n_steps`` steps of dynamics from fresh velocities.
@@ -73,7 +75,7 @@ def langevin(
     generator
         Random stream.
     ratio
-        Temperature over that of the target.
+        Temperature over that of the target, or one of every walker (n, 1, 1).
     """
     mass = masses.double()[:, None]
     thermal = torch.sqrt(ratio * target.kT / mass)  # nm/ps
@@ -158,8 +160,9 @@ def find_minima(
     generator
         Random stream.
     n_walkers, picoseconds
-        Walkers at 1,000 K, and how long each runs; they are quenched twice on the way.
+        Walkers at 1,000 to 3,000 K, and how long each runs; they are quenched twice on the way.
     """
+    hot = torch.from_numpy(np.geomspace(*_HOT, n_walkers))[:, None, None]
     start, u = quench(target, x[None])
     if not quads:
         return [Minimum(float(u[0]), start[0], np.empty(0))]
@@ -171,7 +174,7 @@ def find_minima(
             masses,
             n_steps=round(500 * picoseconds),
             generator=generator,
-            ratio=_HOT / target.kT,
+            ratio=hot / target.kT,
         )
         lost = ~torch.isfinite(target.reduced_potential_and_gradient(walkers)[0])
         walkers = torch.where(lost[:, None, None], start, walkers)

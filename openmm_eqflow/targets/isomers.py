@@ -95,8 +95,8 @@ class Isomers:
             )
         if states["amide"] or rings:
             lines.append(
-                "Amides and ring conformers are sampled, whatever their barriers, by "
-                "openmm-eqflow anneal."
+                "openmm-eqflow anneal samples both sides of amides, whatever the barrier, and the "
+                "conformers of rings that quenches of hot dynamics find."
             )
         if states["single"]:
             lines.append(f"Torsions that turn: {', '.join(states['single'])}.")

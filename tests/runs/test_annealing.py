@@ -18,9 +18,15 @@ from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow
-from openmm_eqflow.runs.annealing import _warnings, anneal_system, isomer_populations
+from openmm_eqflow.runs.annealing import (
+    _single_conformers,
+    _warnings,
+    anneal_system,
+    isomer_populations,
+)
 from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.constraints import Constraints
+from openmm_eqflow.targets.isomers import Isomers
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 
 KT = 8.314462618e-3 * 300
@@ -189,6 +195,18 @@ def test_states_and_free_energies() -> None:
     unseen = isomer_populations((amide,), four_atoms(np.full(50, 3.0)), np.zeros(50), kt)
     assert [row["free_energy_kj_mol"] for row in unseen] == [None, 0.0]
     assert unseen[0]["population_error"] > 0
+
+
+def test_a_ring_in_one_conformer_is_named() -> None:
+    four = Torsion("ring a-b", (0, 1, 2, 3), 1, "ring", 0)
+    other = Torsion("ring c-d", (0, 1, 2, 3), 1, "ring", 1)
+    isomers = Isomers((four, other), ("ring A", "ring B"), ())
+    one = [{"torsion": "ring a-b", "population": p} for p in (0.9995, 0.0005)]
+    two = [{"torsion": "ring c-d", "population": p} for p in (0.99, 0.01)]
+    (line,) = _single_conformers(isomers, one + two)
+    assert line.startswith("ring A was found in one conformer only")
+    assert _single_conformers(isomers, two) == []  # rings without states are not asked about
+    assert _single_conformers(isomers, []) == []
 
 
 def test_command(shell: Shell, molecule: MolecularSystem) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import numpy as np
 import openmm
 import pytest
 import torch
@@ -11,9 +13,11 @@ from openmm import app, unit
 from stand_ins import DATA
 from stand_ins.flows import stream
 from stand_ins.rods import LENGTH, MASSES, MEAN_SQUARE, bent, cosine, rods_target
+from stand_ins.small_molecules import METHYLCYCLOHEXANE, embed
 
+from openmm_eqflow.targets import dynamics
 from openmm_eqflow.targets.constraints import Constraints, constrained
-from openmm_eqflow.targets.dynamics import langevin, quench
+from openmm_eqflow.targets.dynamics import find_minima, langevin, quench
 from openmm_eqflow.targets.forcefield import load_pdb
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.units import positions_in_nm
@@ -83,3 +87,27 @@ def test_a_quench_finds_the_minimum_that_openmm_finds() -> None:
         theirs = context.getState(energy=True).getPotentialEnergy()._value / target.kT
     assert abs(float(u[0]) - theirs) < 0.05
     assert start - theirs > 5  # power
+
+
+@pytest.mark.slow
+def test_a_ring_that_does_not_turn_over_at_a_thousand_kelvin_has_both_chairs(monkeypatch) -> None:
+    topology, soft = METHYLCYCLOHEXANE
+    system, stiff = copy.deepcopy(soft), openmm.PeriodicTorsionForce()
+    quads = [(k, (k + 1) % 6, (k + 2) % 6, (k + 3) % 6) for k in range(6)]
+    for quad in quads:
+        stiff.addTorsion(*quad, 3, 0.0, 20.0)
+    system.addForce(stiff)
+    masses = torch.tensor([a.element.mass._value for a in topology.atoms()])
+    x = embed(system) * unit.nanometer
+
+    def chairs() -> set[bool]:
+        found = find_minima(
+            target, torch.from_numpy(target.positions), masses, quads, generator=stream(0)
+        )
+        signs = [np.sign(m.torsions) for m in found]
+        return {bool(s[0] > 0) for s in signs if (s[1:] == -s[:-1]).all()}
+
+    with BoltzmannTarget(system, topology, 300 * unit.kelvin, positions=x) as target:
+        assert chairs() == {True, False}
+        monkeypatch.setattr(dynamics, "_HOT", (8.31, 8.31))
+        assert len(chairs()) == 1  # power: no walker hotter than 1,000 K
