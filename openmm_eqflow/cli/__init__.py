@@ -100,7 +100,10 @@ def _print_outcome(run: RunDirectory) -> None:
         f"{metrics['prior_relative_ess']:.3f}; n = {metrics['n_samples']}), acceptance "
         f"{chain['acceptance']:.2f}, {chain['n_samples']} samples",
         highlight=False,
+        soft_wrap=True,
     )
+    if verdict := metrics.get("verdict"):
+        console.print(verdict["sentence"], highlight=False, soft_wrap=True, markup=False)
     console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
 
 
