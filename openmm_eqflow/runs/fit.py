@@ -432,7 +432,7 @@ def keep_prior(
             weights.zero_()
     rest = EquivariantFlow(flow.prior, module, grid=(0.0, 1.0), chunk_size=flow.chunk_size)  # type: ignore[arg-type]
     logger.warning(
-        "training made the flow worse than its prior (relative ESS %.3g against %.3g, the lower of "
+        "training made the flow worse than its prior (relative ESS %.3g against %.3g, lower of "
         "%d draws and of held-out frames): the prior is kept, the report says what may be wrong",
         ours.value,
         prior.value,
