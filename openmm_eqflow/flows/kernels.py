@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -351,15 +350,10 @@ class Bridge:
     def __init__(self, prior: Prior, target: DifferentiablePotential) -> None:
         check_space(prior, target)
         self.prior, self.target = prior, target
-        self._functions: Any = prior
         self._last = threading.local()
 
     def compile(self) -> None:
-        """Fuse chart, prior and energies with ``torch.compile``: a minute once, for a GPU."""
-        self._functions = SimpleNamespace(
-            to_cartesian=torch.compile(self.prior.to_cartesian, dynamic=True),
-            latent_log_prob=torch.compile(self.prior.latent_log_prob, dynamic=True),
-        )
+        """Fuse the energies with ``torch.compile``, if the target can: a minute, for a GPU."""
         fuse = getattr(self.target, "compile", None)
         if fuse is not None:
             fuse()
@@ -369,8 +363,8 @@ class Bridge:
         known: LevelState | None = getattr(self._last, "state", None)
         if known is not None and known.y is y:
             return known
-        log_target, score_target = latent_target(self._functions, self.target, y)
-        log_prior, score_prior = prior_score(self._functions, y)
+        log_target, score_target = latent_target(self.prior, self.target, y)
+        log_prior, score_prior = prior_score(self.prior, y)
         valid = torch.isfinite(log_target) & torch.isfinite(score_target).all(1)
         return LevelState(
             y,

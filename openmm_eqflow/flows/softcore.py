@@ -12,7 +12,8 @@ in when they exclude each other. At t = 1 it is the ``lennard-jones`` model of
 
 The layers of a path (:mod:`~openmm_eqflow.flows.path`) through these levels are midpoint steps of
 a radial field and Hamiltonian trajectories, in float32: compiled kernels on the CPU
-(:mod:`~openmm_eqflow.flows.softcore_kernels`), fused torch on a GPU
+(:mod:`~openmm_eqflow.flows.softcore_kernels`) and on a GPU
+(:mod:`~openmm_eqflow.flows.softcore_triton`), else torch
 (:mod:`~openmm_eqflow.flows.softcore_torch`). Without a map between them they are annealed
 importance sampling (Neal 2001), with maps escorted free energy simulations (Vaikuntanathan &
 Jarzynski 2008).
@@ -220,7 +221,7 @@ class SoftCoreMap:
         """Return that of the Jacobian at points (n, N, 3), float64, (n,)."""
         table = self.table.double()
         found = []
-        for part in y.double().split(64):
+        for part in y.double().split(1024 if y.is_cuda else 64):
             velocity, first = on_gpu.field_jacobian(part, table, self.spacing)
             _, second = on_gpu.field_jacobian(part + 0.5 * velocity, table, self.spacing)
             one = torch.eye(first.shape[-1], dtype=torch.float64, device=y.device)

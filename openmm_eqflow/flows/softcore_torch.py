@@ -1,17 +1,15 @@
-r"""The kernels of a cluster's path in torch, for GPUs: pairs are fused, never stored.
+r"""The kernels of a cluster's path in torch: any device, any particle number.
 
-Written for a compiler: every function is a product of pair terms summed over one axis, which
-``torch.compile`` turns into a single kernel that reads positions and writes forces. Without a
-compiler (or on the CPU) the same lines run eagerly. Points are (n, N, 3), float32; ``level`` and
-``table`` as in :mod:`~openmm_eqflow.flows.softcore_kernels`. The numbers are those of the compiled
-kernels to rounding.
+Points are (n, N, 3), float32; ``level`` and ``table`` as in
+:mod:`~openmm_eqflow.flows.softcore_kernels`. On a GPU with a compiler
+:mod:`~openmm_eqflow.flows.softcore_triton` takes their place. The numbers are those of the
+compiled kernels to rounding.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -86,41 +84,35 @@ def _midpoint(x: Tensor, table: Tensor, per_length: float) -> tuple[Tensor, Tens
     return _push(x + 0.5 * first, table, per_length)
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> dict[str, Callable[..., Any]]:
-    plain: dict[str, Callable[..., Any]] = {
-        "energy_and_force": energy_and_force,
-        "leapfrog": _leapfrog,
-        "midpoint": _midpoint,
-    }
+@cache
+def _triton() -> Any:
+    """Kernels for a GPU, if there is a compiler for them."""
     if importlib.util.find_spec("triton") is None:
-        return plain
-    return {name: torch.compile(f, dynamic=True) for name, f in plain.items()}
-
-
-def _functions(x: Tensor) -> dict[str, Callable[..., Any]]:
-    if x.device.type == "cuda":
-        return _compiled()
-    return {"energy_and_force": energy_and_force, "leapfrog": _leapfrog, "midpoint": _midpoint}
+        return None
+    return importlib.import_module("openmm_eqflow.flows.softcore_triton")
 
 
 def trajectory(
     y: Tensor, level: Tensor, timestep: float, n_leapfrog: int, streams: RowStreams
 ) -> tuple[Tensor, Tensor, float]:
     """Return new points, u(y) - u(y') (n,) float64, and the share accepted."""
+    if y.is_cuda and _triton() is not None:
+        draw = streams.skip()
+        streams.skip()
+        moved, change = _triton().trajectory(y, level, timestep, n_leapfrog, streams.keys, draw)
+        return moved, change, float("nan")
     x = y.float()
-    act = _functions(x)
     v = streams.normal(*x.shape[1:], dtype=torch.float32)
     uniform = streams.uniform()
     v = v - v.mean(1, keepdim=True)
-    u, force = act["energy_and_force"](x, level)
+    u, force = energy_and_force(x, level)
     before = u.double() + 0.5 * v.double().square().sum((1, 2))
     step = torch.full((), timestep, device=x.device)
     half = 0.5 * step
     new, velocity, new_u = x, v + half * force, u
     for k in range(n_leapfrog):
         kick = step if k < n_leapfrog - 1 else half
-        new, velocity, new_u, force = act["leapfrog"](new, velocity, force, level, step, kick)
+        new, velocity, new_u, force = _leapfrog(new, velocity, force, level, step, kick)
     after = new_u.double() + 0.5 * velocity.double().square().sum((1, 2))
     # A trajectory that overflowed compares false and is rejected.
     keep = torch.log(uniform) < before - after
@@ -131,8 +123,11 @@ def trajectory(
 
 def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
     """Apply the midpoint step; also its log determinant (n,), float64."""
+    if y.is_cuda and _triton() is not None:
+        image, ladj = _triton().transport(y, table, spacing)
+        return image, ladj
     x = y.float()
-    velocity, divergence = _functions(x)["midpoint"](x, table, 1.0 / spacing)
+    velocity, divergence = _midpoint(x, table, 1.0 / spacing)
     return x + velocity, divergence.double()
 
 
@@ -140,12 +135,14 @@ def transport_back(
     y: Tensor, table: Tensor, spacing: float, tolerance: float, most: int
 ) -> tuple[Tensor, Tensor]:
     """Invert by fixed-point iteration, row by row; also the log determinant of the map."""
+    if y.is_cuda and _triton() is not None:
+        before, ladj = _triton().transport_back(y, table, spacing, tolerance, most)
+        return before, ladj
     y = y.float()
-    act = _functions(y)["midpoint"]
     x, moving = y, torch.ones(len(y), dtype=torch.bool, device=y.device)
     found = torch.zeros(len(y), dtype=torch.float64, device=y.device)
     for _ in range(most):
-        velocity, divergence = act(x, table, 1.0 / spacing)
+        velocity, divergence = _midpoint(x, table, 1.0 / spacing)
         change = (x - (y - velocity)).abs().amax((1, 2))
         x = torch.where(moving[:, None, None], y - velocity, x)
         found = torch.where(moving, divergence.double(), found)

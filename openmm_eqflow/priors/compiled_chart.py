@@ -4,15 +4,18 @@ r"""Value and score of both ends of a path in the internal-coordinate chart, wit
           \log p_0(y) = \log\rho(z) + \log p(\tau)
 
 with s = F(tau) C + L z. Placement and reverse pass are compiled
-(:mod:`openmm_eqflow.priors.chart_kernels`), whitening and mean are matrix products, torsion tables
-are summed where their kernels reach. Equal to the same by autograd to rounding; for what is not
-covered (a GPU, other floats, nearly linear angles, two atoms) :func:`covers` says no.
+(:mod:`openmm_eqflow.priors.chart_kernels`, on a GPU :mod:`openmm_eqflow.priors.chart_triton`),
+whitening and mean are matrix products, torsion tables are summed where their kernels reach (on a
+GPU by matrix products). Equal to the same by autograd to rounding; for what is not covered (a GPU
+without Triton, other floats, nearly linear angles, two atoms) :func:`covers` says no.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from torch import Tensor
 from openmm_eqflow.priors import chart_kernels
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
+from openmm_eqflow.priors.zmatrix import ZMatrix
 
 __all__ = [
     "covers",
@@ -37,7 +41,7 @@ def covers(prior: object, y: Tensor) -> bool:
     """Whether the functions here serve this prior for points like ``y``."""
     return (
         isinstance(prior, InternalCoordinatePrior)
-        and y.device.type == "cpu"
+        and (y.device.type == "cpu" or (y.is_cuda and _triton() is not None))
         and y.dtype == torch.float64
         and prior.n_particles > 2
         and not prior.bends
@@ -58,42 +62,74 @@ def target_value_and_score(
     y
         Points (n, d). Off the chart the value is -inf and the gradient zero.
     """
-    chart, n, count = prior.zmatrix, len(y), prior.n_particles
-    rows, lead = np.array(chart.rows), np.array(chart.lead, dtype=np.int64)
+    n, count = len(y), prior.n_particles
     z, tau = prior.split(y.detach())
     phase = tau @ prior.modes.T
     cos, sin = torch.cos(phase), torch.sin(phase)
     mean, factor = prior.affine()
     s = torch.cat([y.new_ones(n, 1), cos, sin], 1) @ mean + z @ factor.T
     turns = s[:, 2 * count - 3 :]
-    torsions = y.new_empty(n, count - 3)
-    torsions[:, prior.stiff] = turns + prior.centre
-    torsions[:, prior.soft] = tau
-    b, th = s[:, : count - 1].contiguous(), s[:, count - 1 : 2 * count - 3].contiguous()
-    x, log_volume = y.new_empty(n, count, 3), y.new_empty(n)
-    inner = [v.numpy() for v in (b, th, torsions, x)]
-    kernels.place(rows, lead, *inner, log_volume.numpy())
-    log_volume = log_volume + chart.constant + torch.log(torch.diagonal(prior.cholesky)).sum()
-    log_volume[(turns.abs() >= math.pi).any(1)] = math.nan
-    u, gradient = evaluate(x)
-    gradient = gradient.clone()
-    if prior.constraints is not None:
-        metric, slope = prior.constraints.half_log_det_and_gradient(x)
-        log_volume, gradient = log_volume + metric, gradient - slope
-    by_s, by_torsion = torch.empty_like(s[:, : 2 * count - 3]), torch.empty_like(torsions)
-    by_b, by_th = torch.empty_like(b), torch.empty_like(th)
-    kernels.pull_back(
-        rows, lead, *inner, gradient.numpy(), *(v.numpy() for v in (by_b, by_th, by_torsion))
+    torsions = torch.cat([turns + prior.centre, tau], 1)[:, prior.back]
+    placed = (_OnGPU if y.is_cuda else _OnCPU)(
+        prior.zmatrix, s[:, : count - 1], s[:, count - 1 : 2 * count - 3], torsions
     )
-    by_s = torch.cat([by_b, by_th, by_torsion[:, prior.stiff]], 1)
+    log_volume = placed.log_volume + prior.zmatrix.constant
+    log_volume = log_volume + torch.log(torch.diagonal(prior.cholesky)).sum()
+    log_volume = log_volume.masked_fill((turns.abs() >= math.pi).any(1), math.nan)
+    u, gradient = evaluate(placed.x)
+    if prior.constraints is not None:
+        metric, slope = prior.constraints.half_log_det_and_gradient(placed.x)
+        log_volume, gradient = log_volume + metric, gradient - slope
+    by_b, by_th, by_torsion = placed.pull_back(gradient)
+    by_s = torch.cat([by_b, by_th, by_torsion[:, prior.places[: turns.shape[1]]]], 1)
     half = 1 + len(prior.modes)
     by_feature = by_s @ mean.T
     by_phase = cos * by_feature[:, half:] - sin * by_feature[:, 1:half]
-    by_tau = by_torsion[:, prior.soft] + by_phase @ prior.modes
+    by_tau = by_torsion[:, prior.places[turns.shape[1] :]] + by_phase @ prior.modes
     score = torch.cat([by_s @ factor, by_tau], 1)
     finite = torch.isfinite(log_volume)
     value = torch.where(finite, log_volume - u, -torch.inf)
     return value, torch.where(finite[:, None], score, 0.0)
+
+
+class _OnCPU:
+    """Configurations placed by compiled kernels, and the way back."""
+
+    def __init__(self, chart: ZMatrix, b: Tensor, th: Tensor, torsions: Tensor) -> None:
+        self.tables = np.array(chart.rows), np.array(chart.lead, dtype=np.int64)
+        n, count = len(b), chart.n_particles
+        self.x, self.log_volume = b.new_empty(n, count, 3), b.new_empty(n)
+        self.inner = [v.contiguous().numpy() for v in (b, th, torsions)]
+        kernels.place(*self.tables, *self.inner, self.x.numpy(), self.log_volume.numpy())
+
+    def pull_back(self, gradient: Tensor) -> list[Tensor]:
+        by = [np.empty_like(v) for v in self.inner]
+        g = gradient.clone(memory_format=torch.contiguous_format).numpy()
+        kernels.pull_back(*self.tables, *self.inner, self.x.numpy(), g, *by)
+        return [torch.from_numpy(v) for v in by]
+
+
+class _OnGPU:
+    """The same by Triton."""
+
+    def __init__(self, chart: ZMatrix, b: Tensor, th: Tensor, torsions: Tensor) -> None:
+        self.kernels: Any = _triton()
+        self.tables = chart.tables(b.device)
+        self.inner = [v.T.contiguous() for v in (b, th, torsions)]
+        self._x, self.log_volume = self.kernels.place(*self.tables, *self.inner)
+        self.x = self._x.permute(2, 0, 1)
+
+    def pull_back(self, gradient: Tensor) -> list[Tensor]:
+        g = gradient.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+        return [v.T for v in self.kernels.pull_back(*self.tables, *self.inner, self._x, g)]
+
+
+@cache
+def _triton() -> Any:
+    """Kernels for a GPU, if there is a compiler for them."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("openmm_eqflow.priors.chart_triton")
 
 
 def prior_value_and_score(prior: InternalCoordinatePrior, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +179,10 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
     coupled: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
     for g, (group, table) in enumerate(zip(density.groups, density.tables, strict=True)):
         label = density.basin_of_cell(g)
-        total, slope = _sums(group, table, label, tau)
+        if tau.is_cuda:
+            total, slope = _sums_by_products(group, table, label, density.n_basins(g), tau)
+        else:
+            total, slope = _sums(group, table, label, tau)
         uniform = group.floor * (2 * math.pi) ** -len(group.members)
 
         def log_of(
@@ -153,12 +192,11 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
             return torch.log(p), (1 - floor) * by / p[..., None]
 
         free, by_free = log_of(total.sum(1), slope.sum(1))
-        members = list(group.members)
         if label is None:
             value = value + free
-            gradient[:, members] = by_free
+            _put(gradient, group.members, by_free)
             continue
-        mass = torch.zeros(total.shape[1], dtype=total.dtype)
+        mass = total.new_zeros(total.shape[1])
         mass = mass.index_add(0, label.reshape(-1), table.reshape(-1))
         given, by_given = log_of(total / mass, slope / mass[:, None])
         coupled.append((g, free, by_free, given, by_given))
@@ -182,8 +220,8 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
     for pick, (g, _, by_free, _, by_given) in zip(picks, coupled, strict=True):
         by_basin = shares @ pick
         pulled = (by_basin[:, :, None] * by_given).sum(1)
-        members = list(density.groups[g].members)
-        gradient[:, members] = on_seen[:, None] * pulled + on_apart[:, None] * by_free
+        by = on_seen[:, None] * pulled + on_apart[:, None] * by_free
+        _put(gradient, density.groups[g].members, by)
     return value + total, gradient
 
 
@@ -206,3 +244,41 @@ def _sums(
             angles, table.numpy(), cells, group.width, total, slope, room
         )
     return torch.from_numpy(total), torch.from_numpy(slope) * fold
+
+
+def _put(gradient: Tensor, members: Sequence[int], by: Tensor) -> None:
+    """Write columns without an index, which on a GPU would be sent there first."""
+    for k, member in enumerate(members):
+        gradient[:, member] = by[:, k]
+
+
+def _sums_by_products(
+    group: Any, table: Tensor, label: Tensor | None, n_basins: int, tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_sums`, with the kernels of all cells as matrices: for a GPU."""
+    size, n = len(table), len(tau)
+    step = 2 * math.pi / size
+    cells = torch.arange(size, dtype=tau.dtype, device=tau.device)
+    images = torch.arange(-1, 2, dtype=tau.dtype, device=tau.device)
+    height = 1 / (group.width * math.sqrt(2 * math.pi))
+    values, slopes = [], []
+    for member, fold in zip(group.members, group.fold, strict=True):
+        angle = torch.remainder(fold * tau[:, member] + math.pi, 2 * math.pi)
+        d = angle[:, None, None] - (cells + 0.5)[:, None] * step + 2 * math.pi * images
+        d = d / group.width
+        e = height * torch.exp(-0.5 * d.square())
+        values.append(e.sum(2))
+        slopes.append((-fold / group.width) * (e * d).sum(2))
+    if label is None:
+        own = table[None]
+    else:
+        which = torch.arange(n_basins, device=tau.device).reshape(-1, *[1] * table.ndim)
+        own = torch.where(which == label, table, 0.0)
+    if table.ndim == 1:
+        return values[0] @ own.T, (slopes[0] @ own.T)[..., None]
+    flat = own.permute(1, 0, 2).reshape(size, -1)
+    along, by_first = ((v @ flat).reshape(n, -1, size) for v in (values[0], slopes[0]))
+    total = (along @ values[1][..., None])[..., 0]
+    first = (by_first @ values[1][..., None])[..., 0]
+    second = (along @ slopes[1][..., None])[..., 0]
+    return total, torch.stack([first, second], -1)

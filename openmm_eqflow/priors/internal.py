@@ -38,7 +38,7 @@ __all__ = [
     "InternalCoordinatePrior",
 ]
 
-_PLACES = ("_places", "_back", "_free", "_lengths")
+_PLACES = ("places", "back", "_free", "_lengths")
 
 
 class InternalCoordinatePrior:
@@ -112,8 +112,8 @@ class InternalCoordinatePrior:
         self.fold = [zmatrix.fold[k] for k in self.soft]
         # Places among the torsions: of the stiff ones, then of the soft ones, and back.
         order = [*self.stiff, *self.soft]
-        self._places = torch.tensor(order, dtype=torch.int64)
-        self._back = torch.argsort(self._places)
+        self.places = torch.tensor(order, dtype=torch.int64)
+        self.back = torch.argsort(self.places)
         bonds = range(self.n_particles - 1)
         self._free = torch.tensor([k for k in bonds if k not in self.fixed], dtype=torch.int64)
         self._lengths = torch.tensor([self.fixed.get(k, 0.0) for k in bonds], dtype=torch.float64)
@@ -168,7 +168,7 @@ class InternalCoordinatePrior:
             index, kappa = self._bends(angles)
             own = _normal_of_bend(kappa * 2 * torch.cos(angles[:, index] / 2).square())
             angles = angles.index_copy(1, index, own)
-        stiff = self._places.to(angles.device)[: len(self.stiff)]
+        stiff = self.places.to(angles.device)[: len(self.stiff)]
         torsion = wrap_angle(internal.torsions[:, stiff] - self.centre.to(angles))
         return torch.cat([internal.bonds[:, self._free.to(angles.device)], angles, torsion], 1)
 
@@ -176,7 +176,7 @@ class InternalCoordinatePrior:
         """Inverse of :meth:`stiff_vector`."""
         nb, na = len(self._free), self.n_particles - 2
         stiff = s[:, nb + na :] + self.centre.to(s)
-        torsions = torch.cat([stiff, tau], 1)[:, self._back.to(s.device)]
+        torsions = torch.cat([stiff, tau], 1)[:, self.back.to(s.device)]
         angles = s[:, nb : nb + na]
         if self.bends:
             index, kappa = self._bends(s)
@@ -294,7 +294,7 @@ class InternalCoordinatePrior:
         if self.fixed:
             free = internal.bonds[:, self._free.to(x.device)]
             internal = internal._replace(bonds=self._with_fixed(free))
-        tau = internal.torsions[:, self._places.to(x.device)[len(self.stiff) :]]
+        tau = internal.torsions[:, self.places.to(x.device)[len(self.stiff) :]]
         s = self.stiff_vector(internal)
         residual = s - self.features(tau) @ self.coefficients.to(x)
         z = torch.linalg.solve_triangular(self.cholesky.to(x), residual.T, upper=False).T

@@ -32,6 +32,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -124,6 +125,11 @@ class Conformers:
             members=self.members.to(device),
             weights=self.weights.to(device),
         )
+
+    @cached_property
+    def n_basins(self) -> tuple[int, ...]:
+        """Basins of each of those groups."""
+        return tuple(int(cells.max()) + 1 for cells in self.basins)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw basins ``(n, len(groups))``, -1 for any."""
@@ -373,6 +379,12 @@ class TorsionDensity:
         if self.conformers is None or g not in self.conformers.groups:
             return None
         return self.conformers.basins[self.conformers.groups.index(g)]
+
+    def n_basins(self, g: int) -> int:
+        """Basins of a group that conformers couple; 1 of others."""
+        if self.conformers is None or g not in self.conformers.groups:
+            return 1
+        return self.conformers.n_basins[self.conformers.groups.index(g)]
 
     def log_groups(self, tau: Tensor) -> Tensor:
         """Log density of every group by itself, ``(n, n_groups)``."""

@@ -188,9 +188,14 @@ class ZMatrix:
             plans[str(device)] = _Plan.of(self, device)
         return plans[str(device)]
 
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows (N, 4) and leading torsions (N - 3,) on a device, int64."""
+        plan = self._plan(device)
+        return plan.rows, plan.lead
+
     def to_internal(self, x: Tensor) -> InternalCoordinates:
         """Compute the internal coordinates, invariant under rigid motions, of ``(n, N, 3)``."""
-        atom, par, grand, ref = self._plan(x.device).columns
+        atom, par, grand, ref = self._plan(x.device).rows.unbind(1)
         to_parent = x[:, atom[1:]] - x[:, par[1:]]
         bonds = torch.linalg.vector_norm(to_parent, dim=-1)
         to_grand = x[:, grand[2:]] - x[:, par[2:]]
@@ -271,8 +276,9 @@ class ZMatrix:
 class _Plan(NamedTuple):
     """Index tensors of a :class:`ZMatrix` on one device."""
 
-    columns: tuple[Tensor, ...]
-    """Atom, parent, grandparent, reference of every row."""
+    rows: Tensor
+    """Atom, parent, grandparent, reference, (N, 4)."""
+    lead: Tensor
     follower: Tensor
     """Torsions written relative to another of their group, and that one."""
     leader: Tensor
@@ -296,7 +302,8 @@ class _Plan(NamedTuple):
             for row in rows:
                 slot[row[0]] = len(slot)
         return cls(
-            on(zmatrix.rows).unbind(1),
+            on(zmatrix.rows),
+            on(zmatrix.lead),
             on(follower),
             on([zmatrix.lead[k] for k in follower]),
             levels,
