@@ -8,6 +8,8 @@ Torch splits single operations over threads, which hardly pays for the small mat
 and is ruinous when other processes want the same cores. Whole chunks side by side do pay: torch,
 numba and OpenMM release the interpreter lock.
 
+Kernels for a GPU in Triton, which comes with torch for CUDA.
+
 Several processes as one: ``torchrun --nproc-per-node K -m openmm_eqflow.cli train RUN``.
 
 Gloo between CPUs, NCCL between GPUs. Rank 0 decides (clock, stop, what is complete), writes every
@@ -22,6 +24,8 @@ thus depends on the number of shards, not on how many threads or processes share
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -30,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +56,7 @@ __all__ = [
     "share",
     "share_tensors",
     "sum_over_processes",
+    "triton_kernels",
     "world_size",
 ]
 
@@ -119,6 +125,14 @@ def one_torch_thread() -> Iterator[None]:
 # Rank 0 works alone at times (reference data, calibration); torchrun ends ranks that wait in vain.
 _PATIENCE = timedelta(days=7)
 _LETTING_GO = 0.5  # s
+
+
+@cache
+def triton_kernels(module: str) -> Any:
+    """Import a module of kernels in Triton; None where there is no compiler for them."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(module)
 
 
 def _active() -> bool:

@@ -8,14 +8,13 @@ compiled kernels to rounding.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.parallel import triton_kernels
 
 __all__ = [
     "field_jacobian",
@@ -84,12 +83,8 @@ def _midpoint(x: Tensor, table: Tensor, per_length: float) -> tuple[Tensor, Tens
     return _push(x + 0.5 * first, table, per_length)
 
 
-@cache
 def _triton() -> Any:
-    """Kernels for a GPU, if there is a compiler for them."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("openmm_eqflow.flows.softcore_triton")
+    return triton_kernels("openmm_eqflow.flows.softcore_triton")
 
 
 def trajectory(

@@ -12,16 +12,15 @@ without Triton, other floats, nearly linear angles, two atoms) :func:`covers` sa
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openmm_eqflow.parallel import triton_kernels
 from openmm_eqflow.priors import chart_kernels
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.priors.torsions import TorsionDensity
@@ -124,12 +123,8 @@ class _OnGPU:
         return [v.T for v in self.kernels.pull_back(*self.tables, *self.inner, self._x, g)]
 
 
-@cache
 def _triton() -> Any:
-    """Kernels for a GPU, if there is a compiler for them."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("openmm_eqflow.priors.chart_triton")
+    return triton_kernels("openmm_eqflow.priors.chart_triton")
 
 
 def prior_value_and_score(prior: InternalCoordinatePrior, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +244,7 @@ def _sums(
 def _put(gradient: Tensor, members: Sequence[int], by: Tensor) -> None:
     """Write columns without an index, which on a GPU would be sent there first."""
     for k, member in enumerate(members):
-        gradient[:, member] = by[:, k]
+        gradient[:, member].copy_(by[:, k])
 
 
 def _sums_by_products(

@@ -10,6 +10,7 @@ from stand_ins.fake_cuda import fake_cuda, on_fake_cuda
 
 from openmm_eqflow import load_flow, load_system
 from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.priors.compiled_chart import prior_value_and_score
 from openmm_eqflow.runs.stages import build_target
 
 MAPS = ["dw4", "alanine-dipeptide", "toluene", "ala3"]
@@ -39,6 +40,20 @@ def test_a_flow_stays_on_its_device(name: str) -> None:
         start, _ = there.backward(back, RowStreams.of(x))
         for tensor in (end, x, log_q, start, streams.normal(3), streams.uniform()):
             assert tensor.is_cuda
+
+
+@pytest.mark.parametrize("name", MAPS[1:])
+def test_closed_forms_of_a_prior_stay_on_their_device(name: str) -> None:
+    prior = load_flow(name).prior
+    for g in range(len(prior.torsions.groups)):
+        prior.torsions.n_basins(g)  # counted once, before
+    with fake_cuda(), torch.no_grad():
+        there = on_fake_cuda(prior)
+        y = torch.randn(4, *prior.event_shape, dtype=torch.float64, device="cuda")
+        value, score = prior_value_and_score(there, y)
+        assert value.is_cuda
+        assert score.is_cuda
+        assert score.shape == y.shape
 
 
 @pytest.mark.parametrize("name", [*MAPS, "lj55"])

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class _Indexing(TorchFunctionMode):
             return torch.ops.aten.bitwise_not(args[0])
         if func is Tensor.contiguous:
             return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
+        if func is Tensor.copy_:
+            if args[0].device != args[1].device:
+                raise RuntimeError(f"{args[1].device} copied to {args[0].device}")
+            return torch.ops.aten.copy_(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -69,8 +74,9 @@ def _indexed(x: Tensor, index: Any) -> Tensor:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Fake tensors, also on device cuda, inside the block."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Indexing():
+    """Fake tensors, also on device cuda, inside the block; kernels in Triton want real ones."""
+    without = mock.patch("openmm_eqflow.flows.softcore_torch._triton", return_value=None)
+    with without, FakeTensorMode(allow_non_fake_inputs=True), _Indexing():
         yield
 
 

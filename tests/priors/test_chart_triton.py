@@ -1,0 +1,97 @@
+"""The chart's kernels on a GPU, interpreted, against the compiled ones of the CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from stand_ins.flows import chain_prior, coupled_torsions, methanol_prior, stream, water_prior
+from torch import Tensor
+
+from openmm_eqflow import load_flow
+from openmm_eqflow.priors import compiled_chart
+
+pytest.importorskip("triton", reason="no Triton here")
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs them itself: -m gpu", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy off the chart
+PRIORS = ["water", "methanol", "conformers", "toluene", "alanine-dipeptide"]
+
+
+def prior_of(name: str) -> Any:
+    made = {
+        "water": water_prior,
+        "methanol": methanol_prior,
+        "conformers": lambda: chain_prior(torsions=coupled_torsions()),
+    }
+    return made[name]() if name in made else load_flow(name).prior
+
+
+def points(prior: Any) -> Tensor:
+    """Samples, some far out (and off the chart), some at the wrap."""
+    y = prior.sample_latent(70, generator=stream(0))
+    y[60:, : prior.n_stiff] *= 40
+    y[50:60, prior.n_stiff :] = math.pi
+    return y
+
+
+def springs(x: Tensor) -> tuple[Tensor, Tensor]:
+    gaps = x[:, :, None] - x[:, None]
+    return 3.0 * gaps.square().sum((1, 2, 3)), 12.0 * gaps.sum(2)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= 1e-9 * (1 + b.abs())).all())
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_target_in_the_chart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prior = prior_of(name)
+    y = points(prior)
+    value, score = compiled_chart.target_value_and_score(prior, springs, y)
+    monkeypatch.setattr(compiled_chart, "_OnCPU", compiled_chart._OnGPU)
+    ours, ours_score = compiled_chart.target_value_and_score(prior, springs, y)
+    valid = torch.isfinite(value)
+    assert torch.equal(valid, torch.isfinite(ours))
+    assert valid[:50].all()
+    assert not valid.all()
+    assert agree(ours[valid], value[valid])
+    assert agree(ours_score, score)
+
+
+@pytest.mark.parametrize("name", PRIORS[1:])
+def test_torsion_tables_by_products(name: str) -> None:
+    prior = prior_of(name)
+    tau = prior.split(points(prior))[1]
+    for g, (group, table) in enumerate(
+        zip(prior.torsions.groups, prior.torsions.tables, strict=True)
+    ):
+        label = prior.torsions.basin_of_cell(g)
+        total, slope = compiled_chart._sums(group, table, label, tau)
+        ours, by = compiled_chart._sums_by_products(
+            group, table, label, prior.torsions.n_basins(g), tau
+        )
+        assert agree(ours, total)
+        assert agree(by, slope)
+
+
+def test_the_means_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient with a common motion is the same gradient; power: one reversed is not."""
+    prior = prior_of("methanol")
+    y = points(prior)[:8]
+    monkeypatch.setattr(compiled_chart, "_OnCPU", compiled_chart._OnGPU)
+    one = compiled_chart.target_value_and_score(prior, springs, y)[1]
+
+    def pushed(x: Tensor) -> tuple[Tensor, Tensor]:
+        u, gradient = springs(x)
+        return u, gradient + torch.tensor([1.0, -2.0, 3.0]).to(x)
+
+    assert agree(compiled_chart.target_value_and_score(prior, pushed, y)[1], one)
+
+    def turned(x: Tensor) -> tuple[Tensor, Tensor]:
+        u, gradient = springs(x)
+        return u, -gradient
+
+    assert not agree(compiled_chart.target_value_and_score(prior, turned, y)[1], one)
