@@ -193,6 +193,12 @@ def sample(system: str, json_path: Path | None, **options: Any) -> None:
     show_default=True,
     help="Points of an adaptive round; more for molecules with many torsions.",
 )
+@click.option(
+    "--compare-with",
+    metavar="RUN",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Run of the same System: compare with its reference dynamics.",
+)
 @seed_option
 @json_option
 def anneal(
@@ -201,6 +207,7 @@ def anneal(
     ess: float,
     n_samples: int,
     n_points: int,
+    compare_with: Path | None,
     seed: int | None,
     json_path: Path | None,
 ) -> None:
@@ -209,6 +216,7 @@ def anneal(
     A path from a prior that bonds alone suggest to the Boltzmann distribution; no barrier is
     crossed outside rings, so the height of none matters there.
     """
+    from openmm_eqflow.report.annealed import write_annealed_report
     from openmm_eqflow.runs.annealing import anneal_system
     from openmm_eqflow.runs.stages import build_target
     from openmm_eqflow.targets.library import load_system
@@ -224,8 +232,10 @@ def anneal(
             n_samples=n_samples,
             n_points=n_points,
             seed=0 if seed is None else seed,
+            compare_with=compare_with,
             progress=progress,
         )
+    page = write_annealed_report(folder, molecule)
     console.print(
         f"relative ESS {metrics['relative_ess']:.3f} +- {metrics['relative_ess_error']:.3f} (n = "
         f"{n_samples}, {metrics['n_levels']} levels), log Z {metrics['log_z']:.3f} +- "
@@ -238,7 +248,14 @@ def anneal(
         console.print("no torsion here has states that can be told apart", highlight=False)
     for text in metrics["warnings"]:
         errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"wrote {folder}", highlight=False, soft_wrap=True, markup=False)
+    if "dynamics" in metrics:
+        z = [abs(v) for v in metrics["dynamics"]["z"] if v is not None]
+        console.print(
+            f"reference dynamics of {compare_with}: populations within {max(z, default=0.0):.1f} "
+            "standard errors",
+            highlight=False,
+        )
+    console.print(f"wrote {page}", highlight=False, soft_wrap=True, markup=False)
     if json_path is not None:
         write_json(json_path, {"folder": str(folder), "metrics": metrics})
 

@@ -313,6 +313,29 @@ class AnnealedPath(Path):
         levels = Levels(words["n_leapfrog"], tuple(words["times"]), tensors["steps"])
         return cls(flow.prior, BoltzmannTarget.from_record(words["target"]), levels, flow.device)
 
+    def works(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        r"""Log weights of ``n`` new paths, level by level, (K, n).
+
+        :math:`\delta_k = (t_k - t_{k-1})\,[\log p_1(y_{k-1}) - \log p_0(y_{k-1})]`, minus the
+        work of the step to level k (Neal 2001): their sum over k is the log weight of the path.
+        -inf where a point has no density.
+        """
+        z = self.prior.sample_latent(n, generator=generator)
+        streams = RowStreams.drawn(n, generator, self.device)
+
+        def run(rows: slice) -> Tensor:
+            y, mine, before, works = z[rows].to(self.device), streams.rows(rows), 0.0, []
+            for layer, t in zip(self.layers, self.levels.times, strict=True):
+                state = self.bridge.at(y)
+                works.append((t - before) * (state.log_target - state.log_prior))
+                y, _ = layer.forward(y, mine)
+                before = t
+            return torch.stack(works)
+
+        size = self._chunk()
+        parts = [slice(k, min(k + size, n)) for k in range(0, n, size)]
+        return torch.cat(self._carried(run, parts, size), 1)
+
     def describe_layers(self) -> str:
         """Say what the layers are."""
         return (

@@ -97,6 +97,10 @@ class RowStreams:
         """Streams for rows of ``x`` from which nothing will be drawn."""
         return cls(torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
+    def rows(self, rows: slice) -> RowStreams:
+        """Streams of some of the rows, from the first draw."""
+        return RowStreams(self.keys[rows])
+
     def skip(self) -> int:
         """Return the number of the next draw, for whoever computes it elsewhere."""
         self.n_drawn += 1

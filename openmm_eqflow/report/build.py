@@ -12,7 +12,7 @@ import markupsafe
 from openmm_eqflow.analysis.observables import ramachandran_pairs
 from openmm_eqflow.files import write_json, write_text
 from openmm_eqflow.report import figures, figures_chain, tables
-from openmm_eqflow.report.data import RunData, load_run
+from openmm_eqflow.report.data import RunData, Shown, load_run
 from openmm_eqflow.report.figures_cluster import cluster_panels
 from openmm_eqflow.report.figures_drawing import drawing_panel
 from openmm_eqflow.report.figures_molecule import (
@@ -32,6 +32,7 @@ from openmm_eqflow.report.theme import Panel, style
 from openmm_eqflow.report.verdict import Verdict, judge, pm
 
 __all__ = [
+    "molecule_view",
     "render",
     "write_report",
 ]
@@ -58,7 +59,7 @@ def write_report(path: Path) -> Path:
     verdict = judge(run, quantities)
     basins = find_basins(run, states)
     with style():
-        context = _context(run, quantities, verdict, basins) | _molecule(run, states, basins)
+        context = _context(run, quantities, verdict, basins) | molecule_view(run, states, basins)
     html = render("report.html", context)
     metrics = run.metrics | {
         "populations": [row.to_json() for row in quantities],
@@ -83,7 +84,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     return environment.get_template(template).render(css=markupsafe.Markup(css), **context)
 
 
-def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, Any]:
+def molecule_view(run: Shown, states: States, basins: list[Basin]) -> dict[str, Any]:
     """Collect what the 3D view needs, and the drawing beside it."""
     torsions = run.chain.torsions
     maps = [
@@ -114,7 +115,7 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
     }
     caption = (
         "One structure per combination of torsion states, nearest to the middle of its basin; "
-        "populations and errors are the chain's. "
+        f"populations and errors are those of the {run.chain.label}. "
         + ("Click a torsion map, or a torsion with two states, to see the basin. " if maps else "")
         if torsions
         else "The sampled frame of lowest energy. "
@@ -136,7 +137,7 @@ def _molecule(run: RunData, states: States, basins: list[Basin]) -> dict[str, An
     }
 
 
-def _share(run: RunData, basin: Basin, n: int) -> str:
+def _share(run: Shown, basin: Basin, n: int) -> str:
     """Write the population with its error; of a single structure its energy."""
     if n == 1:
         return f"u = {run.chain.u[basin.frame]:.1f} kT"

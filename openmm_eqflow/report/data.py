@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mdtraj
 import numpy as np
@@ -34,6 +34,7 @@ from openmm_eqflow.units import positions_in_nm
 __all__ = [
     "Ensemble",
     "RunData",
+    "Shown",
     "load_run",
 ]
 
@@ -111,6 +112,45 @@ class Ensemble:
         return np.stack([part[:shortest] for part in parts])
 
 
+class Shown(Protocol):
+    """What views, maps and histograms need: the ensemble on show, and others beside it."""
+
+    @property
+    def system(self) -> MolecularSystem:
+        """The molecule."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Of the system."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Kelvin."""
+        ...
+
+    @property
+    def reference(self) -> Ensemble | None:
+        """Dynamics, if there are any."""
+        ...
+
+    @property
+    def chain(self) -> Ensemble:
+        """What is shown."""
+        ...
+
+    @property
+    def flow(self) -> Ensemble | None:
+        """Another way to the same, if there is one."""
+        ...
+
+    @property
+    def ensembles(self) -> list[Ensemble]:
+        """All that have any weight."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class RunData:
     """A run directory in memory.
@@ -151,6 +191,11 @@ class RunData:
     def kind(self) -> str:
         """Kind of the system: molecule, cluster or harmonic."""
         return self.system.kind
+
+    @property
+    def temperature(self) -> float:
+        """Kelvin."""
+        return self.run.config.temperature_kelvin
 
     @cached_property
     def one_state(self) -> list[str]:

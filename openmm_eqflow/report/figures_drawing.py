@@ -8,7 +8,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_eqflow.report.data import RunData
+from openmm_eqflow.report.data import Shown
 from openmm_eqflow.report.theme import COLOURS, INK, Panel, new_figure, to_svg
 
 __all__ = ["drawing_panel"]
@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 _SMALL = 9
 
 
-def drawing_panel(run: RunData) -> Panel:
+def drawing_panel(run: Shown) -> Panel:
     """Draw heavy atoms with their numbers (from 1, as in the PDB file), and the torsions."""
     atoms = list(run.chain.topology.atoms)
     numbers = [0 if a.element is None else a.element.number for a in atoms]

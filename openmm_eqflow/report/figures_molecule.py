@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.observables import Ramachandran
 from openmm_eqflow.analysis.profiles import FreeEnergyMap, free_energy_map, weighted_histogram
-from openmm_eqflow.report.data import Ensemble, RunData
+from openmm_eqflow.report.data import Ensemble, Shown
 from openmm_eqflow.report.structures import Basin
 from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, Panel, legend, new_figure, to_svg
 
@@ -29,7 +29,7 @@ _CEILING = 7.0
 MAX_TORSIONS = 12
 
 
-def _map(run: RunData, ensemble: Ensemble, pair: Ramachandran, bins: int) -> FreeEnergyMap:
+def _map(run: Shown, ensemble: Ensemble, pair: Ramachandran, bins: int) -> FreeEnergyMap:
     torsions = ensemble.torsions
     phi, psi = (ensemble.angles[:, torsions.index(t)] for t in (pair.phi, pair.psi))
     return free_energy_map(
@@ -81,7 +81,7 @@ def _mark(axes: Axes, basins: Sequence[Basin], columns: tuple[int, int]) -> None
 
 
 def ramachandran_panels(
-    run: RunData, pairs: list[Ramachandran], basins: Sequence[Basin]
+    run: Shown, pairs: list[Ramachandran], basins: Sequence[Basin]
 ) -> list[Panel]:
     """Free-energy maps of every ensemble, then difference to the reference and its error."""
     panels = []
@@ -107,14 +107,12 @@ def ramachandran_panels(
                     + ". Empty bins are grey; all maps share one zero.",
                 )
             )
+        if len(run.ensembles) < 2:
+            continue
         first, second = run.ensembles[0], run.ensembles[1]
         a, b = maps[first.label], maps[second.label]
         both = (a.probability > 0.0) & (b.probability > 0.0)
-        names = (
-            ("chain", "reference")
-            if first is run.reference
-            else ("reweighted flow", "chain")
-        )
+        names = second.label, first.label
         difference = np.full(both.shape, np.nan)
         error = np.full(both.shape, np.nan)
         difference[both] = np.log(a.probability[both] / b.probability[both])
@@ -149,7 +147,7 @@ def ramachandran_panels(
     return panels
 
 
-def torsion_panels(run: RunData, basins: Sequence[Basin]) -> list[Panel]:
+def torsion_panels(run: Shown, basins: Sequence[Basin]) -> list[Panel]:
     """One histogram per rotatable bond, with error bands."""
     panels = []
     torsions = run.chain.torsions

@@ -23,7 +23,7 @@ from openmm_eqflow.analysis.observables import (
     two_states,
 )
 from openmm_eqflow.analysis.weights import Estimate, kish_ess
-from openmm_eqflow.report.data import Ensemble, RunData
+from openmm_eqflow.report.data import Ensemble, RunData, Shown
 from openmm_eqflow.targets.model_systems import harmonic_log_z
 
 __all__ = [
@@ -126,7 +126,7 @@ class States:
     close: float | None
 
 
-def define_states(run: RunData) -> States:
+def define_states(run: Shown) -> States:
     """Cut at the barriers of all ensembles together; phi of a peptide always at 0.
 
     States that differ in labels only (turns of a methyl or a phenyl, the chairs of cyclohexane)

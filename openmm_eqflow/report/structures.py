@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from openmm_eqflow.analysis.chains import population
 from openmm_eqflow.analysis.weights import Estimate
 from openmm_eqflow.geometry import superposed
-from openmm_eqflow.report.data import Ensemble, RunData
+from openmm_eqflow.report.data import Ensemble, Shown
 from openmm_eqflow.report.populations import States
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 _MAX_BASINS = 12
+_LIGHT = 0.05  # of the mean weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +78,12 @@ def _medoid(ensemble: Ensemble, rows: NDArray[np.int64], used: list[int]) -> int
         return int(rows[np.argmin(ensemble.u[rows])])
     folds = np.array([ensemble.torsions[k].fold for k in used])
     turns = np.exp(1j * folds * ensemble.angles[rows][:, used])
-    middle = np.angle(turns.mean(axis=0))
+    middle = np.angle((ensemble.weights[rows][:, None] * turns).sum(axis=0))
     distance = (1.0 - np.cos(np.angle(turns) - middle)).sum(axis=1)
     return int(rows[np.argmin(distance)])
 
 
-def find_basins(run: RunData, states: States) -> list[Basin]:
+def find_basins(run: Shown, states: States) -> list[Basin]:
     """Return the most populated basins of the chain, the fullest first, at most twelve.
 
     A basin is a combination of the states that :func:`~.populations.define_states` cuts. Its
@@ -110,11 +111,14 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
     """
     chain = run.chain
     codes = _codes(chain, states)
-    found, counts = np.unique(codes, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:_MAX_BASINS]
+    # What has hardly any weight is nobody's structure.
+    rows = np.flatnonzero(chain.weights * len(codes) > _LIGHT)
+    found, index = np.unique(codes[rows], return_inverse=True)
+    shares = np.bincount(index, weights=chain.weights[rows])
+    order = np.argsort(-shares.round(12), kind="stable")[:_MAX_BASINS]
     cut = [k for k, t in enumerate(chain.torsions) if t.name in states.arcs]
     used = cut or [k for k, t in enumerate(chain.torsions) if not t.even]
-    frames = [_medoid(chain, np.flatnonzero(codes == found[k]), used) for k in order]
+    frames = [_medoid(chain, rows[codes[rows] == found[k]], used) for k in order]
     shown = chain.trajectory[frames].xyz
     heavy = [a.index for a in chain.topology.atoms if a.element is None or a.element.number > 1]
     if chain.x.shape[2] == 3 and run.kind == "molecule":
@@ -123,7 +127,7 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
     basins = []
     for k, frame, x in zip(order, frames, shown, strict=True):
         inside = codes == found[k]
-        share = population(inside, chain=chain.chain)[0]
+        share = population(inside, log_weights=chain.log_weight, chain=chain.chain)[0]
         angles = chain.angles[frame] if chain.torsions else np.zeros(0)
         words = [f"{chain.torsions[c].name} {np.degrees(angles[c]):.0f}°" for c in cut]
         name = ", ".join(words) or ("one basin" if chain.torsions else "lowest energy")
@@ -132,7 +136,7 @@ def find_basins(run: RunData, states: States) -> list[Basin]:
 
 
 def basin_grid(
-    run: RunData, states: States, basins: list[Basin], columns: tuple[int, ...], bins: int = 36
+    run: Shown, states: States, basins: list[Basin], columns: tuple[int, ...], bins: int = 36
 ) -> list[Any]:
     """Tell which basin most frames of every bin of a torsion map are in; -1 where there are none.
 
@@ -160,7 +164,7 @@ def basin_grid(
     return rows
 
 
-def model_atoms(run: RunData) -> list[dict[str, Any]]:
+def model_atoms(run: Shown) -> list[dict[str, Any]]:
     """Elements, names and bonds as 3Dmol.js reads them; positions are given for each basin."""
     topology = run.chain.topology
     bonds: list[list[int]] = [[] for _ in range(topology.n_atoms)]
@@ -184,7 +188,7 @@ def _element(atom: mdtraj.core.topology.Atom) -> str:
     return symbol if symbol and symbol != "VS" else "Ar"
 
 
-def pdb_text(run: RunData, basins: list[Basin]) -> str:
+def pdb_text(run: Shown, basins: list[Basin]) -> str:
     """All basins as the models of one PDB file, in Å, with what each is in its remarks."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "basins.pdb"
@@ -192,7 +196,7 @@ def pdb_text(run: RunData, basins: list[Basin]) -> str:
             for index, basin in enumerate(basins):
                 handle.write(10.0 * basin.x, run.chain.topology, modelIndex=index + 1)
         text = path.read_text(encoding="utf-8")
-    remarks = [f"REMARK   1 {run.system.name}, {run.run.config.temperature_kelvin:g} K"]
+    remarks = [f"REMARK   1 {run.system.name}, {run.temperature:g} K"]
     for index, basin in enumerate(basins):
         line = f"model {index + 1}: population {float(basin.share.value):.4f}, frame {basin.frame}"
         remarks.append(f"REMARK   1 {line}")

@@ -16,10 +16,16 @@ import mdtraj
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from openmm import unit
 
 from openmm_eqflow.analysis.chains import population
 from openmm_eqflow.analysis.observables import Torsion, torsion_angles
-from openmm_eqflow.analysis.weights import log_z, pareto_k, relative_ess_with_error
+from openmm_eqflow.analysis.weights import (
+    log_z,
+    pareto_k,
+    relative_ess,
+    relative_ess_with_error,
+)
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
 from openmm_eqflow.flows.adapt import path_from_chemistry
@@ -28,12 +34,13 @@ from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.target import BoltzmannTarget
-from openmm_eqflow.units import positions_quantity
+from openmm_eqflow.units import kt_in_kj_mol, positions_quantity
 
 __all__ = [
     "anneal_system",
@@ -44,12 +51,18 @@ _KCAL = 4.184
 _LEAST = 50  # independent samples that a table of populations needs
 _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
 _SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
+_PATHS = 1000  # whose work is told level by level
 _LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
 
 
 def isomer_populations(
-    torsions: tuple[Torsion, ...], x: NDArray[Any], log_weights: ArrayLike, kt: float
+    torsions: tuple[Torsion, ...],
+    x: NDArray[Any],
+    log_weights: ArrayLike | None,
+    kt: float,
+    *,
+    chain: ArrayLike | None = None,
 ) -> list[dict[str, Any]]:
     """Give populations and free energies of the states of every torsion that tells isomers apart.
 
@@ -62,9 +75,11 @@ def isomer_populations(
     torsions
         Of :func:`~openmm_eqflow.targets.isomers.find_isomers`.
     x, log_weights
-        Independent samples (n, N, 3) in nm and their log weights (n,).
+        Independent samples (n, N, 3) in nm and their log weights (n,), or frames of a chain.
     kt
         Thermal energy in kJ/mol.
+    chain
+        Which chain made each frame (n,), where they are correlated.
 
     Returns
     -------
@@ -81,7 +96,7 @@ def isomer_populations(
         states = _states(torsion, angle)
         found: dict[str, tuple[float, float]] = {}
         for name, inside in states.items():
-            estimate, _ = population(inside, log_weights=log_weights)
+            estimate, _ = population(inside, log_weights=log_weights, chain=chain)
             found[name] = float(estimate.value), float(estimate.error)
         most = max(found, key=lambda name: found[name][0])
         for name, (p, error) in found.items():
@@ -134,6 +149,7 @@ def anneal_system(
     n_samples: int = 10_000,
     n_points: int = 1000,
     seed: int = 0,
+    compare_with: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a path without reference data, draw from it, and write what it says.
@@ -145,7 +161,8 @@ def anneal_system(
     out
         Folder of the results: ``flow.json`` and ``flow.safetensors`` (the path, for
         ``load_flow``, ``FlowMove`` and ``evaluate``), ``samples.npz`` (positions in nm, log
-        weights), ``samples.dcd`` and ``topology.pdb`` (resampled by weight) and ``metrics.json``.
+        weights, reduced potentials), ``samples.dcd`` and ``topology.pdb`` (resampled by weight)
+        and ``metrics.json``.
         A folder with a path of the same System, seed and ``ess`` is gone on with.
     ess
         Relative ESS asked for; the number of levels follows.
@@ -155,6 +172,8 @@ def anneal_system(
         Points of an adaptive round.
     seed
         Of all random streams, children of it by name.
+    compare_with
+        Run directory of the same System whose reference dynamics are an independent check.
     progress
         Called with the share done and a line.
 
@@ -162,18 +181,22 @@ def anneal_system(
     -------
     dict
         What ``metrics.json`` holds: relative ESS, log Z, Pareto k, populations and free energies
-        of isomers, rounds, levels, seconds.
+        of isomers, rounds, levels with their work, seconds; where there is a comparison, isomers
+        by dynamics and z of every population.
 
     Raises
     ------
     ConfigurationError
-        ``out`` belongs to something else.
+        ``out`` belongs to something else, or ``compare_with`` to another System.
+    CheckpointError
+        ``compare_with`` has no reference dynamics.
     UnsupportedSystemError
         No prior can be made of the molecule.
     """
     if not 0.0 < ess < 1.0:
         raise ConfigurationError(f"ess is {ess:g}, expected a number above 0 and below 1")
     tell = progress or (lambda share, text: None)
+    dynamics = None if compare_with is None else _dynamics(compare_with, target)
     asked = {
         "system_hash": target.system_hash,
         "temperature_K": target.kT,
@@ -217,14 +240,64 @@ def anneal_system(
         "log_z_error": float(estimate.error),
         "weights_of": "paths",
         "n_levels": len(path.layers),
+        "ess_asked": ess,
         "seconds_per_sample": samples.seconds / n_samples,
         "adaptation": adaptation,
         "warnings": told + _single_conformers(isomers, rows),
         "isomers": rows,
+        "levels": _levels(path, seed),
     }
-    _write(out, system, x, log_w, seed)
+    if dynamics is not None:
+        frames, walker = dynamics.positions, dynamics.walker
+        by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
+        metrics["dynamics"] = {
+            "run": str(compare_with),
+            "n_frames": len(frames),
+            "isomers": by_md,
+            "z": _z_scores(rows, by_md),
+        }
+    _write(out, system, x, log_w, samples.u.numpy(), seed)
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:
+    """Frames of reference dynamics of the same System at the same temperature."""
+    found = load_reference(run)
+    same = math.isclose(kt_in_kj_mol(found.temperatures[0] * unit.kelvin), target.kT, rel_tol=1e-6)
+    if found.system_hash != target.system_hash or not same:
+        raise ConfigurationError(
+            f"the reference dynamics of {run} are of another System or temperature: compare with "
+            "a run of this one"
+        )
+    return found
+
+
+def _z_scores(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
+) -> list[float | None]:
+    """Differences of the populations over their combined standard errors."""
+    scores = []
+    for a, b in zip(ours, theirs, strict=True):
+        error = math.hypot(a["population_error"], b["population_error"])
+        known = math.isfinite(error) and error > 0.0
+        scores.append((a["population"] - b["population"]) / error if known else None)
+    return scores
+
+
+def _levels(path: FlowPath, seed: int) -> dict[str, list[float]]:
+    """Spread of the work on every level, and the ESS of what has been gathered up to it."""
+    if not isinstance(path, AnnealedPath):
+        return {}
+    works = path.works(_PATHS, generator=child(seed, "works")).cpu()
+    gathered = works.cumsum(0)
+    finite = torch.isfinite(works)
+    spread = [float(w[f].std()) for w, f in zip(works, finite, strict=True)]
+    return {
+        "time": list(path.levels.times),
+        "work_spread": spread,
+        "relative_ess": [float(relative_ess(total.numpy())) for total in gathered],
+    }
 
 
 def _known(out: Path, asked: dict[str, Any]) -> FlowPath | None:
@@ -286,10 +359,16 @@ def _single_conformers(isomers: Isomers, rows: list[dict[str, Any]]) -> list[str
 
 
 def _write(
-    out: Path, system: MolecularSystem, x: NDArray[Any], log_w: NDArray[np.float64], seed: int
+    out: Path,
+    system: MolecularSystem,
+    x: NDArray[Any],
+    log_w: NDArray[np.float64],
+    energies: NDArray[np.float64],
+    seed: int,
 ) -> None:
     """Weighted samples as they are, and frames drawn by weight for a viewer."""
-    write_npz(out / "samples.npz", {"positions": x.astype(np.float32), "log_weight": log_w})
+    stored = (("positions", x.astype(np.float32)), ("log_weight", log_w), ("u", energies))
+    write_npz(out / "samples.npz", dict(stored))
     weights = torch.softmax(torch.from_numpy(log_w), 0)
     effective = int(max(1.0, float(1 / weights.square().sum())))
     generator = child(seed, "frames")

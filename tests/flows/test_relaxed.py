@@ -12,8 +12,9 @@ from torch import Tensor
 
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flows.relaxed import RelaxedFlow, relax
+from openmm_eqflow.flows.relaxed import RelaxedFlow, anneal, relax
 from openmm_eqflow.flows.storage import save_flow
+from openmm_eqflow.flows.streams import RowStreams
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,21 @@ def test_invalid_points_stay_invalid_and_raise_nothing(relaxed: RelaxedFlow) -> 
         50, generator=stream(1)
     )
     torch.testing.assert_close(log_q, flow.log_prob(x), atol=1e-6, rtol=0)
+
+
+def test_works_of_the_levels_add_up_to_the_weight() -> None:
+    """Path by path, not only in the mean; without one level they do not."""
+    prior = water_flow().prior
+    path = anneal(prior, TARGET, n_levels=6, seed=2)
+    path.chunk_size = 40
+    works = path.works(100, generator=stream(3))
+    again = stream(3)
+    z, streams = prior.sample_latent(100, generator=again), RowStreams.drawn(100, again)
+    x, log_q = path.ends(z, streams)
+    log_w = -TARGET.reduced_potential(x) - log_q
+    torch.testing.assert_close(works.sum(0), log_w, atol=1e-9, rtol=0)
+    for k in range(6):
+        assert float((works.sum(0) - works[k] - log_w).abs().max()) > 1e-3
 
 
 def test_what_cannot_be_relaxed_is_refused(relaxed: RelaxedFlow, tmp_path: Path) -> None:

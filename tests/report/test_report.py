@@ -6,10 +6,10 @@ import dataclasses
 import json
 import re
 from html import escape
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from stand_ins.pages import check_page
 from stand_ins.runs import PHI_POSITIVE, write_run
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
@@ -24,29 +24,6 @@ from openmm_eqflow.report.verdict import chain_checks, judge
 def report_of(path):
     html = write_report(path).read_text(encoding="utf-8")
     return html, json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-
-
-def check_page(html):
-    """Self-contained, small, well-formed figures, no id twice, no placeholder colour left."""
-    assert len(html) < 5_000_000
-    for value in re.findall(r'(?:src|href)="([^"]*)"', html):
-        assert value.startswith(("#", "data:")), value
-    assert "@import" not in html
-    assert not re.search(r"url\((?!#)", html)
-    ids = re.findall(r'\bid="([^"]+)"', html)
-    assert len(ids) == len(set(ids))
-    figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
-    assert figures
-    for svg in figures:
-        root = ElementTree.fromstring(svg)
-        assert root.get("role") == "img"
-        assert root.get("aria-label")
-        drawn = [e for e in root.iter() if e.tag.endswith(("path", "use", "image"))]
-        assert len(drawn) > 10
-    for placeholder in (*COLOURS.values(), INK, EMPTY):
-        assert placeholder not in html
-    assert "nan" not in re.sub(r'"[^"]*"', "", html).lower().split()
-    return {key for key in re.findall(r'<figure id="figure-([^"]+)"', html)}
 
 
 def judged(path):

@@ -1,0 +1,238 @@
+"""The page of ``openmm-eqflow anneal``: isomers, structures, the path, and dynamics beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mdtraj
+import numpy as np
+
+from openmm_eqflow.analysis.observables import Torsion, ramachandran_pairs
+from openmm_eqflow.files import write_text
+from openmm_eqflow.report.build import molecule_view, render
+from openmm_eqflow.report.data import Ensemble
+from openmm_eqflow.report.figures_molecule import ramachandran_panels, torsion_panels
+from openmm_eqflow.report.figures_path import path_panels
+from openmm_eqflow.report.populations import define_states
+from openmm_eqflow.report.structures import find_basins
+from openmm_eqflow.report.theme import style
+from openmm_eqflow.report.verdict import pm
+from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.targets.isomers import find_isomers
+from openmm_eqflow.targets.library import MolecularSystem
+from openmm_eqflow.units import kelvin, positions_in_nm
+
+__all__ = [
+    "write_annealed_report",
+]
+
+_MOST = 4000  # frames of dynamics in figures
+
+
+@dataclass(frozen=True, eq=False)
+class _Annealed:
+    """Samples of a path, and frames of dynamics if they are compared."""
+
+    system: MolecularSystem
+    chain: Ensemble
+    reference: Ensemble | None
+    kind: str = "molecule"
+    flow: Ensemble | None = None
+
+    @property
+    def temperature(self) -> float:
+        return kelvin(self.system.temperature)
+
+    @property
+    def ensembles(self) -> list[Ensemble]:
+        return [self.chain] if self.reference is None else [self.reference, self.chain]
+
+
+def write_annealed_report(folder: str | Path, system: MolecularSystem) -> Path:
+    """Write ``folder``/report.html from what ``anneal`` left there.
+
+    Parameters
+    ----------
+    folder
+        Of :func:`~openmm_eqflow.runs.annealing.anneal_system`.
+    system
+        The molecule.
+
+    Returns
+    -------
+    Path
+        The page: one file, no external request.
+
+    Examples
+    --------
+    >>> write_annealed_report("runs/mol-annealed", system)  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    start = positions_in_nm(system.positions)
+    torsions = find_isomers(system.system, system.topology, start).torsions
+    shown = _Annealed(
+        system, _samples(folder, system, torsions), _dynamics(metrics, system, torsions)
+    )
+    states = define_states(shown)
+    basins = find_basins(shown, states)
+    with style():
+        sections = [("The path", "path", path_panels(metrics))]
+        for k, pair in enumerate(ramachandran_pairs(torsions)):
+            heading = f"Backbone of {pair.residue}" if pair.residue else "Backbone"
+            sections.append((heading, f"backbone-{k}", ramachandran_panels(shown, [pair], basins)))
+        sections.append(("Torsions", "torsions", torsion_panels(shown, basins)))
+        context = _context(metrics, shown) | molecule_view(shown, states, basins)
+    html = render("annealed.html", context | {"sections": [s for s in sections if s[2]]})
+    write_text(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def _samples(folder: Path, system: MolecularSystem, torsions: tuple[Torsion, ...]) -> Ensemble:
+    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+        return Ensemble(
+            "weighted samples",
+            stored["positions"],
+            stored["u"],
+            stored["log_weight"],
+            None,
+            mdtraj.Topology.from_openmm(system.topology),
+            torsions,
+        )
+
+
+def _dynamics(
+    metrics: dict[str, Any], system: MolecularSystem, torsions: tuple[Torsion, ...]
+) -> Ensemble | None:
+    if "dynamics" not in metrics:
+        return None
+    data = load_reference(Path(metrics["dynamics"]["run"]))
+    rows = slice(None, None, max(1, -(-data.n_frames // _MOST)))
+    return Ensemble(
+        "reference MD",
+        data.positions[rows],
+        data.reduced_energies[rows],
+        None,
+        data.walker[rows],
+        mdtraj.Topology.from_openmm(system.topology),
+        torsions,
+    )
+
+
+def _context(metrics: dict[str, Any], shown: _Annealed) -> dict[str, Any]:
+    m = metrics
+    effective = m["relative_ess"] * m["n_samples"]
+    k = m["pareto_k"]
+    value, _, error = pm(m["log_z"], m["log_z_error"]).partition(" ± ")
+    adaptation = m["adaptation"]
+    return {
+        "title": m["system"],
+        "description": shown.system.description,
+        "temperature": f"{shown.temperature:g} K",
+        "grade": "poor" if m["warnings"] else "good",
+        "warnings": m["warnings"],
+        "tiles": [
+            (
+                f"{m['relative_ess']:.3f}",
+                "raw relative ESS",
+                f"± {m['relative_ess_error']:.3f}; of paths; n = {m['n_samples']:,}",
+            ),
+            (f"{effective:,.0f}", "effective samples", "independent, with weights"),
+            (value, "log Z", f"± {error or 'unknown'}; mean-free, nm"),
+            ("∞" if k is None else f"{k:.2f}", "Pareto k", "of the weights"),
+            (str(m["n_levels"]), "levels", f"{1e3 * m['seconds_per_sample']:.2g} ms a sample"),
+        ],
+        "isomers": _isomer_rows(m),
+        "compared": m.get("dynamics", {}).get("run"),
+        "coverage": _coverage(m),
+        "rounds": [
+            (
+                str(number),
+                f"{r['n']:,}",
+                str(r["n_levels"]),
+                f"{r['length']:.2f}",
+                f"{r['prior_ess']:.3f}",
+                f"{r['log_z']:.2f}",
+                "kept" if r["kept"] else "dropped",
+            )
+            for number, r in enumerate(adaptation["rounds"], 1)
+        ],
+    }
+
+
+def _isomer_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    dynamics = metrics.get("dynamics", {})
+    rows = []
+    for k, row in enumerate(metrics["isomers"]):
+        made = {
+            "torsion": row["torsion"],
+            "state": row["state"],
+            "population": pm(row["population"], row["population_error"]),
+            "kj": _free(row, "free_energy_kj_mol"),
+            "kcal": _free(row, "free_energy_kcal_mol"),
+            "md": "",
+            "z": "",
+            "grade": "good",
+        }
+        if dynamics:
+            other, z = dynamics["isomers"][k], dynamics["z"][k]
+            made["md"] = pm(other["population"], other["population_error"])
+            made["z"] = "-" if z is None else f"{z:+.1f}"
+            if z is not None and abs(z) > 3:
+                made["grade"] = "poor" if abs(z) > 4 else "fair"
+        rows.append(made)
+    return rows
+
+
+def _free(row: dict[str, Any], key: str) -> str:
+    """Of a population below its error a free energy says nothing."""
+    if row[key] is None or row["population"] < row["population_error"]:
+        return "-"
+    return pm(row[key], row[f"{key}_error"])
+
+
+def _coverage(metrics: dict[str, Any]) -> list[str]:
+    """Say in sentences what was looked at, so that nothing is missing in silence."""
+    adaptation = metrics["adaptation"]
+    found = [
+        f"Another population of points, from the first prior, has log Z "
+        f"{adaptation['second_log_z']:.2f}; the path {metrics['log_z']:.2f}."
+    ]
+    floor = adaptation["floor"]
+    if floor:
+        words = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in floor.items())
+        found.append(f"What only the floor of the prior proposes: {words}.")
+    seen: list[str] = []
+    never: list[str] = []
+    for row in metrics["isomers"]:
+        (seen if row["population"] > 0.0 else never).append(f"{row['torsion']} {row['state']}")
+    if never:
+        found.append(f"Never seen among {metrics['n_samples']:,} samples: {', '.join(never)}.")
+    elif seen:
+        found.append("Every state in the table was seen.")
+    dynamics = metrics.get("dynamics")
+    if dynamics:
+        pairs = zip(metrics["isomers"], dynamics["isomers"], strict=True)
+        ours, theirs = [], []
+        for a, b in pairs:
+            name = f"{a['torsion']} {a['state']}"
+            if a["population"] > 0.0 and b["population"] == 0.0:
+                ours.append(name)
+            if b["population"] > 0.0 and a["population"] == 0.0:
+                theirs.append(name)
+        if ours:
+            found.append(f"Seen by the path and not by dynamics: {', '.join(ours)}.")
+        if theirs:
+            found.append(f"Seen by dynamics and not by the path: {', '.join(theirs)}.")
+        z = [abs(v) for v in dynamics["z"] if v is not None]
+        if z:
+            found.append(
+                f"Populations differ from those of {dynamics['n_frames']:,} frames of dynamics by "
+                f"at most {max(z):.1f} standard errors (root mean square "
+                f"{math.sqrt(sum(v * v for v in z) / len(z)):.1f})."
+            )
+    return found
