@@ -69,6 +69,7 @@ __all__ = [
     "training_settings",
 ]
 
+_FOREIGN = 50.0  # log of w / mean(w) beyond which a frame is of a state that a density lacks
 _AGREEMENT, _ROUNDING = 1e-2, 1e-5  # kT, and a share of u; the layers compute in float32
 
 
@@ -397,8 +398,10 @@ def keep_prior(
     The ESS of each is the lower of two estimates: from ``n`` draws (the same latents for both, of
     a stream that ``seed`` gives to this alone, the flow on a grid of at least 16 steps) and from
     at most ``n`` of the target's ``frames``, to which the flow was not trained. What a flow gives
-    too little density its own draws hardly ever show. A field at rest is zero, so that
-    flow and prior are one density.
+    too little density its own draws hardly ever show. Frames whose weight is more than e^50 times
+    the mean by both (ten widths of a Gaussian), such as three of an amide that turned over, belong
+    to a state that both lack and do not say which is better: they are left out. A field at rest is
+    zero, so that flow and prior are one density.
 
     Returns
     -------
@@ -416,8 +419,15 @@ def keep_prior(
         log_f = torch.cat([fine.log_prob(part).cpu() for part in frames.split(flow.chunk_size)])
     log_f = torch.where(torch.isnan(log_f), -torch.inf, log_f)  # a field that runs away
     u = target.reduced_potential(frames)
-    ours = _lower(-target.reduced_potential(x) - log_q, -u - log_f)
-    prior = _lower(latent_log_weights(flow.prior, target, z), -u - flow.prior.log_prob(frames))
+    drawn = -target.reduced_potential(x) - log_q, latent_log_weights(flow.prior, target, z)
+    seen = -u - log_f, -u - flow.prior.log_prob(frames)
+    known = [
+        w - torch.logsumexp(d, 0) + np.log(len(d)) < _FOREIGN
+        for w, d in zip(seen, drawn, strict=True)
+    ]
+    ours, prior = (
+        _lower(d, w[known[0] | known[1]]) for d, w in zip(drawn, seen, strict=True)
+    )
     # Compared by their logarithms: an ESS of .01 +- .01 may be far below one of .1 +- .1.
     # A flow without any weight has no error to go by.
     chance = 2.0 * np.hypot(ours.error / (ours.value or 1.0), prior.error / (prior.value or 1.0))
@@ -443,8 +453,10 @@ def keep_prior(
 
 def _lower(draws: Tensor, frames: Tensor) -> Estimate:
     """Return the lower of the relative ESS that draws and frames of the target show."""
-    forward = forward_ess_with_error(frames.numpy())
-    return min(relative_ess_with_error(draws.numpy()), forward, key=lambda ess: ess.value)
+    found = [relative_ess_with_error(draws.numpy())]
+    if len(frames):
+        found.append(forward_ess_with_error(frames.numpy()))
+    return min(found, key=lambda ess: ess.value)
 
 
 def _settings(recipe: Recipe, prior: Prior, *, seed: int, device: str) -> TrainingSettings:

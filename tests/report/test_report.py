@@ -17,7 +17,7 @@ from openmm_eqflow.report import write_report
 from openmm_eqflow.report.compare import compare
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import compare_ensembles
-from openmm_eqflow.report.theme import COLOURS, EMPTY, INK, new_figure, style, to_svg
+from openmm_eqflow.report.theme import COLOURS, new_figure, style, to_svg
 from openmm_eqflow.report.verdict import chain_checks, judge
 
 

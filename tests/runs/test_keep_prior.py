@@ -15,7 +15,7 @@ from stand_ins.moves import Springs
 from stand_ins.runs import write_run
 from torch import nn
 
-from openmm_eqflow.analysis.weights import relative_ess
+from openmm_eqflow.analysis.weights import forward_ess_with_error, relative_ess
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
@@ -105,6 +105,32 @@ def test_what_a_flow_has_lost_is_seen_in_frames_and_not_in_its_draws():
     near = frames[frames.square().sum((1, 2)).sqrt() < 1.4]
     assert keep_prior(gap, target, 1000, near, seed=0)[1] is None
     assert keep_prior(whole, target, 1000, frames, seed=0)[1] is None
+
+
+def test_frames_of_a_state_that_neither_knows_decide_nothing():
+    """Three of a thousand, where both densities are nothing: the better flow stays."""
+
+
+    class WithShell(Springs):
+        def reduced_potential(self, x):
+            far = x.square().sum((1, 2)) > 100.0
+            return torch.where(far, 0.0, super().reduced_potential(x))
+
+    target, prior = WithShell(), MeanFreeGaussian(2, 3, 0.65)
+    frames = MeanFreeGaussian(2, 3, 0.5).sample_latent(1000, generator=stream(3))
+    grid = tuple(k / 16 for k in range(17))
+    gap, better = (EquivariantFlow(prior, GapField(c), grid=grid) for c in (1.0, 0.0))
+    frames[:3] *= 12.0 / frames[:3].square().sum((1, 2), keepdim=True).sqrt()
+    # Power: by all frames the flow, which is narrower than its prior, would be the worse one.
+    u = target.reduced_potential(frames)
+    by_all = [
+        forward_ess_with_error((-u - q).detach().numpy()).value
+        for q in (better.log_prob(frames), prior.log_prob(frames))
+    ]
+    assert by_all[0] < 1e-3 * by_all[1]
+    assert keep_prior(better, target, 1000, frames, seed=0)[1] is None
+    # One that has lost what the prior knows is still found out.
+    assert keep_prior(gap, target, 1000, frames, seed=0)[1] is not None
 
 
 def test_a_run_whose_training_fails_goes_on_with_the_prior_and_says_so(tmp_path, monkeypatch):
