@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from html import escape
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
