@@ -108,8 +108,7 @@ def test_what_a_flow_has_lost_is_seen_in_frames_and_not_in_its_draws():
 
 
 def test_frames_of_a_state_that_neither_knows_decide_nothing():
-    """Three of a thousand, where both densities are nothing: the better flow stays."""
-
+    """Three of some thousand, where both densities are nothing: the better flow stays."""
 
     class WithShell(Springs):
         def reduced_potential(self, x):
@@ -117,10 +116,10 @@ def test_frames_of_a_state_that_neither_knows_decide_nothing():
             return torch.where(far, 0.0, super().reduced_potential(x))
 
     target, prior = WithShell(), MeanFreeGaussian(2, 3, 0.65)
-    frames = MeanFreeGaussian(2, 3, 0.5).sample_latent(1000, generator=stream(3))
+    frames = MeanFreeGaussian(2, 3, 0.5).sample_latent(4000, generator=stream(3))
     grid = tuple(k / 16 for k in range(17))
     gap, better = (EquivariantFlow(prior, GapField(c), grid=grid) for c in (1.0, 0.0))
-    frames[:3] *= 12.0 / frames[:3].square().sum((1, 2), keepdim=True).sqrt()
+    frames[:3] *= 16.0 / frames[:3].square().sum((1, 2), keepdim=True).sqrt()
     # Power: by all frames the flow, which is narrower than its prior, would be the worse one.
     u = target.reduced_potential(frames)
     by_all = [
