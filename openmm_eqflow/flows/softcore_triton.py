@@ -145,7 +145,8 @@ def _push(x, y, z, at, i, table, per_length, SIZE: tl.constexpr, COUNT: tl.const
     for j in range(COUNT):
         dx, dy = x - tl.load(at + 3 * j), y - tl.load(at + 3 * j + 1)
         dz = z - tl.load(at + 3 * j + 2)
-        q = tl.minimum(tl.sqrt(dx * dx + dy * dy + dz * dz) * per_length, 1.0 * SIZE)
+        q = tl.sqrt(dx * dx + dy * dy + dz * dz) * per_length
+        q = tl.minimum(q, 1.0 * SIZE, propagate_nan=tl.PropagateNan.ALL)
         # Not a number has no interval; any will do, what comes of it is none either.
         k = tl.minimum(tl.maximum(q.to(tl.int32), 0), SIZE - 1)
         s = q - k.to(tl.float32)
@@ -222,7 +223,9 @@ def trajectory(
     x, end, change, made = _made(y)
     velocity, size = torch.empty_like(x), 3 * x.shape[1]
     grid = (len(x),)
-    if len(x):
+    if not len(x):
+        return end, change
+    with torch.cuda.device_of(x):  # a launch goes to the current device
         _draws[grid](velocity, keys, draw, size, WIDTH=triton.next_power_of_2(size))
         _trajectory[grid](
             x, velocity, end, change, keys, level, timestep, draw + 1, STEPS=n_leapfrog, **made
@@ -233,7 +236,9 @@ def trajectory(
 def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
     """Apply the midpoint step; also its log determinant (n,), float64."""
     x, end, ladj, made = _made(y)
-    if len(x):
+    if not len(x):
+        return end, ladj
+    with torch.cuda.device_of(x):
         _transport[(len(x),)](x, end, ladj, table, 1.0 / spacing, SIZE=len(table), **made)
     return end, ladj
 
@@ -243,7 +248,9 @@ def transport_back(
 ) -> tuple[Tensor, Tensor]:
     """Invert by fixed-point iteration, row by row; also the log determinant of the map."""
     x, end, ladj, made = _made(y)
-    if len(x):
+    if not len(x):
+        return end, ladj
+    with torch.cuda.device_of(x):
         _transport_back[(len(x),)](
             x, end, ladj, table, 1.0 / spacing, tolerance, MOST=most, SIZE=len(table), **made
         )

@@ -205,7 +205,9 @@ def place(
     count, n = len(rows), b.shape[1]
     x, log_volume = b.new_empty(count, 3, n), b.new_empty(n)
     grid = (triton.cdiv(n, _LANES),)
-    if n:
+    if not n:
+        return x, log_volume
+    with torch.cuda.device_of(x):  # a launch goes to the current device
         _place[grid](
             rows, lead, b, th, ta, x, log_volume, n, COUNT=count, LANES=_LANES, num_warps=_WARPS
         )
@@ -223,7 +225,9 @@ def pull_back(
     count, n = len(rows), b.shape[1]
     gb, gt, ga = torch.empty_like(b), torch.empty_like(th), torch.empty_like(ta)
     grid = (triton.cdiv(n, _LANES),)
-    if n:
+    if not n:
+        return gb, gt, ga
+    with torch.cuda.device_of(x):
         _pull_back[grid](
             rows, lead, b, th, ta, x, g, gb, gt, ga, n,
             COUNT=count, LANES=_LANES, num_warps=_WARPS,

@@ -254,7 +254,7 @@ def _sums_by_products(
     size, n = len(table), len(tau)
     step = 2 * math.pi / size
     cells = torch.arange(size, dtype=tau.dtype, device=tau.device)
-    images = torch.arange(-1, 2, dtype=tau.dtype, device=tau.device)
+    images = torch.arange(-2, 3, dtype=tau.dtype, device=tau.device)
     height = 1 / (group.width * math.sqrt(2 * math.pi))
     values, slopes = [], []
     for member, fold in zip(group.members, group.fold, strict=True):
@@ -272,7 +272,7 @@ def _sums_by_products(
     if table.ndim == 1:
         return values[0] @ own.T, (slopes[0] @ own.T)[..., None]
     flat = own.permute(1, 0, 2).reshape(size, -1)
-    along, by_first = ((v @ flat).reshape(n, -1, size) for v in (values[0], slopes[0]))
+    along, by_first = ((v @ flat).reshape(n, len(own), size) for v in (values[0], slopes[0]))
     total = (along @ values[1][..., None])[..., 0]
     first = (by_first @ values[1][..., None])[..., 0]
     second = (along @ slopes[1][..., None])[..., 0]

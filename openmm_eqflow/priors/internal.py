@@ -145,13 +145,12 @@ class InternalCoordinatePrior:
         """
         if not self.fixed:
             return self.coefficients, self.cholesky
-        rest = torch.arange(self.n_particles - 1, self.n_stiff + len(self.fixed))
-        rows = torch.cat([self._free, rest])
-        mean = self.coefficients.new_zeros(len(self.coefficients), len(rest) + len(self._lengths))
-        mean[0, : len(self._lengths)] = self._lengths.to(mean)
-        mean[:, rows] = self.coefficients
-        factor = self.cholesky.new_zeros(mean.shape[1], self.n_stiff)
-        factor[rows] = self.cholesky
+        n, m = len(self._lengths), self.n_stiff + len(self.fixed)
+        rows = torch.cat([self._free, torch.arange(n, m, device=self._free.device)])
+        nothing = self.coefficients.new_zeros(len(self.coefficients), m)
+        lengths = torch.cat([self._lengths.to(nothing), nothing[0, n:]])
+        mean = torch.cat([lengths[None], nothing[1:]]).index_copy(1, rows, self.coefficients)
+        factor = self.cholesky.new_zeros(m, self.n_stiff).index_copy(0, rows, self.cholesky)
         return mean, factor
 
     # -- stiff coordinates --------------------------------------------------------------------

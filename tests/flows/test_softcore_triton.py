@@ -56,3 +56,11 @@ def test_a_map_and_its_inverse_are_those_of_the_cpu() -> None:
     back, again = kernels.transport_back(ours, layer.table, layer.spacing, 3e-7, 12)
     assert float((back - y).abs().max()) < 2e-6
     assert float((again - ladj).abs().max()) < 1e-5
+    # Off the end of float32 there is no determinant, on a GPU either: such a path has failed.
+    y[0, 3, 1] = torch.nan
+    for found in (
+        kernels.transport(y, layer.table, layer.spacing)[1],
+        kernels.transport_back(y, layer.table, layer.spacing, 3e-7, 12)[1],
+        layer.forward(y)[1],
+    ):
+        assert torch.isnan(found).tolist() == [True, False, False]

@@ -75,6 +75,10 @@ def test_torsion_tables_by_products(name: str) -> None:
         )
         assert agree(ours, total)
         assert agree(by, slope)
+        none = compiled_chart._sums_by_products(
+            group, table, label, prior.torsions.n_basins(g), tau[:0]
+        )
+        assert [v.shape for v in none] == [(0, *total.shape[1:]), (0, *slope.shape[1:])]
 
 
 def test_the_means_are_taken_off(monkeypatch: pytest.MonkeyPatch) -> None:
