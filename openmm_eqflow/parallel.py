@@ -113,6 +113,14 @@ def map_chunks(function: Callable[[A], B], chunks: Iterable[A]) -> list[B]:
         return list(executor.map(quiet, items))
 
 
+@cache
+def triton_kernels(module: str) -> Any:
+    """Import a module of kernels in Triton; None where there is no compiler for them."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(module)
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Keep torch's own threads out of the way of ours."""
@@ -122,17 +130,11 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
 # Rank 0 works alone at times (reference data, calibration); torchrun ends ranks that wait in vain.
 _PATIENCE = timedelta(days=7)
 _LETTING_GO = 0.5  # s
-
-
-@cache
-def triton_kernels(module: str) -> Any:
-    """Import a module of kernels in Triton; None where there is no compiler for them."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module(module)
 
 
 def _active() -> bool:

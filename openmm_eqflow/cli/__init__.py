@@ -249,15 +249,20 @@ def anneal(
     for text in metrics["warnings"]:
         errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
     if "dynamics" in metrics:
-        z = [abs(v) for v in metrics["dynamics"]["z"] if v is not None]
-        console.print(
-            f"reference dynamics of {compare_with}: populations within {max(z, default=0.0):.1f} "
-            "standard errors",
-            highlight=False,
-        )
+        _print_comparison(metrics["dynamics"])
     console.print(f"wrote {page}", highlight=False, soft_wrap=True, markup=False)
     if json_path is not None:
         write_json(json_path, {"folder": str(folder), "metrics": metrics})
+
+
+def _print_comparison(dynamics: dict[str, Any]) -> None:
+    largest = dynamics["largest_z"]
+    said = (
+        "no population to compare"
+        if largest is None
+        else f"populations within {largest:.1f} standard errors"
+    )
+    console.print(f"reference dynamics of {dynamics['run']}: {said}", highlight=False)
 
 
 def _print_isomers(rows: list[dict[str, Any]]) -> None:

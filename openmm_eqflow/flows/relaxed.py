@@ -321,15 +321,16 @@ class AnnealedPath(Path):
         -inf where a point has no density.
         """
         z = self.prior.sample_latent(n, generator=generator)
-        streams = RowStreams.drawn(n, generator, self.device)
+        streams, times = RowStreams.drawn(n, generator, self.device), self.levels.times
 
         def run(rows: slice) -> Tensor:
-            y, mine, before, works = z[rows].to(self.device), streams.rows(rows), 0.0, []
-            for layer, t in zip(self.layers, self.levels.times, strict=True):
+            y, mine, works = z[rows].to(self.device), streams.rows(rows), []
+            for k, t in enumerate(times):
+                if k > 0:  # the last trajectory changes no weight
+                    y, _ = self.layers[k - 1].forward(y, mine)
                 state = self.bridge.at(y)
-                works.append((t - before) * (state.log_target - state.log_prior))
-                y, _ = layer.forward(y, mine)
-                before = t
+                step = t - (times[k - 1] if k > 0 else 0.0)
+                works.append(step * (state.log_target - state.log_prior))
             return torch.stack(works)
 
         size = self._chunk()

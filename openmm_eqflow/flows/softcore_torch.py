@@ -83,18 +83,19 @@ def _midpoint(x: Tensor, table: Tensor, per_length: float) -> tuple[Tensor, Tens
     return _push(x + 0.5 * first, table, per_length)
 
 
-def _triton() -> Any:
-    return triton_kernels("openmm_eqflow.flows.softcore_triton")
+def _fused(y: Tensor) -> Any:
+    """Kernels in Triton for points on a GPU, if there is a compiler for them."""
+    return triton_kernels("openmm_eqflow.flows.softcore_triton") if y.is_cuda else None
 
 
 def trajectory(
     y: Tensor, level: Tensor, timestep: float, n_leapfrog: int, streams: RowStreams
 ) -> tuple[Tensor, Tensor, float]:
     """Return new points, u(y) - u(y') (n,) float64, and the share accepted."""
-    if y.is_cuda and _triton() is not None:
+    if (fused := _fused(y)) is not None:
         draw = streams.skip()
         streams.skip()
-        moved, change = _triton().trajectory(y, level, timestep, n_leapfrog, streams.keys, draw)
+        moved, change = fused.trajectory(y, level, timestep, n_leapfrog, streams.keys, draw)
         return moved, change, float("nan")
     x = y.float()
     v = streams.normal(*x.shape[1:], dtype=torch.float32)
@@ -118,9 +119,8 @@ def trajectory(
 
 def transport(y: Tensor, table: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
     """Apply the midpoint step; also its log determinant (n,), float64."""
-    if y.is_cuda and _triton() is not None:
-        image, ladj = _triton().transport(y, table, spacing)
-        return image, ladj
+    if (fused := _fused(y)) is not None:
+        return fused.transport(y, table, spacing)
     x = y.float()
     velocity, divergence = _midpoint(x, table, 1.0 / spacing)
     return x + velocity, divergence.double()
@@ -130,9 +130,8 @@ def transport_back(
     y: Tensor, table: Tensor, spacing: float, tolerance: float, most: int
 ) -> tuple[Tensor, Tensor]:
     """Invert by fixed-point iteration, row by row; also the log determinant of the map."""
-    if y.is_cuda and _triton() is not None:
-        before, ladj = _triton().transport_back(y, table, spacing, tolerance, most)
-        return before, ladj
+    if (fused := _fused(y)) is not None:
+        return fused.transport_back(y, table, spacing, tolerance, most)
     y = y.float()
     x, moving = y, torch.ones(len(y), dtype=torch.bool, device=y.device)
     found = torch.zeros(len(y), dtype=torch.float64, device=y.device)

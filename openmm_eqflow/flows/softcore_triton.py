@@ -3,9 +3,9 @@ r"""A cluster's layers on a GPU: one kernel each, one warp for each configuratio
 A lane holds one or two particles and goes through all others, whose positions it reads from where
 the warp has just written them; what a trajectory needs besides stays in registers from its first
 leapfrog step to its last, and a layer is one launch. Random numbers are those of
-:class:`~openmm_eqflow.flows.streams.RowStreams`. The same mathematics in
-torch is :mod:`~openmm_eqflow.flows.softcore_torch`, which takes these kernels where Triton is
-installed (it comes with torch for CUDA); the numbers are equal to rounding.
+:class:`~openmm_eqflow.flows.streams.RowStreams`. The same mathematics in torch is
+:mod:`~openmm_eqflow.flows.softcore_torch`, which takes these kernels where Triton is installed (it
+comes with torch for CUDA); the numbers are equal to rounding.
 """
 
 from __future__ import annotations
@@ -222,9 +222,9 @@ def trajectory(
     """
     x, end, change, made = _made(y)
     velocity, size = torch.empty_like(x), 3 * x.shape[1]
-    grid = (len(x),)
     if not len(x):
         return end, change
+    grid = (len(x),)
     with torch.cuda.device_of(x):  # a launch goes to the current device
         _draws[grid](velocity, keys, draw, size, WIDTH=triton.next_power_of_2(size))
         _trajectory[grid](

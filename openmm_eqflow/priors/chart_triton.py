@@ -28,9 +28,8 @@ _PI: tl.constexpr = tl.constexpr(math.pi)
 def _load(x, k, at, n, there):
     """Components of atom ``k``."""
     here = x + 3 * k * n + at
-    return tl.load(here, there, 0.0), tl.load(here + n, there, 0.0), tl.load(
-        here + 2 * n, there, 0.0
-    )
+    a, b = tl.load(here, there, 0.0), tl.load(here + n, there, 0.0)
+    return a, b, tl.load(here + 2 * n, there, 0.0)
 
 
 @triton.jit

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mdtraj
-import numpy as np
 
-from openmm_eqflow.analysis.observables import Torsion, ramachandran_pairs
+from openmm_eqflow.analysis.observables import ramachandran_pairs
+from openmm_eqflow.errors import CheckpointError
 from openmm_eqflow.files import write_text
 from openmm_eqflow.report.build import molecule_view, render
-from openmm_eqflow.report.data import Ensemble
+from openmm_eqflow.report.data import Ensemble, read_json, read_npz, reference_ensemble
 from openmm_eqflow.report.figures_molecule import ramachandran_panels, torsion_panels
 from openmm_eqflow.report.figures_path import path_panels
 from openmm_eqflow.report.populations import define_states
@@ -29,9 +28,6 @@ from openmm_eqflow.units import kelvin, positions_in_nm
 __all__ = [
     "write_annealed_report",
 ]
-
-_MOST = 4000  # frames of dynamics in figures
-
 
 @dataclass(frozen=True, eq=False)
 class _Annealed:
@@ -67,17 +63,36 @@ def write_annealed_report(folder: str | Path, system: MolecularSystem) -> Path:
     Path
         The page: one file, no external request.
 
+    Raises
+    ------
+    CheckpointError
+        A file is missing, damaged or of an earlier version.
+
     Examples
     --------
     >>> write_annealed_report("runs/mol-annealed", system)  # doctest: +SKIP
     """
     folder = Path(folder)
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics, samples = read_json(folder / "metrics.json"), read_npz(folder / "samples.npz")
+    if "levels" not in metrics or "u" not in samples:
+        raise CheckpointError(f"{folder} is of an earlier version; run the same anneal once more")
     start = positions_in_nm(system.positions)
     torsions = find_isomers(system.system, system.topology, start).torsions
-    shown = _Annealed(
-        system, _samples(folder, system, torsions), _dynamics(metrics, system, torsions)
+    topology = mdtraj.Topology.from_openmm(system.topology)
+    weighted = Ensemble(
+        "weighted samples",
+        samples["positions"],
+        samples["u"],
+        samples["log_weight"],
+        None,
+        topology,
+        torsions,
     )
+    reference = None
+    if "dynamics" in metrics:
+        data = load_reference(Path(metrics["dynamics"]["run"]))
+        reference = reference_ensemble(data, system.n_dims, topology, torsions)
+    shown = _Annealed(system, weighted, reference)
     states = define_states(shown)
     basins = find_basins(shown, states)
     with style():
@@ -90,37 +105,6 @@ def write_annealed_report(folder: str | Path, system: MolecularSystem) -> Path:
     html = render("annealed.html", context | {"sections": [s for s in sections if s[2]]})
     write_text(folder / "report.html", html)
     return folder / "report.html"
-
-
-def _samples(folder: Path, system: MolecularSystem, torsions: tuple[Torsion, ...]) -> Ensemble:
-    with np.load(folder / "samples.npz", allow_pickle=False) as stored:
-        return Ensemble(
-            "weighted samples",
-            stored["positions"],
-            stored["u"],
-            stored["log_weight"],
-            None,
-            mdtraj.Topology.from_openmm(system.topology),
-            torsions,
-        )
-
-
-def _dynamics(
-    metrics: dict[str, Any], system: MolecularSystem, torsions: tuple[Torsion, ...]
-) -> Ensemble | None:
-    if "dynamics" not in metrics:
-        return None
-    data = load_reference(Path(metrics["dynamics"]["run"]))
-    rows = slice(None, None, max(1, -(-data.n_frames // _MOST)))
-    return Ensemble(
-        "reference MD",
-        data.positions[rows],
-        data.reduced_energies[rows],
-        None,
-        data.walker[rows],
-        mdtraj.Topology.from_openmm(system.topology),
-        torsions,
-    )
 
 
 def _context(metrics: dict[str, Any], shown: _Annealed) -> dict[str, Any]:
@@ -216,23 +200,19 @@ def _coverage(metrics: dict[str, Any]) -> list[str]:
         found.append("Every state in the table was seen.")
     dynamics = metrics.get("dynamics")
     if dynamics:
-        pairs = zip(metrics["isomers"], dynamics["isomers"], strict=True)
-        ours, theirs = [], []
-        for a, b in pairs:
-            name = f"{a['torsion']} {a['state']}"
-            if a["population"] > 0.0 and b["population"] == 0.0:
-                ours.append(name)
-            if b["population"] > 0.0 and a["population"] == 0.0:
-                theirs.append(name)
-        if ours:
-            found.append(f"Seen by the path and not by dynamics: {', '.join(ours)}.")
-        if theirs:
-            found.append(f"Seen by dynamics and not by the path: {', '.join(theirs)}.")
-        z = [abs(v) for v in dynamics["z"] if v is not None]
+        if dynamics["only_path"]:
+            found.append(
+                f"Seen by the path and not by dynamics: {', '.join(dynamics['only_path'])}."
+            )
+        if dynamics["only_dynamics"]:
+            found.append(
+                f"Seen by dynamics and not by the path: {', '.join(dynamics['only_dynamics'])}."
+            )
+        z = [v for v in dynamics["z"] if v is not None]
         if z:
             found.append(
                 f"Populations differ from those of {dynamics['n_frames']:,} frames of dynamics by "
-                f"at most {max(z):.1f} standard errors (root mean square "
+                f"at most {dynamics['largest_z']:.1f} standard errors (root mean square "
                 f"{math.sqrt(sum(v * v for v in z) / len(z)):.1f})."
             )
     return found

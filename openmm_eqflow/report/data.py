@@ -23,7 +23,7 @@ from openmm_eqflow.analysis.observables import (
 from openmm_eqflow.errors import CheckpointError
 from openmm_eqflow.moves.chains import load_chains
 from openmm_eqflow.runs.directory import RunDirectory
-from openmm_eqflow.runs.reference.data import load_reference
+from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.runs.reference.plan import SamplingPlan
 from openmm_eqflow.runs.reference.tempering import chunk_paths
 from openmm_eqflow.targets.isomers import Isomers, find_isomers
@@ -36,6 +36,9 @@ __all__ = [
     "RunData",
     "Shown",
     "load_run",
+    "read_json",
+    "read_npz",
+    "reference_ensemble",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -238,7 +241,8 @@ class RunData:
         return [e for e in (self.reference, self.chain, flow) if e is not None]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that a stage wrote, or say which stage to run again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -248,7 +252,8 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _npz(path: Path) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """Read arrays that a stage wrote, or say which stage to run again."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
@@ -280,7 +285,7 @@ def load_run(path: Path) -> RunData:
     if system.kind == "molecule":
         isomers = find_isomers(system.system, system.topology, start)
     torsions = isomers.torsions
-    samples, flow = _npz(path / "samples.npz"), _npz(path / "flow_samples.npz")
+    samples, flow = read_npz(path / "samples.npz"), read_npz(path / "flow_samples.npz")
     x, proposals = _chain_positions(path, system.n_dims)
     if len(x) != len(samples["u"]):
         raise CheckpointError(
@@ -314,9 +319,9 @@ def load_run(path: Path) -> RunData:
         system=system,
         symmetry=symmetry,
         isomers=isomers,
-        metrics=_json(path / "metrics.json"),
+        metrics=read_json(path / "metrics.json"),
         stages={
-            file.stem: _json(file) for file in sorted((path / "stages").glob("*.json"))
+            file.stem: read_json(file) for file in sorted((path / "stages").glob("*.json"))
         },
         versions=dict(
             yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")).get("versions", {})
@@ -332,7 +337,7 @@ def load_run(path: Path) -> RunData:
         proposal_log_weight=proposals,
         chain_log_weight=samples["log_weight"].reshape(n_chains, -1),
         plan=plan,
-        flow_record=_json(path / "flow.json"),
+        flow_record=read_json(path / "flow.json"),
     )
 
 
@@ -361,14 +366,21 @@ def _reference(
     if not run.is_complete("reference") or not chunk_paths(folder, 0):
         return None, None
     data = load_reference(run.path)
+    ensemble = reference_ensemble(data, system.n_dims, topology, torsions)
+    return ensemble, SamplingPlan.read(folder / "plan.json")
+
+
+def reference_ensemble(
+    data: ReferenceData, n_dims: int, topology: mdtraj.Topology, torsions: tuple[Torsion, ...]
+) -> Ensemble:
+    """Frames of reference dynamics at the target's temperature, thinned if they are many."""
     rows = _thinned(data.n_frames)
-    ensemble = Ensemble(
+    return Ensemble(
         "reference MD",
-        data.positions[rows][..., : system.n_dims],
+        data.positions[rows][..., :n_dims],
         data.reduced_energies[rows],
         None,
         data.walker[rows],
         topology,
         torsions,
     )
-    return ensemble, SamplingPlan.read(folder / "plan.json")

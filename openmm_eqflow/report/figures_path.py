@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from openmm_eqflow.report.theme import COLOURS, INK, Panel, legend, new_figure, to_svg
 
@@ -19,15 +21,21 @@ def path_panels(metrics: dict[str, Any]) -> list[Panel]:
     return [_work_panel(levels), _efficiency_panel(levels), _cost_panel(metrics)]
 
 
-def _work_panel(levels: dict[str, list[float]]) -> Panel:
+def _along() -> tuple[Figure, Axes]:
+    """Axes over the levels of a path."""
     figure, axes = new_figure()
+    axes.set_xlim(0.0, 1.0)
+    axes.set_xlabel("level t, from prior (0) to target (1)")
+    return figure, axes
+
+
+def _work_panel(levels: dict[str, list[float]]) -> Panel:
+    figure, axes = _along()
     time, spread = np.array(levels["time"]), np.array(levels["work_spread"])
     axes.stairs(
         spread, [0.0, *time], color=COLOURS["flow"], fill=len(time) < 60, alpha=0.6, linewidth=1.4
     )
-    axes.set_xlim(0.0, 1.0)
     axes.set_ylim(bottom=0.0)
-    axes.set_xlabel("level t, from prior (0) to target (1)")
     axes.set_ylabel("spread of the work (kT)")
     return Panel(
         "path-work",
@@ -39,11 +47,9 @@ def _work_panel(levels: dict[str, list[float]]) -> Panel:
 
 
 def _efficiency_panel(levels: dict[str, list[float]]) -> Panel:
-    figure, axes = new_figure()
+    figure, axes = _along()
     axes.plot([0.0, *levels["time"]], [1.0, *levels["relative_ess"]], color=COLOURS["flow"])
-    axes.set_xlim(0.0, 1.0)
     axes.set_ylim(0.0, 1.02)
-    axes.set_xlabel("level t, from prior (0) to target (1)")
     axes.set_ylabel("relative ESS so far")
     return Panel(
         "path-ess",

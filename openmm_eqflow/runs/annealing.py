@@ -29,11 +29,10 @@ from openmm_eqflow.analysis.weights import (
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
 from openmm_eqflow.flows.adapt import path_from_chemistry
-from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import align_rotations, rotate
-from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
@@ -250,13 +249,9 @@ def anneal_system(
     if dynamics is not None:
         frames, walker = dynamics.positions, dynamics.walker
         by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
-        metrics["dynamics"] = {
-            "run": str(compare_with),
-            "n_frames": len(frames),
-            "isomers": by_md,
-            "z": _z_scores(rows, by_md),
-        }
-    _write(out, system, x, log_w, samples.u.numpy(), seed)
+        about = {"run": str(compare_with), "n_frames": len(frames), "isomers": by_md}
+        metrics["dynamics"] = about | _compared(rows, by_md)
+    _write(out, system, samples, seed)
     write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -273,34 +268,37 @@ def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:
     return found
 
 
-def _z_scores(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
-) -> list[float | None]:
-    """Differences of the populations over their combined standard errors."""
-    scores = []
+def _compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Differences of the populations over their standard errors; states that only one has seen."""
+    scores: list[float | None] = []
+    only: dict[str, list[str]] = {"path": [], "dynamics": []}
     for a, b in zip(ours, theirs, strict=True):
         error = math.hypot(a["population_error"], b["population_error"])
         known = math.isfinite(error) and error > 0.0
         scores.append((a["population"] - b["population"]) / error if known else None)
-    return scores
-
-
-def _levels(path: FlowPath, seed: int) -> dict[str, list[float]]:
-    """Spread of the work on every level, and the ESS of what has been gathered up to it."""
-    if not isinstance(path, AnnealedPath):
-        return {}
-    works = path.works(_PATHS, generator=child(seed, "works")).cpu()
-    gathered = works.cumsum(0)
-    finite = torch.isfinite(works)
-    spread = [float(w[f].std()) for w, f in zip(works, finite, strict=True)]
+        if (a["population"] > 0.0) != (b["population"] > 0.0):
+            seen_by = "path" if a["population"] > 0.0 else "dynamics"
+            only[seen_by].append(f"{a['torsion']} {a['state']}")
+    sizes = [abs(z) for z in scores if z is not None]
     return {
-        "time": list(path.levels.times),
-        "work_spread": spread,
-        "relative_ess": [float(relative_ess(total.numpy())) for total in gathered],
+        "z": scores,
+        "largest_z": max(sizes, default=None),
+        "only_path": only["path"],
+        "only_dynamics": only["dynamics"],
     }
 
 
-def _known(out: Path, asked: dict[str, Any]) -> FlowPath | None:
+def _levels(path: AnnealedPath, seed: int) -> dict[str, list[float]]:
+    """Spread of the work on every level, and the ESS of what has been gathered up to it."""
+    works = path.works(_PATHS, generator=child(seed, "works")).cpu()
+    return {
+        "time": list(path.levels.times),
+        "work_spread": [float(w[torch.isfinite(w)].std()) for w in works],
+        "relative_ess": [float(relative_ess(total.numpy())) for total in works.cumsum(0)],
+    }
+
+
+def _known(out: Path, asked: dict[str, Any]) -> AnnealedPath | None:
     """Path that ``out`` holds already."""
     if not (out / "flow.json").is_file():
         if out.exists() and any(out.iterdir()):
@@ -358,18 +356,18 @@ def _single_conformers(isomers: Isomers, rows: list[dict[str, Any]]) -> list[str
     ]
 
 
-def _write(
-    out: Path,
-    system: MolecularSystem,
-    x: NDArray[Any],
-    log_w: NDArray[np.float64],
-    energies: NDArray[np.float64],
-    seed: int,
-) -> None:
+def _write(out: Path, system: MolecularSystem, samples: FlowSamples, seed: int) -> None:
     """Weighted samples as they are, and frames drawn by weight for a viewer."""
-    stored = (("positions", x.astype(np.float32)), ("log_weight", log_w), ("u", energies))
-    write_npz(out / "samples.npz", dict(stored))
-    weights = torch.softmax(torch.from_numpy(log_w), 0)
+    x, log_w = samples.x.numpy(), samples.log_weight
+    write_npz(
+        out / "samples.npz",
+        {
+            "positions": x.astype(np.float32),
+            "log_weight": log_w.numpy(),
+            "u": samples.u.numpy(),
+        },
+    )
+    weights = torch.softmax(log_w, 0)
     effective = int(max(1.0, float(1 / weights.square().sum())))
     generator = child(seed, "frames")
     u = torch.rand((), generator=generator, dtype=torch.float64)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from stand_ins.flows import chain_prior, coupled_torsions, methanol_prior, stream, water_prior
+from stand_ins.flows import stream, water_prior
+from stand_ins.priors import agree, prior_of
 from torch import Tensor
 
 from openmm_eqflow.flows.kernels import latent_target, prior_score
 from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.priors import chart_kernels
 from openmm_eqflow.priors.compiled_chart import covers
-from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.runs.stages import build_target
-from openmm_eqflow.targets.constraints import Constraints
 from openmm_eqflow.targets.library import load_system
 
 NAMES = ["alanine-dipeptide", "alanine-dipeptide-vacuum", "toluene", "ala3"]
@@ -36,24 +34,6 @@ class Pull:
         return u.detach(), gradient
 
 
-def held_water() -> Any:
-    """Both bonds held, heavy ends: the metric follows the angle."""
-    held = Constraints({(0, 1): 0.1, (0, 2): 0.1}, [2.0, 12.0, 12.0])
-    x = water_prior().sample(300, generator=stream(6))
-    return fit_internal_prior(x, [(0, 1), (0, 2)], held.masses, constraints=held)
-
-
-@cache
-def prior_of(name: str) -> Any:
-    made = {
-        "water": water_prior,
-        "methanol": methanol_prior,
-        "held water": held_water,
-        "conformers": lambda: chain_prior(torsions=coupled_torsions()),
-    }
-    return made[name]() if name in made else load_flow(name).prior
-
-
 def points(prior: Any, n: int = 300) -> Tensor:
     """Samples of the prior, the same far out, and torsions at and beyond the wrap."""
     y = prior.sample_latent(n, generator=stream(0))
@@ -64,10 +44,6 @@ def points(prior: Any, n: int = 300) -> Tensor:
         math.ceil(n // 3 / 3)
     )[: n // 3, None]
     return torch.cat([y, far, edge])
-
-
-def agree(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= 1e-9 * (1 + b.abs())).all())
 
 
 def same(prior: Any, target: Any, y: Tensor) -> bool:

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from stand_ins.fake_cuda import fake_cuda, on_fake_cuda
-from stand_ins.flows import stream, water_prior
+from stand_ins.priors import prior_of
 
 from openmm_eqflow import load_flow, load_system
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.priors import compiled_chart
 from openmm_eqflow.priors.compiled_chart import prior_value_and_score
-from openmm_eqflow.priors.fit import fit_internal_prior
 from openmm_eqflow.runs.stages import build_target
-from openmm_eqflow.targets.constraints import Constraints
 
 MAPS = ["dw4", "alanine-dipeptide", "toluene", "ala3"]
 
@@ -62,12 +60,6 @@ def test_closed_forms_of_a_prior_stay_on_their_device(name: str) -> None:
         assert score.shape == y.shape
 
 
-def held_water() -> Any:
-    held = Constraints({(0, 1): 0.1, (0, 2): 0.1}, [2.0, 12.0, 12.0])
-    x = water_prior().sample(300, generator=stream(6))
-    return fit_internal_prior(x, [(0, 1), (0, 2)], held.masses, constraints=held)
-
-
 @pytest.mark.parametrize("name", [*MAPS[1:], "held water"])
 def test_the_target_in_the_chart_stays_on_its_device(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +74,7 @@ def test_the_target_in_the_chart_stays_on_its_device(
 
     kernels = SimpleNamespace(place=place, pull_back=pull_back)
     monkeypatch.setattr(compiled_chart, "_triton", lambda: kernels)
-    prior = held_water() if name == "held water" else load_flow(name).prior
+    prior = prior_of(name)
     with fake_cuda(), torch.no_grad():
         there = on_fake_cuda(prior)
         y = torch.randn(4, *prior.event_shape, dtype=torch.float64, device="cuda")

@@ -75,7 +75,7 @@ def _indexed(x: Tensor, index: Any) -> Tensor:
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Fake tensors, also on device cuda, inside the block; kernels in Triton want real ones."""
-    without = mock.patch("openmm_eqflow.flows.softcore_torch._triton", return_value=None)
+    without = mock.patch("openmm_eqflow.flows.softcore_torch._fused", return_value=None)
     with without, FakeTensorMode(allow_non_fake_inputs=True), _Indexing():
         yield
 
