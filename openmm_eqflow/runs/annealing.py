@@ -51,6 +51,7 @@ _LEAST = 50  # independent samples that a table of populations needs
 _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
 _SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
 _PATHS = 1000  # whose work is told level by level
+_APART = 4.0  # standard errors between path and dynamics
 _LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
 
@@ -251,6 +252,7 @@ def anneal_system(
         by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
         about = {"run": str(compare_with), "n_frames": len(frames), "isomers": by_md}
         metrics["dynamics"] = about | _compared(rows, by_md)
+        metrics["warnings"] += _disagreement(metrics["dynamics"])
     _write(out, system, samples, seed)
     write_json(out / "metrics.json", metrics)
     return metrics
@@ -286,6 +288,22 @@ def _compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[
         "only_path": only["path"],
         "only_dynamics": only["dynamics"],
     }
+
+
+def _disagreement(dynamics: dict[str, Any]) -> list[str]:
+    """Say where an independent answer is another one."""
+    told, largest = [], dynamics["largest_z"]
+    if dynamics["only_dynamics"]:
+        told.append(
+            f"{', '.join(dynamics['only_dynamics'])}: seen by the dynamics of {dynamics['run']} "
+            "and not by the path; raise --n-points, and compare another --seed"
+        )
+    if largest is not None and largest > _APART:
+        told.append(
+            f"a population differs from that of {dynamics['run']} by {largest:.1f} standard "
+            "errors: the path has missed something, or the dynamics have not crossed a barrier"
+        )
+    return told
 
 
 def _levels(path: AnnealedPath, seed: int) -> dict[str, list[float]]:

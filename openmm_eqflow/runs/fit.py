@@ -425,6 +425,14 @@ def keep_prior(
         w - torch.logsumexp(d, 0) + np.log(len(d)) < _FOREIGN
         for w, d in zip(seen, drawn, strict=True)
     ]
+    foreign = int((~(known[0] | known[1])).sum())
+    if foreign:
+        logger.warning(
+            "%d of %d held-out frames are of a state that neither flow nor prior has: it is "
+            "missing from what this run samples",
+            foreign,
+            len(frames),
+        )
     ours, prior = (
         _lower(d, w[known[0] | known[1]]) for d, w in zip(drawn, seen, strict=True)
     )

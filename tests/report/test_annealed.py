@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ def test_page_of_a_path_beside_dynamics(folders: tuple[Path, Path, Path]) -> Non
     assert max(abs(z) for z in m["dynamics"]["z"]) > 4
     assert "grade poor" in html
     assert "Seen by the path and not by dynamics" in html
+    assert any("by the dynamics" in w or "standard errors" in w for w in m["warnings"])
+    assert m["warnings"][0] in unescape(html)
     # A path without levels left out: the ESS falls from level to level to that of the weights.
     levels = m["levels"]
     assert len(levels["time"]) == len(levels["work_spread"]) == m["n_levels"]
