@@ -14,6 +14,15 @@ if not torch.cuda.is_available():
 from stand_ins.command_line import Shell
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--run-directory",
+        action="append",
+        default=[],
+        help="a finished run whose report tests/report/test_browser.py opens, too",
+    )
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     """One thread, whatever a command line set in an earlier test."""

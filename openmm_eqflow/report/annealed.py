@@ -186,10 +186,14 @@ def _coverage(metrics: dict[str, Any]) -> list[str]:
         f"Another population of points, from the first prior, has log Z "
         f"{adaptation['second_log_z']:.2f}; the path {metrics['log_z']:.2f}."
     ]
-    floor = adaptation["floor"]
+    floor = [row for row in metrics["floor"] if row["kind"] == "torsions"]
     if floor:
-        words = ", ".join(f"{key.replace('_', ' ')} {value:.2g}" for key, value in floor.items())
-        found.append(f"What only the floor of the prior proposes: {words}.")
+        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in floor)
+        found.append(f"Weight of states that only the floor of the prior proposes: {words}.")
+    components = [row for row in metrics["floor"] if row["kind"] == "component"]
+    if components:
+        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in components)
+        found.append(f"Weight over the prior's share: {words}.")
     seen: list[str] = []
     never: list[str] = []
     for row in metrics["isomers"]:

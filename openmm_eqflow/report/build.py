@@ -125,7 +125,7 @@ def molecule_view(run: Shown, states: States, basins: list[Basin]) -> dict[str, 
     return {
         "drawing": drawing_panel(run) if run.kind == "molecule" else None,
         "basins": rows,
-        "basins_caption": caption + "Drag to turn, pinch or scroll to zoom.",
+        "basins_caption": caption + "Drag to turn; pinch, or hold Ctrl and scroll, to zoom.",
         # "<" in a script could end it.
         "structures": markupsafe.Markup(
             json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import networkx as nx
 import numpy as np
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from openmm_eqflow.report.data import Shown
@@ -15,6 +17,7 @@ __all__ = ["drawing_panel"]
 
 FloatArray = NDArray[np.float64]
 _SMALL = 9
+_PARTS = np.linspace(0.1, 0.9, 9)  # points of a bond that a word must not cover
 
 
 def drawing_panel(run: Shown) -> Panel:
@@ -39,14 +42,20 @@ def drawing_panel(run: Shown) -> Panel:
         axes.plot(*zip(place[a], place[b], strict=True), color=INK, linewidth=1.2, zorder=1)
     lengths = [float(np.linalg.norm(place[a] - place[b])) for a, b in graph.edges]
     scale = sum(lengths) / len(lengths) if lengths else 1.0
-    taken = [place[k] for k in shown]
+    axes.plot(*np.array([place[k] for k in shown]).T, "o", color=COLOURS["chain"], markersize=4)
+    axes.set_aspect("equal")
+    axes.margins(0.15)
+    axes.axis("off")
+    axes.apply_aspect()
+    words = []
     for k in shown:
-        axes.plot(*place[k], "o", color=COLOURS["chain"], markersize=4, zorder=2)
         symbol = atoms[k].element.symbol if numbers[k] else ""
-        away = _away(place[k], [place[j] for j in graph[k]])
-        spot = place[k] + 0.36 * scale * away
-        axes.text(spot[0], spot[1], f"{symbol}{k + 1}", ha="center", va="center", fontsize=7.5)
-        taken.append(spot)
+        spot = place[k] + 0.36 * scale * _away(place[k], [place[j] for j in graph[k]])
+        label = f"{symbol}{k + 1}"
+        words.append(axes.text(spot[0], spot[1], label, ha="center", va="center", fontsize=7.5))
+    taken = [word.get_window_extent() for word in words]
+    along = [place[a] + t * (place[b] - place[a]) for a, b in graph.edges for t in _PARTS]
+    inked = axes.transData.transform([*along, *place.values()])
     for torsion in run.chain.torsions:
         if torsion.ring >= 0:
             continue
@@ -55,28 +64,9 @@ def drawing_panel(run: Shown) -> Panel:
         # Of a methyl's bond the atoms are name enough.
         if any(graph.degree[k] == 1 for k in torsion.atoms[1:3]):
             continue
-        across = np.array([b[1] - c[1], c[0] - b[0]]) / np.linalg.norm(c - b)
-        # Text is wider than high: beside a steep bond it starts at its end.
-        across *= 0.25 + 0.15 * abs(across[1])
-        # On the side of the bond with more room.
-        spots = [(b + c) / 2.0 + sign * scale * across for sign in (1.0, -1.0)]
-        room = [min(float(np.linalg.norm(spot - other)) for other in taken) for spot in spots]
-        spot = spots[int(np.argmax(room))]
-        taken.append(spot)
-        side = float(spot[0] - (b + c)[0] / 2.0) / scale
-        ha = "left" if side > 0.15 else "right" if side < -0.15 else "center"
-        axes.text(
-            spot[0],
-            spot[1],
-            torsion.name,
-            ha=ha,
-            va="center",
-            color=COLOURS["flow"],
-            fontsize=7.5,
-        )
-    axes.set_aspect("equal")
-    axes.margins(0.15)
-    axes.axis("off")
+        word = axes.text(b[0], b[1], torsion.name, va="center", fontsize=7.5)
+        word.set_color(COLOURS["flow"])
+        taken.append(_place_beside(word, b, c, scale, taken, inked))
     return Panel(
         "drawing",
         "Atoms and torsions",
@@ -85,6 +75,32 @@ def drawing_panel(run: Shown) -> Panel:
         "left out. Orange: the bonds that torsions turn about, named as in the figures "
         "(methyls by their atoms). Bond orders are not shown.",
     )
+
+
+def _place_beside(
+    word: Text, b: FloatArray, c: FloatArray, scale: float, taken: list[Bbox], inked: FloatArray
+) -> Bbox:
+    """Put a word beside the bond from b to c where it covers least; returns its box in pixels."""
+    across = np.array([b[1] - c[1], c[0] - b[0]]) / np.linalg.norm(c - b)
+
+    def put(far: float, along: float, sign: float) -> tuple[Bbox, float]:
+        spot = b + along * (c - b) + sign * far * scale * across
+        side = sign * across[0]
+        word.set_position((float(spot[0]), float(spot[1])))
+        # Text is wider than high: beside a steep bond it starts at its end.
+        if abs(side) > 0.5:
+            word.set_horizontalalignment("left" if side > 0.0 else "right")
+        else:
+            word.set_horizontalalignment("center")
+        box = word.get_window_extent()
+        pairs = [Bbox.intersection(box.padded(2.0), other) for other in taken]
+        covered = sum(pair.width * pair.height for pair in pairs if pair is not None)
+        letters = box.padded(1.0)
+        return box, covered + 10.0 * sum(letters.contains(*point) for point in inked)
+
+    ways = product((0.25, 0.45), (0.5, 0.3, 0.7), (1.0, -1.0))
+    best = min(ways, key=lambda way: put(*way)[1])
+    return put(*best)[0]
 
 
 def _upright(place: dict[int, FloatArray]) -> dict[int, FloatArray]:

@@ -32,6 +32,8 @@ from openmm_eqflow.flows.adapt import path_from_chemistry
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import align_rotations, rotate
+from openmm_eqflow.priors.base import Prior
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
@@ -243,6 +245,7 @@ def anneal_system(
         "ess_asked": ess,
         "seconds_per_sample": samples.seconds / n_samples,
         "adaptation": adaptation,
+        "floor": _floor(path.prior, adaptation["floor"], isomers, system),
         "warnings": told + _single_conformers(isomers, rows),
         "isomers": rows,
         "levels": _levels(path, seed),
@@ -314,6 +317,26 @@ def _levels(path: AnnealedPath, seed: int) -> dict[str, list[float]]:
         "work_spread": [float(w[torch.isfinite(w)].std()) for w in works],
         "relative_ess": [float(relative_ess(total.numpy())) for total in works.cumsum(0)],
     }
+
+
+def _floor(
+    prior: Prior, shares: dict[str, float], isomers: Isomers, system: MolecularSystem
+) -> list[dict[str, Any]]:
+    """Shares of :func:`~.flows.adapt.floor_weight`, with the names that the isomers have."""
+    if not isinstance(prior, InternalCoordinatePrior):
+        return []
+    names = [atom.name for atom in system.topology.atoms()]
+    known = {frozenset(t.atoms[1:3]): isomers.label([t]) for t in isomers.torsions}
+    bonds = [prior.zmatrix.rows[3 + k][1:3] for k in prior.soft]
+    torsions = [known.get(frozenset(b), "-".join(names[k] for k in sorted(b))) for b in bonds]
+    named = []
+    for key, share in shares.items():
+        kind, members = key.split()
+        what = f"ring conformer {int(members) + 1}"
+        if kind == "torsions":
+            what = ", ".join(torsions[int(k)] for k in members.split("-"))
+        named.append({"of": what, "kind": kind, "share": share})
+    return named
 
 
 def _known(out: Path, asked: dict[str, Any]) -> AnnealedPath | None:

@@ -54,6 +54,11 @@ def test_page_of_a_path_beside_dynamics(folders: tuple[Path, Path, Path]) -> Non
     assert "Seen by the path and not by dynamics" in html
     assert any("by the dynamics" in w or "standard errors" in w for w in m["warnings"])
     assert m["warnings"][0] in unescape(html)
+    # The floor is told of the bond that turns, by its name.
+    (floor,) = m["floor"]
+    assert floor["of"] == m["isomers"][0]["torsion"]
+    assert 0.0 < floor["share"] < 0.5
+    assert f"only the floor of the prior proposes: {floor['of']} {floor['share']:.2g}" in html
     # A path without levels left out: the ESS falls from level to level to that of the weights.
     levels = m["levels"]
     assert len(levels["time"]) == len(levels["work_spread"]) == m["n_levels"]

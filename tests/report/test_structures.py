@@ -15,6 +15,7 @@ from openmm_eqflow.report import figures_drawing
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import define_states
 from openmm_eqflow.report.structures import basin_grid, find_basins, model_atoms, pdb_text
+from openmm_eqflow.report.theme import new_figure
 from openmm_eqflow.targets.forcefield import load_pdb
 from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.units import positions_in_nm
@@ -108,6 +109,25 @@ def test_springs_cross_no_bonds_of_fused_rings():
     # Power: places by chance do cross.
     places = nx.random_layout(graph, seed=1)
     assert figures_drawing._crossings(graph, places) > 0
+
+
+def test_a_word_of_the_drawing_covers_no_other():
+    _, axes = new_figure(height=3.0)
+    axes.set_xlim(-2.0, 2.0)
+    axes.set_ylim(-2.0, 2.0)
+    word = axes.text(0.0, 0.0, "ω (15-17)", va="center", fontsize=7.5)
+    b, c, nothing = np.array([-0.5, 0.0]), np.array([0.5, 0.0]), np.zeros((0, 2))
+    place = figures_drawing._place_beside
+    first = place(word, b, c, 1.0, [], nothing)
+    # On the other side of the bond, then where neither a word nor a bond is.
+    second = place(word, b, c, 1.0, [first], nothing)
+    inked = np.array([[second.x0 + 1.0, second.y0 + 1.0]])
+    third = place(word, b, c, 1.0, [first], inked)
+    # Power: the boxes would meet had the words of before not been looked at.
+    assert first.overlaps(place(word, b, c, 1.0, [], nothing))
+    for box in (second, third):
+        assert not box.overlaps(first)
+    assert not third.contains(*inked[0])
 
 
 def test_side_chains_have_names(request):

@@ -81,6 +81,8 @@
       });
     });
   });
+  // The wheel scrolls the page; with Ctrl, or a pinch on a touchpad, it zooms.
+  box.addEventListener("wheel", event => { if (!event.ctrlKey) event.stopPropagation(); }, true);
   if (webgl()) {
     viewer = $3Dmol.createViewer(box, { antialias: true, disableFog: true });
     show(0);
