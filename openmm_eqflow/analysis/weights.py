@@ -30,6 +30,7 @@ __all__ = [
     "relative_ess",
     "relative_ess_with_error",
     "relative_weights",
+    "systematic",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -55,6 +56,40 @@ def relative_weights(log_w: FloatArray) -> FloatArray:
     """Weights divided by the largest one; all zero if every log weight is -inf."""
     top = log_w.max()
     return np.zeros_like(log_w) if top == -np.inf else np.exp(log_w - top)
+
+
+def systematic(log_weights: ArrayLike, u: float, n: int | None = None) -> NDArray[np.int64]:
+    """Resample systematically: rows that stand for the weights when all weigh the same.
+
+    A row comes as often as n times its normalised weight, rounded up or down (Kitagawa 1996).
+
+    Parameters
+    ----------
+    log_weights
+        ``(m,)``, one at least finite.
+    u
+        A uniform random number from [0, 1).
+    n
+        Rows to draw; as many as the weights are worth (:func:`kish_ess`) where not given.
+
+    Returns
+    -------
+    ndarray
+        Indices ``(n,)``, ascending.
+
+    Examples
+    --------
+    >>> systematic(np.log([1.0, 2.0, 1.0]), 0.5, 4).tolist()
+    [0, 1, 1, 2]
+    """
+    weights = relative_weights(checked_log_weights(log_weights))
+    if not weights.any():
+        raise ValueError("all weights are zero: there is nothing to draw")
+    n = max(1, int(kish_ess(log_weights))) if n is None else n
+    reached = weights.cumsum()
+    places = (np.arange(n) + u) / n * reached[-1]
+    rows = np.searchsorted(reached, places, side="right")
+    return np.minimum(rows, np.flatnonzero(weights)[-1])
 
 
 def _fit_generalised_pareto(exceedances: NDArray[np.float64]) -> float:

@@ -55,9 +55,20 @@ _budget = click.option(
 )
 
 
+_method = click.option(
+    "--method",
+    type=click.Choice(["tempering", "annealing"]),
+    help="Where frames come from: dynamics, or a path from chemistry that no barrier of a torsion "
+    "stops (default: what the system's settings say, else tempering).",
+)
+_ess = click.option(
+    "--ess", type=click.FloatRange(0, 1, True, True), help="Relative ESS asked of annealing."
+)
+
+
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command what every stage of a run takes."""
-    for option in (json_option, device_option, seed_option, _budget, _out):
+    for option in (json_option, device_option, seed_option, _ess, _method, _budget, _out):
         command = option(command)
     return command
 

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openmm_eqflow.analysis.weights import log_z, relative_ess
+from openmm_eqflow.analysis.weights import log_z, relative_ess, systematic
 from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
@@ -193,7 +193,8 @@ def carry(
         log_weight = log_weight + step * log_ratio
         if _ess(log_weight) < 0.5 * n:
             total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
-            state = _rows(state, _systematic(torch.softmax(log_weight, 0), generator))
+            u = float(torch.rand((), generator=generator, dtype=torch.float64))
+            state = _rows(state, torch.from_numpy(systematic(log_weight.numpy(), u, n)))
             log_weight = torch.zeros_like(log_weight)
         scores = state.score(t)[torch.isfinite(log_weight)]
         step_sizes = math.exp(log_size) * bridge.median_scales(scores)
@@ -247,14 +248,6 @@ def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> f
         else:
             high = middle
     return math.exp(low)
-
-
-def _systematic(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Resample systematically: indices (n,), each weight times n rounded up or down."""
-    n = len(weights)
-    u = torch.rand((), generator=generator, dtype=torch.float64)
-    places = (torch.arange(n, dtype=torch.float64) + u) / n
-    return torch.searchsorted(weights.cumsum(0), places).clamp(max=n - 1)
 
 
 def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from openmm_eqflow.report.build import molecule_view, render
 from openmm_eqflow.report.data import Ensemble, read_json, read_npz, reference_ensemble
 from openmm_eqflow.report.figures_molecule import ramachandran_panels, torsion_panels
 from openmm_eqflow.report.figures_path import path_panels
+from openmm_eqflow.report.isomers import coverage, isomer_rows, round_rows
 from openmm_eqflow.report.populations import define_states
 from openmm_eqflow.report.structures import find_basins
 from openmm_eqflow.report.theme import style
@@ -112,7 +112,6 @@ def _context(metrics: dict[str, Any], shown: _Annealed) -> dict[str, Any]:
     effective = m["relative_ess"] * m["n_samples"]
     k = m["pareto_k"]
     value, _, error = pm(m["log_z"], m["log_z_error"]).partition(" ± ")
-    adaptation = m["adaptation"]
     return {
         "title": m["system"],
         "description": shown.system.description,
@@ -130,93 +129,8 @@ def _context(metrics: dict[str, Any], shown: _Annealed) -> dict[str, Any]:
             ("∞" if k is None else f"{k:.2f}", "Pareto k", "of the weights"),
             (str(m["n_levels"]), "levels", f"{1e3 * m['seconds_per_sample']:.2g} ms a sample"),
         ],
-        "isomers": _isomer_rows(m),
+        "isomers": isomer_rows(m),
         "compared": m.get("dynamics", {}).get("run"),
-        "coverage": _coverage(m),
-        "rounds": [
-            (
-                str(number),
-                f"{r['n']:,}",
-                str(r["n_levels"]),
-                f"{r['length']:.2f}",
-                f"{r['prior_ess']:.3f}",
-                f"{r['log_z']:.2f}",
-                "kept" if r["kept"] else "dropped",
-            )
-            for number, r in enumerate(adaptation["rounds"], 1)
-        ],
+        "coverage": coverage(m),
+        "rounds": round_rows(m),
     }
-
-
-def _isomer_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    dynamics = metrics.get("dynamics", {})
-    rows = []
-    for k, row in enumerate(metrics["isomers"]):
-        made = {
-            "torsion": row["torsion"],
-            "state": row["state"],
-            "population": pm(row["population"], row["population_error"]),
-            "kj": _free(row, "free_energy_kj_mol"),
-            "kcal": _free(row, "free_energy_kcal_mol"),
-            "md": "",
-            "z": "",
-            "grade": "good",
-        }
-        if dynamics:
-            other, z = dynamics["isomers"][k], dynamics["z"][k]
-            made["md"] = pm(other["population"], other["population_error"])
-            made["z"] = "-" if z is None else f"{z:+.1f}"
-            if z is not None and abs(z) > 3:
-                made["grade"] = "poor" if abs(z) > 4 else "fair"
-        rows.append(made)
-    return rows
-
-
-def _free(row: dict[str, Any], key: str) -> str:
-    """Of a population below its error a free energy says nothing."""
-    if row[key] is None or row["population"] < row["population_error"]:
-        return "-"
-    return pm(row[key], row[f"{key}_error"])
-
-
-def _coverage(metrics: dict[str, Any]) -> list[str]:
-    """Say in sentences what was looked at, so that nothing is missing in silence."""
-    adaptation = metrics["adaptation"]
-    found = [
-        f"Another population of points, from the first prior, has log Z "
-        f"{adaptation['second_log_z']:.2f}; the path {metrics['log_z']:.2f}."
-    ]
-    floor = [row for row in metrics["floor"] if row["kind"] == "torsions"]
-    if floor:
-        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in floor)
-        found.append(f"Weight of states that only the floor of the prior proposes: {words}.")
-    components = [row for row in metrics["floor"] if row["kind"] == "component"]
-    if components:
-        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in components)
-        found.append(f"Weight over the prior's share: {words}.")
-    seen: list[str] = []
-    never: list[str] = []
-    for row in metrics["isomers"]:
-        (seen if row["population"] > 0.0 else never).append(f"{row['torsion']} {row['state']}")
-    if never:
-        found.append(f"Never seen among {metrics['n_samples']:,} samples: {', '.join(never)}.")
-    elif seen:
-        found.append("Every state in the table was seen.")
-    dynamics = metrics.get("dynamics")
-    if dynamics:
-        if dynamics["only_path"]:
-            found.append(
-                f"Seen by the path and not by dynamics: {', '.join(dynamics['only_path'])}."
-            )
-        if dynamics["only_dynamics"]:
-            found.append(
-                f"Seen by dynamics and not by the path: {', '.join(dynamics['only_dynamics'])}."
-            )
-        z = [v for v in dynamics["z"] if v is not None]
-        if z:
-            found.append(
-                f"Populations differ from those of {dynamics['n_frames']:,} frames of dynamics by "
-                f"at most {dynamics['largest_z']:.1f} standard errors (root mean square "
-                f"{math.sqrt(sum(v * v for v in z) / len(z)):.1f})."
-            )
-    return found

@@ -20,6 +20,8 @@ from openmm_eqflow.report.figures_molecule import (
     ramachandran_panels,
     torsion_panels,
 )
+from openmm_eqflow.report.figures_path import path_panels
+from openmm_eqflow.report.isomers import coverage, isomer_rows, round_rows
 from openmm_eqflow.report.populations import Quantity, States, compare_ensembles, define_states
 from openmm_eqflow.report.structures import (
     Basin,
@@ -171,6 +173,8 @@ def _context(
     else:
         sections.append(("Structure", "structure", cluster_panels(run)))
     sections.append(("Mixing of the chains", "mixing", mixing))
+    if "levels" in run.metrics:
+        sections.append(("The path", "path", path_panels(run.metrics)))
     training = figures_chain.training_panels(run)
     sections.append(("Training", "training", training))
     return {
@@ -183,6 +187,13 @@ def _context(
         "sections": [section for section in sections if section[2]],
         "quantities": tables.quantity_rows(run, quantities),
         "labels": [e.label for e in run.ensembles],
+        "isomers": isomer_rows(run.metrics) if run.metrics.get("isomers") else [],
+        "compared": run.metrics.get("dynamics") and "of this run",
+        "coverage": coverage(run.metrics),
+        "ways": tables.ways(run),
+        "ways_n": f"{run.ways[0]['n']:,}" if run.ways else "",
+        "pointwise": config.recipe.density == "pointwise",
+        "rounds": round_rows(run.metrics) if "adaptation" in run.metrics else [],
         "costs": tables.costs(run, verdict),
         "audit": tables.audit_rows(run),
         "sector": tables.sector(run),

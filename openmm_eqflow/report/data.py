@@ -224,6 +224,17 @@ class RunData:
         kept = self.stages.get("train", {}).get("prior_kept")
         return dict(kept) if kept else None
 
+    @property
+    def dynamics(self) -> dict[str, Any]:
+        """Facts of the reference dynamics, also of those beside a path."""
+        facts = self.stages.get("reference", {})
+        return dict(facts.get("check", facts))
+
+    @property
+    def ways(self) -> list[dict[str, Any]]:
+        """ESS and cost of prior, levels, field and both, of an annealed run."""
+        return list(self.stages.get("train", {}).get("ways") or [])
+
     @cached_property
     def streaks(self) -> NDArray[np.int64]:
         """Rejections in a row up to each step."""
@@ -361,11 +372,12 @@ def _reference(
     topology: mdtraj.Topology,
     torsions: tuple[Torsion, ...],
 ) -> tuple[Ensemble | None, SamplingPlan | None]:
-    """Read the reference of a run that made its own; walkers play the part of chains."""
-    folder = run.path / "reference"
+    """Read dynamics that a run made, also beside a path; walkers play the part of chains."""
+    made = run.path / "check" if run.config.recipe.method == "annealing" else run.path
+    folder = made / "reference"
     if not run.is_complete("reference") or not chunk_paths(folder, 0):
         return None, None
-    data = load_reference(run.path)
+    data = load_reference(made)
     ensemble = reference_ensemble(data, system.n_dims, topology, torsions)
     return ensemble, SamplingPlan.read(folder / "plan.json")
 

@@ -95,7 +95,7 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
     rows.append(("Markov chain", verdict.slowest_ess, seconds, run.accepted.size * per_step))
     if run.reference is not None and run.plan is not None:
         size = coordinate_sizes(run, run.reference).get(name)
-        stage = run.stages.get("reference", {})
+        stage = run.dynamics
         evaluations = (
             stage.get("n_frames", len(run.reference.x))
             * run.plan.steps_per_swap
@@ -122,6 +122,20 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
             "per_million": "-" if ess is None else _short(1e6 * ess / evaluations),
         }
         for label, ess, wall, evaluations in rows
+    ]
+
+
+def ways(run: RunData) -> list[dict[str, str]]:
+    """Say what prior, levels, field and both cost, and which was taken."""
+    return [
+        {
+            "name": row["name"],
+            "ess": pm(row["relative_ess"], row["relative_ess_error"] or math.nan),
+            "ms": f"{1e3 * row['seconds_per_sample']:.2g}",
+            "rate": _short(row["effective_per_second"]),
+            "chosen": "taken" if row["chosen"] else "",
+        }
+        for row in run.ways
     ]
 
 
@@ -225,18 +239,29 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
         ("invalid proposals", f"{run.metrics['n_invalid']:,} of {run.metrics['n_samples']:,}"),
     ]
     reference = stages.get("reference")
+    if run.run.config.recipe.method == "annealing" and reference:
+        adapted = reference["adaptation"]
+        rows.append(
+            (
+                "reference",
+                f"an annealed path of {reference['n_levels']} levels, {len(adapted['rounds'])} "
+                f"adaptive rounds, {adapted['seconds']:.0f} s; {reference['n_frames']:,} frames "
+                "drawn by weight",
+            )
+        )
+        reference = reference.get("check")
     if reference and run.reference is not None:
         kelvins = reference.get("temperatures_kelvin", [])
         rows.append(
             (
-                "reference",
+                "reference MD" if "check" in stages["reference"] else "reference",
                 f"{reference.get('n_frames', 0):,} frames every "
                 f"{reference.get('frame_interval_ps', 0.0):.2f} ps (sampling masses), "
                 f"{len(kelvins)} temperature(s) up to {max(kelvins, default=0.0):.0f} K, OpenMM "
                 f"{reference.get('platform')} platform",
             )
         )
-    else:
+    elif not stages.get("reference"):
         rows.append(("reference", "none: the flow was adopted, not trained here"))
     if run.metrics.get("test_nll") is not None:
         rows.append(

@@ -283,7 +283,7 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
                 f"{row.name} misses its exact value (z = {z:+.1f})",
             )
         )
-    reference = run.stages.get("reference", {}).get("convergence")
+    reference = run.dynamics.get("convergence")
     mixed = not reference or reference.get("mixed", reference.get("converged", True))
     if run.reference is not None and reference and not mixed:
         checks.append(
@@ -302,8 +302,12 @@ def agreement_checks(run: RunData, quantities: list[Quantity]) -> list[Check]:
                 "reference data",
                 "none",
                 "good",
-                "the flow was adopted: chains are compared with the reweighted flow, which is "
-                "not independent of them",
+                (
+                    "an annealed path needs none (check_with_md: 1 makes some): "
+                    if run.run.config.recipe.method == "annealing"
+                    else "the flow was adopted: "
+                )
+                + "chains are compared with the reweighted flow, which is not independent of them",
                 "sampling",
                 "no reference",
             )

@@ -1,8 +1,7 @@
 r"""From a structure to weighted samples without reference data: a path from chemistry, drawn from.
 
 :func:`~openmm_eqflow.flows.adapt.path_from_chemistry` makes the path; independent samples of it
-carry exact weights. What they say of isomers and conformers is a population p of every state and
-:math:`\Delta F = -kT \log(p / p_{\max})` against the commonest state of the same torsion.
+carry exact weights.
 """
 
 from __future__ import annotations
@@ -15,26 +14,25 @@ from typing import Any
 import mdtraj
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 from openmm import unit
 
-from openmm_eqflow.analysis.chains import population
-from openmm_eqflow.analysis.observables import Torsion, torsion_angles
+from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
 from openmm_eqflow.analysis.weights import (
     log_z,
     pareto_k,
     relative_ess,
     relative_ess_with_error,
+    systematic,
 )
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
-from openmm_eqflow.flows.adapt import path_from_chemistry
+from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath
-from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
+from openmm_eqflow.runs.reference.annealed import annealed_path
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
@@ -45,10 +43,9 @@ from openmm_eqflow.units import kt_in_kj_mol, positions_quantity
 
 __all__ = [
     "anneal_system",
-    "isomer_populations",
+    "describe_path",
 ]
 
-_KCAL = 4.184
 _LEAST = 50  # independent samples that a table of populations needs
 _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
 _SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
@@ -56,90 +53,6 @@ _PATHS = 1000  # whose work is told level by level
 _APART = 4.0  # standard errors between path and dynamics
 _LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
-
-
-def isomer_populations(
-    torsions: tuple[Torsion, ...],
-    x: NDArray[Any],
-    log_weights: ArrayLike | None,
-    kt: float,
-    *,
-    chain: ArrayLike | None = None,
-) -> list[dict[str, Any]]:
-    """Give populations and free energies of the states of every torsion that tells isomers apart.
-
-    Amides and double bonds are cis or trans, single bonds gauche+, anti or gauche-, bonds of rings
-    plus or minus. Torsions whose turns look alike, and bonds of rings whose states differ in
-    labels only, have no states.
-
-    Parameters
-    ----------
-    torsions
-        Of :func:`~openmm_eqflow.targets.isomers.find_isomers`.
-    x, log_weights
-        Independent samples (n, N, 3) in nm and their log weights (n,), or frames of a chain.
-    kt
-        Thermal energy in kJ/mol.
-    chain
-        Which chain made each frame (n,), where they are correlated.
-
-    Returns
-    -------
-    list of dict
-        ``torsion``, ``state``, ``population`` and ``population_error``; ``free_energy_kj_mol`` and
-        ``free_energy_kcal_mol`` with errors, against the commonest state of the torsion (None
-        where a state was not seen).
-    """
-    rows: list[dict[str, Any]] = []
-    angles = torsion_angles(x, torsions)
-    for torsion, angle in zip(torsions, angles.T, strict=True):
-        if torsion.fold > 1 or torsion.even:
-            continue
-        states = _states(torsion, angle)
-        found: dict[str, tuple[float, float]] = {}
-        for name, inside in states.items():
-            estimate, _ = population(inside, log_weights=log_weights, chain=chain)
-            found[name] = float(estimate.value), float(estimate.error)
-        most = max(found, key=lambda name: found[name][0])
-        for name, (p, error) in found.items():
-            free, uncertain = _free_energy(p, error, *found[most], kt, same=name == most)
-            rows.append(
-                {
-                    "torsion": torsion.name,
-                    "state": name,
-                    "population": p,
-                    "population_error": error,
-                    "free_energy_kj_mol": free,
-                    "free_energy_kj_mol_error": uncertain,
-                    "free_energy_kcal_mol": None if free is None else free / _KCAL,
-                    "free_energy_kcal_mol_error": None if uncertain is None else uncertain / _KCAL,
-                }
-            )
-    return rows
-
-
-def _states(torsion: Torsion, angle: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
-    if torsion.kind in ("amide", "double"):
-        return {"cis": np.cos(angle) > 0.0, "trans": np.cos(angle) <= 0.0}
-    if torsion.kind == "ring":
-        return {"plus": angle > 0.0, "minus": angle <= 0.0}
-    third = 2 * math.pi / 3
-    return {
-        "gauche+": (angle >= 0.0) & (angle < third),
-        "anti": np.abs(angle) >= third,
-        "gauche-": (angle < 0.0) & (angle > -third),
-    }
-
-
-def _free_energy(
-    p: float, error: float, most: float, most_error: float, kt: float, *, same: bool
-) -> tuple[float | None, float | None]:
-    """Free energy against the commonest state and its error, in kJ/mol."""
-    if same:
-        return 0.0, 0.0
-    if p <= 0.0:
-        return None, None
-    return -kt * math.log(p / most), kt * math.hypot(error / p, most_error / most)
 
 
 def anneal_system(
@@ -199,22 +112,10 @@ def anneal_system(
         raise ConfigurationError(f"ess is {ess:g}, expected a number above 0 and below 1")
     tell = progress or (lambda share, text: None)
     dynamics = None if compare_with is None else _dynamics(compare_with, target)
-    asked = {
-        "system_hash": target.system_hash,
-        "temperature_K": target.kT,
-        "ess": ess,
-        "n_points": n_points,
-        "seed": seed,
-    }
-    path = _known(out, asked)
-    if path is None:
-        tell(0.0, "adapting the prior to paths of its own")
-        made = path_from_chemistry(target, ess=ess, seed=seed, n_points=n_points)
-        out.mkdir(parents=True, exist_ok=True)
-        made.path.metadata |= {"asked": asked, "system_hash": target.system_hash}
-        save_flow(made.path, out / "flow", made.path.metadata)
-        path = made.path
-    adaptation = path.metadata["adaptation"]
+    if not (out / "flow.json").is_file() and out.exists() and any(out.iterdir()):
+        raise ConfigurationError(f"{out} holds other files and no path: choose another --out")
+    tell(0.0, "adapting the prior to paths of its own")
+    path = annealed_path(target, out / "flow", ess=ess, n_points=n_points, seed=seed)
     samples = draw_weighted(
         path,
         target,
@@ -225,12 +126,7 @@ def anneal_system(
     )
     log_w = samples.log_weight.numpy()
     value, error = relative_ess_with_error(log_w)
-    estimate = log_z(log_w)
-    x = samples.x.numpy()
-    isomers = find_isomers(target.system, system.topology, target.positions)
-    rows = isomer_populations(isomers.torsions, x, log_w, target.kT)
-    k = pareto_k(log_w)
-    told = _warnings(float(value) * n_samples, adaptation, k, float(estimate.value))
+    estimate, k = log_z(log_w), pareto_k(log_w)
     metrics: dict[str, Any] = {
         "system": system.name,
         "n_samples": n_samples,
@@ -240,30 +136,77 @@ def anneal_system(
         "pareto_k": float(k) if np.isfinite(k) else None,
         "log_z": float(estimate.value),
         "log_z_error": float(estimate.error),
-        "weights_of": "paths",
-        "n_levels": len(path.layers),
         "ess_asked": ess,
         "seconds_per_sample": samples.seconds / n_samples,
-        "adaptation": adaptation,
-        "floor": _floor(path.prior, adaptation["floor"], isomers, system),
-        "warnings": told + _single_conformers(isomers, rows),
-        "isomers": rows,
-        "levels": _levels(path, seed),
     }
+    metrics |= describe_path(path, system, target, samples, dynamics=dynamics, seed=seed)
     if dynamics is not None:
-        frames, walker = dynamics.positions, dynamics.walker
-        by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
-        about = {"run": str(compare_with), "n_frames": len(frames), "isomers": by_md}
-        metrics["dynamics"] = about | _compared(rows, by_md)
+        metrics["dynamics"]["run"] = str(compare_with)
         metrics["warnings"] += _disagreement(metrics["dynamics"])
     _write(out, system, samples, seed)
     write_json(out / "metrics.json", metrics)
     return metrics
 
 
+def describe_path(
+    path: FlowPath,
+    system: MolecularSystem,
+    target: BoltzmannTarget,
+    samples: FlowSamples,
+    *,
+    dynamics: ReferenceData | None = None,
+    seed: int,
+) -> dict[str, Any]:
+    """Say what samples of a path from chemistry show, and what it may have missed.
+
+    Parameters
+    ----------
+    path, samples
+        A flow whose prior is that of an annealed path, with the record of
+        :func:`~openmm_eqflow.flows.adapt.path_from_chemistry` in its metadata, and independent
+        samples of it.
+    system, target
+        The molecule.
+    dynamics
+        Reference dynamics to compare with.
+    seed
+        Of the paths whose work is told.
+
+    Returns
+    -------
+    dict
+        ``isomers``, ``warnings``, ``adaptation``, ``floor``, ``n_levels`` and ``weights_of``; of
+        an annealed path ``levels`` with their work; with dynamics ``dynamics``.
+    """
+    log_w, x = samples.log_weight.numpy(), samples.x.numpy()
+    adaptation = path.metadata["adaptation"]
+    isomers = find_isomers(target.system, system.topology, target.positions)
+    rows = isomer_populations(isomers.torsions, x, log_w, target.kT)
+    effective = float(relative_ess(log_w)) * len(log_w)
+    told = _warnings(effective, adaptation, pareto_k(log_w), float(log_z(log_w).value))
+    found: dict[str, Any] = {
+        "weights_of": "points" if path.maps is path else "paths",
+        "n_levels": len(path.layers),
+        "adaptation": adaptation,
+        "floor": _floor(path.prior, adaptation["floor"], isomers, system),
+        "warnings": told + _single_conformers(isomers, rows),
+        "isomers": rows,
+    }
+    if isinstance(path, AnnealedPath):
+        found["levels"] = _levels(path, seed)
+    if dynamics is not None:
+        frames, walker = dynamics.positions, dynamics.walker
+        by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
+        about = {"n_frames": len(frames), "isomers": by_md}
+        found["dynamics"] = about | compare_isomers(rows, by_md)
+    return found
+
+
 def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:
     """Frames of reference dynamics of the same System at the same temperature."""
     found = load_reference(run)
+    if found.method != "tempering":
+        raise ConfigurationError(f"{run} holds frames of a path, which are no dynamics")
     same = math.isclose(kt_in_kj_mol(found.temperatures[0] * unit.kelvin), target.kT, rel_tol=1e-6)
     if found.system_hash != target.system_hash or not same:
         raise ConfigurationError(
@@ -271,26 +214,6 @@ def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:
             "a run of this one"
         )
     return found
-
-
-def _compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Differences of the populations over their standard errors; states that only one has seen."""
-    scores: list[float | None] = []
-    only: dict[str, list[str]] = {"path": [], "dynamics": []}
-    for a, b in zip(ours, theirs, strict=True):
-        error = math.hypot(a["population_error"], b["population_error"])
-        known = math.isfinite(error) and error > 0.0
-        scores.append((a["population"] - b["population"]) / error if known else None)
-        if (a["population"] > 0.0) != (b["population"] > 0.0):
-            seen_by = "path" if a["population"] > 0.0 else "dynamics"
-            only[seen_by].append(f"{a['torsion']} {a['state']}")
-    sizes = [abs(z) for z in scores if z is not None]
-    return {
-        "z": scores,
-        "largest_z": max(sizes, default=None),
-        "only_path": only["path"],
-        "only_dynamics": only["dynamics"],
-    }
 
 
 def _disagreement(dynamics: dict[str, Any]) -> list[str]:
@@ -332,26 +255,11 @@ def _floor(
     named = []
     for key, share in shares.items():
         kind, members = key.split()
-        what = f"ring conformer {int(members) + 1}"
-        if kind == "torsions":
-            what = ", ".join(torsions[int(k)] for k in members.split("-"))
+        turning = kind == "torsions"
+        numbers = [int(k) for k in members.split("-")]
+        what = ", ".join(torsions[k] if turning else f"ring conformer {k + 1}" for k in numbers)
         named.append({"of": what, "kind": kind, "share": share})
     return named
-
-
-def _known(out: Path, asked: dict[str, Any]) -> AnnealedPath | None:
-    """Path that ``out`` holds already."""
-    if not (out / "flow.json").is_file():
-        if out.exists() and any(out.iterdir()):
-            raise ConfigurationError(f"{out} holds other files and no path: choose another --out")
-        return None
-    path = load_flow(out / "flow")
-    if not isinstance(path, AnnealedPath) or path.metadata.get("asked") != asked:
-        raise ConfigurationError(
-            f"{out} holds a flow made with other settings or for another System: choose another "
-            "--out, or remove it"
-        )
-    return path
 
 
 def _warnings(
@@ -408,13 +316,8 @@ def _write(out: Path, system: MolecularSystem, samples: FlowSamples, seed: int) 
             "u": samples.u.numpy(),
         },
     )
-    weights = torch.softmax(log_w, 0)
-    effective = int(max(1.0, float(1 / weights.square().sum())))
-    generator = child(seed, "frames")
-    u = torch.rand((), generator=generator, dtype=torch.float64)
-    places = (torch.arange(effective, dtype=torch.float64) + u) / effective
-    index = torch.searchsorted(weights.cumsum(0), places).clamp(max=len(weights) - 1)
-    chosen = torch.from_numpy(x[index.numpy()]).double()
+    u = float(torch.rand((), generator=child(seed, "frames"), dtype=torch.float64))
+    chosen = torch.from_numpy(x[systematic(log_w.numpy(), u)]).double()
     frames = rotate(chosen, align_rotations(chosen, chosen[:1])).float().numpy()
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
     with atomic_path(out / "samples.dcd") as temporary:

@@ -99,10 +99,13 @@ class RunDirectory:
         budget: str | None,
         seed: int | None,
         device: str | None = None,
+        method: str | None = None,
+        ess: float | None = None,
     ) -> RunDirectory:
         """Make a run directory, or open the existing one if it is of the same run.
 
-        ``None`` means what an existing run was made with, else standard, 0 and auto.
+        ``None`` means what an existing run was made with, else standard, 0 and auto; of ``method``
+        and ``ess`` what the recipe has.
 
         Raises
         ------
@@ -117,14 +120,17 @@ class RunDirectory:
         source = system.name if shipped else str(system.directory.resolve())
         if (path / "config.yaml").is_file():
             run = cls.open(path)
+            recipe = run.config.recipe
             wanted = {
-                "system_hash": target.system_hash,
-                "temperature_kelvin": kelvin,
-                "budget": budget or run.config.budget,
-                "seed": run.config.seed if seed is None else seed,
+                "system_hash": (run.config.system_hash, target.system_hash),
+                "temperature_kelvin": (run.config.temperature_kelvin, kelvin),
+                "budget": (run.config.budget, budget),
+                "seed": (run.config.seed, seed),
+                "method": (recipe.method, method),
+                "ess": (recipe.ess, ess),
             }
-            for key, value in wanted.items():
-                found = getattr(run.config, key)
+            for key, (found, asked) in wanted.items():
+                value = found if asked is None else asked
                 if found != value:
                     raise ConfigurationError(
                         f"{path} belongs to another run: its {key.replace('_', ' ')} is "
@@ -138,7 +144,14 @@ class RunDirectory:
                 f"{path} exists and is no run directory (no config.yaml); choose another --out"
             )
         chosen = budget or "standard"
-        recipe = make_recipe(system.kind, chosen, system.settings, system.n_particles)  # type: ignore[arg-type]
+        recipe = make_recipe(
+            system.kind,
+            chosen,  # type: ignore[arg-type]
+            system.settings,
+            system.n_particles,
+            method,
+            ess,
+        )
         if recipe.prior == "internal":  # refused now, not after the reference data are made
             bonds = [(bond[0].index, bond[1].index) for bond in system.topology.bonds()]
             masses = [float(m) for m in masses_in_dalton(system.system)]

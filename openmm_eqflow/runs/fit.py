@@ -294,19 +294,20 @@ def train_flow(
     device: str = "cpu",
     log: Path | None = None,
     progress: Progress | None = None,
+    prior: Prior | None = None,
 ) -> tuple[FlowPath, TrainingResult]:
     """Fit prior, train field, freeze the grid, audit log q. Resumable through ``folder``.
 
-    ``log`` is the CSV file of the history; that of a fine-tuning is beside it. Under torchrun
-    all processes train together; the flow that rank 0 returns is calibrated and audited, the
-    others' is not.
+    ``prior`` is one that needs no fit, as an annealed path has. ``log`` is the CSV file of the
+    history; that of a fine-tuning is beside it. Under torchrun all processes train together; the
+    flow that rank 0 returns is calibrated and audited, the others' is not.
     """
     if recipe.stochastic is not None:
         return train_stochastic_flow(
             recipe.stochastic_options(), target, seed=seed, log=log, progress=progress
         )
     with one_torch_thread():
-        return _train_flow(recipe, target, data, seed, folder, device, log, progress)
+        return _train_flow(recipe, target, data, seed, folder, device, log, progress, prior)
 
 
 def _train_flow(
@@ -318,6 +319,7 @@ def _train_flow(
     device: str,
     log: Path | None,
     progress: Progress | None,
+    prior: Prior | None,
 ) -> tuple[EquivariantFlow, TrainingResult]:
     report = progress or (lambda fraction, text: None)
     check_precision(recipe.precision, device)
@@ -332,9 +334,9 @@ def _train_flow(
         # A run that version 0.1 began goes on with the one stream that it had.
         return generator if isinstance(seed, EarlierSeed) else child(seed, name)
 
-    prior = _shared_prior(
-        fit_prior(recipe, target, frames, hot, generator) if is_main() else None, generator
-    )
+    if prior is None and is_main():
+        prior = fit_prior(recipe, target, frames, hot, generator)
+    prior = _shared_prior(prior if is_main() else None, generator)
     field = build_field(recipe, prior, target, frames).to(device)
     trainings = recipe.trainings()
     done: list[TrainingResult] = []

@@ -25,20 +25,26 @@ import torch
 
 from openmm_eqflow import units as thermo
 from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
+from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
 from openmm_eqflow.flows.path import Path as FlowPath
+from openmm_eqflow.flows.relaxed import relax
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.geometry import superposed
 from openmm_eqflow.moves.chains import ChainSamples, run_chains
 from openmm_eqflow.moves.steps import Proposals
-from openmm_eqflow.parallel import is_main, main_first, share
+from openmm_eqflow.parallel import is_main, main_first, share, world_size
+from openmm_eqflow.runs.annealing import describe_path
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
-from openmm_eqflow.runs.evaluation import evaluate_flow
+from openmm_eqflow.runs.evaluation import FlowSamples, evaluate_flow
 from openmm_eqflow.runs.fit import split_frames, train_flow
+from openmm_eqflow.runs.reference.annealed import run_annealed
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
-from openmm_eqflow.seeds import child
+from openmm_eqflow.runs.ways import cheapest, measure_ways
+from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.targets.forcefield import write_pdb
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import MolecularSystem, load_system
 from openmm_eqflow.targets.target import BoltzmannTarget, system_sha256
 from openmm_eqflow.training.precision import resolve_device
@@ -220,6 +226,11 @@ def run_stage(
 
 
 def _run_stage(run: RunDirectory, stage: str, progress: Progress) -> dict[str, Any]:
+    if run.config.recipe.method == "annealing" and world_size() > 1:
+        raise ConfigurationError(
+            "an annealed run works in one process: start it without torchrun, or take --method "
+            "tempering"
+        )
     handler = run.log_to_file()
     started = time.monotonic()
     try:
@@ -238,6 +249,43 @@ def _run_stage(run: RunDirectory, stage: str, progress: Progress) -> dict[str, A
 
 
 def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    if run.config.recipe.method == "annealing":
+        return _annealed(run, progress)
+    return _tempered(run, run.path, progress)
+
+
+def _annealed(run: RunDirectory, progress: Progress) -> dict[str, Any]:
+    """Frames of a path; where asked, dynamics beside it in a folder of their own."""
+    recipe, config = run.config.recipe, run.config
+    share = 0.5 if recipe.check_with_md else 1.0
+    with build_target(run.load_system()) as target:
+        path, data = run_annealed(
+            target,
+            run.path,
+            kelvin=config.temperature_kelvin,
+            ess=recipe.ess,
+            n_points=recipe.n_points,
+            n_frames=min(recipe.max_frames, recipe.n_samples),
+            seed=config.seed,
+            progress=lambda fraction, text: progress(share * fraction, text),
+        )
+    facts = {
+        "method": "annealing",
+        "n_frames": data.n_frames,
+        "n_levels": len(path.layers),
+        "adaptation": path.metadata["adaptation"],
+        "wall_seconds": data.wall_seconds,
+    }
+    if recipe.check_with_md:
+        facts["check"] = _tempered(
+            run,
+            run.path / "check",
+            lambda fraction, text: progress(0.5 + 0.5 * fraction, f"check by dynamics: {text}"),
+        )
+    return facts
+
+
+def _tempered(run: RunDirectory, folder: Path, progress: Progress) -> dict[str, Any]:
     recipe = run.config.recipe
     system = run.load_system()
     enough = min(recipe.min_frames, recipe.max_frames)
@@ -245,7 +293,7 @@ def _reference(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     for extension in extensions:
         data = run_reference(
             system,
-            run.path,
+            folder,
             seconds=extension * recipe.reference_seconds,
             max_frames=recipe.max_frames,
             seed=run.config.seed,
@@ -279,6 +327,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     system = run.load_system()
     data = load_reference(run.path)
     with build_target(system) as target:
+        levels = load_flow(run.path / "reference" / "path") if data.method == "annealing" else None
         flow, result = train_flow(
             run.config.recipe,
             target,
@@ -288,6 +337,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             device=run.config.device,
             log=run.path / "history.csv",
             progress=progress,
+            prior=None if levels is None else levels.prior,
         )
         metadata = {
             "system": system.name,
@@ -301,15 +351,53 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             "n_frames": data.n_frames,
             "prior_kept": result.prior_kept,
         }
-    if is_main():
-        save_flow(flow, run.path / "flow", metadata)
-    return {
-        "n_steps": result.n_steps,
-        "training_seconds": result.seconds,
-        "history": result.history,
-        "audit": flow.audit_report,
-        "prior_kept": result.prior_kept,
-    }
+        facts = {
+            "n_steps": result.n_steps,
+            "training_seconds": result.seconds,
+            "history": result.history,
+            "prior_kept": result.prior_kept,
+        }
+        if levels is not None:
+            flow, facts["ways"] = _way(run, flow, levels, target, result.prior_kept, progress)
+            metadata |= {"adaptation": levels.metadata["adaptation"]}
+        if is_main():
+            save_flow(flow, run.path / "flow", metadata)
+    return facts | {"audit": flow.audit_report}
+
+
+def _way(
+    run: RunDirectory,
+    field: FlowPath,
+    levels: FlowPath,
+    target: BoltzmannTarget,
+    prior_kept: dict[str, float] | None,
+    progress: Progress,
+) -> tuple[FlowPath, list[dict[str, Any]]]:
+    """Measure levels, field and both, and take the cheapest; the field if it has to be."""
+    recipe, seed = run.config.recipe, run.config.root
+    ways: dict[str, FlowPath] = {"levels alone": levels}
+    if prior_kept is None:
+        ways["field alone"] = field
+        if field.maps.n_ode_steps > 1:
+            both = relax(field.maps, target, seed=child_seed(seed, "relaxation"))
+            ways["field and levels"] = both
+    rows = measure_ways(
+        ways,
+        target,
+        seed=seed,
+        progress=lambda name: progress(1.0, f"what an effective sample costs: {name}"),
+    )
+    chosen = "field alone" if recipe.density == "pointwise" else cheapest(rows, recipe.ess)
+    for row in rows:
+        row["chosen"] = row["name"] == chosen
+        logger.info(
+            "%s: relative ESS %.3f, %.3g effective samples a second%s",
+            row["name"],
+            row["relative_ess"],
+            row["effective_per_second"],
+            ", taken" if row["chosen"] else "",
+        )
+    return ways.get(chosen, field), rows
 
 
 def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
@@ -335,6 +423,8 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         )
         if not is_main():
             return {}
+        if system.kind == "molecule":
+            metrics |= _isomers(run, flow, system, target, samples)
         write_npz(
             run.path / "flow_samples.npz",
             {
@@ -371,6 +461,28 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     write_json(run.path / "metrics.json", metrics)
     shutil.rmtree(run.path / "evaluation", ignore_errors=True)
     return {key: metrics[key] for key in ("relative_ess", "prior_relative_ess", "pareto_k")}
+
+
+def _isomers(
+    run: RunDirectory,
+    flow: FlowPath,
+    system: MolecularSystem,
+    target: BoltzmannTarget,
+    samples: FlowSamples,
+) -> dict[str, Any]:
+    """Give populations of isomers by weighted samples; of an annealed run what it may lack."""
+    if "adaptation" in flow.metadata:
+        check = run.path / "check"
+        dynamics = load_reference(check) if check.is_dir() else None
+        found = describe_path(
+            flow, system, target, samples, dynamics=dynamics, seed=run.config.root
+        )
+        return found | {"ess_asked": run.config.recipe.ess}
+    torsions = find_isomers(system.system, system.topology, target.positions).torsions
+    x, log_w = samples.x.numpy(), samples.log_weight.numpy()
+    if not np.isfinite(log_w).any():
+        return {}
+    return {"isomers": isomer_populations(torsions, x, log_w, target.kT)}
 
 
 def _starting_points(
@@ -411,23 +523,30 @@ def open_run(
     budget: str | None = None,
     seed: int | None = None,
     device: str | None = None,
+    method: str | None = None,
+    ess: float | None = None,
 ) -> RunDirectory:
     """Open a run directory, or make one for a system; no stage is run. Arguments as of ``run``.
 
     Raises
     ------
     ConfigurationError
-        The folder belongs to another system, budget or seed.
+        The folder belongs to another system, budget, seed or method.
     UnknownSystemError
         No such system.
     """
     if out is None and (Path(system) / "config.yaml").is_file():
         opened = RunDirectory.open(Path(system))
-        for key, value in (("budget", budget), ("seed", seed)):
-            if value is not None and value != getattr(opened.config, key):
+        config, recipe = opened.config, opened.config.recipe
+        for key, found, value in (
+            ("budget", config.budget, budget),
+            ("seed", config.seed, seed),
+            ("method", recipe.method, method),
+            ("ess", recipe.ess, ess),
+        ):
+            if value is not None and value != found:
                 raise ConfigurationError(
-                    f"{system} was made with {key} {getattr(opened.config, key)}, now {value}; "
-                    "choose a new --out"
+                    f"{system} was made with {key} {found}, now {value}; choose a new --out"
                 )
         opened.use_device(device)
         return opened
@@ -435,7 +554,14 @@ def open_run(
     with main_first(), build_target(loaded) as target:
         path = Path("runs") / loaded.name if out is None else Path(out)
         return RunDirectory.create(
-            path, loaded, target, budget=budget, seed=seed, device=device
+            path,
+            loaded,
+            target,
+            budget=budget,
+            seed=seed,
+            device=device,
+            method=method,
+            ess=ess,
         )
 
 
@@ -446,6 +572,8 @@ def run(
     budget: str | None = None,
     seed: int | None = None,
     device: str | None = None,
+    method: str | None = None,
+    ess: float | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> RunDirectory:
     """Do everything: reference, train, sample, report. Call it again to continue.
@@ -462,6 +590,9 @@ def run(
         Random seed (default 0).
     device
         ``auto`` (default: a CUDA GPU if there is one), ``cpu`` or ``cuda``.
+    method, ess
+        ``tempering`` or, for molecules, ``annealing``: without reference dynamics, to a relative
+        ESS of ``ess`` (default those of the recipe, tempering and .9).
     progress
         Called with the fraction of the present stage that is done and a short text.
 
@@ -480,7 +611,9 @@ def run(
     >>> made = run("alanine-dipeptide", "my-run", budget="quick")  # doctest: +SKIP
     >>> made.metrics()["relative_ess"]  # doctest: +SKIP
     """
-    directory = open_run(system, out, budget=budget, seed=seed, device=device)
+    directory = open_run(
+        system, out, budget=budget, seed=seed, device=device, method=method, ess=ess
+    )
     with directory.locked():
         for stage in STAGES:
             run_stage(directory, stage, progress=_named(stage, progress))

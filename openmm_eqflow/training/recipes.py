@@ -50,6 +50,20 @@ class Recipe:
         Below this many reference frames the stage goes on, up to four times its seconds.
     max_frames
         Reference frames after which the stage stops early.
+    method
+        Of the stage reference: ``tempering``, or ``annealing``, which needs no dynamics: points of
+        a prior from chemistry are annealed to the target with exact weights
+        (:func:`~openmm_eqflow.flows.adapt.path_from_chemistry`), and no barrier of a torsion is in
+        their way. Its levels are a flow of their own; ``train_seconds`` is then the time of a
+        field on its points, which is taken instead where it pays.
+    ess, n_points
+        Of an annealed path: relative ESS asked for, from which the number of levels follows, and
+        points of an adaptive round.
+    density
+        What an annealed run samples with: ``paths`` the cheapest per effective sample of levels,
+        field and both; ``pointwise`` the field alone, which has a log q of every configuration.
+    check_with_md
+        1 for parallel tempering beside an annealed path, as an independent answer in the report.
     prior, objective
         ``internal`` + ``liouville`` for bonded molecules, ``gaussian`` + ``flow-matching`` else.
         ``objective`` may combine several: ``{name: [[fraction, weight], ...]}``, weights piecewise
@@ -99,6 +113,11 @@ class Recipe:
     train_seconds: float
     min_frames: int = 400
     max_frames: int = 40_000
+    method: str = "tempering"
+    ess: float = 0.9
+    n_points: int = 1000
+    density: str = "paths"
+    check_with_md: int = 0
     prior: str = "internal"
     objective: str | Mapping[str, Any] = "liouville"
     field: Mapping[str, Any] | None = None
@@ -195,6 +214,10 @@ def _misfit(key: str, value: Any) -> str | None:
         return schedule_misfit(value)
     if key == "precision":
         return None if value in _PRECISIONS else f"one of {', '.join(_PRECISIONS)}"
+    if key in _CHOICES:
+        return None if value in _CHOICES[key] else f"one of {', '.join(_CHOICES[key])}"
+    if key == "ess" and not (isinstance(value, (int, float)) and 0 < value < 1):
+        return "a number above 0 and below 1"
     if key == "ode_steps" and value == 0:
         return "at least 1"
     if example is None:
@@ -212,6 +235,9 @@ def _misfit(key: str, value: Any) -> str | None:
 
 
 _EXAMPLE = Recipe(1.0, 1.0)
+_CHOICES = {"method": ("tempering", "annealing"), "density": ("paths", "pointwise")}
+#: Of an annealed path, whose levels do most of the work.
+_FIELD_SECONDS: dict[Budget, float] = {"quick": 30, "standard": 240, "thorough": 1200}
 _PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
 #: Entries a second training may differ in.
 _FINETUNE = (
@@ -280,6 +306,8 @@ def make_recipe(
     budget: Budget,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     n_particles: int = 0,
+    method: str | None = None,
+    ess: float | None = None,
 ) -> Recipe:
     """Recipe of a kind of system at a budget.
 
@@ -295,6 +323,13 @@ def make_recipe(
     n_particles
         A point of a large molecule costs more time and memory: of a quick run, which is to end in
         minutes, points get fewer in proportion to the number of atoms to the power -3/2.
+    method, ess
+        Instead of the recipe's.
+
+    Raises
+    ------
+    ConfigurationError
+        An unknown or impossible entry, or a path asked for where there is none.
     """
     if budget not in BUDGETS:
         raise ConfigurationError(f"budget is {budget!r}, expected one of {', '.join(BUDGETS)}")
@@ -321,8 +356,23 @@ def make_recipe(
             n_evaluate=n,
             n_samples=n // 5,
         )
+    changes: dict[str, Any] = {}
     for section in ("recipe", budget):
-        changes = dict((overrides or {}).get(section, {}))
-        check_keys(changes, f"settings.{section}")
-        recipe = replace(recipe, **changes)
+        own = dict((overrides or {}).get(section, {}))
+        check_keys(own, f"settings.{section}")
+        changes |= own
+    given = {"method": method, "ess": ess}
+    asked = {key: value for key, value in given.items() if value is not None}
+    check_keys(asked, "options")
+    changes |= asked
+    annealing = changes.get("method", recipe.method) == "annealing"
+    if annealing:
+        changes.setdefault("train_seconds", _FIELD_SECONDS[budget])
+    recipe = replace(recipe, **changes)
+    if annealing and (recipe.prior != "internal" or recipe.stochastic is not None):
+        raise ConfigurationError(
+            "only bonded molecules have a prior from chemistry: take method: tempering"
+        )
+    if ess is not None and not annealing:
+        raise ConfigurationError("ess is asked of annealed paths: add --method annealing")
     return recipe

@@ -23,6 +23,7 @@ from openmm_eqflow.analysis.weights import (
     pareto_k,
     relative_ess,
     relative_ess_with_error,
+    systematic,
 )
 
 
@@ -202,3 +203,25 @@ def test_arrays_lists_and_tensors_are_the_same(function):
     assert function(values.tolist()) == expected
     single = values.astype(np.float32)
     assert function(torch.from_numpy(single)) == function(single)
+
+
+@pytest.mark.statistical
+def test_systematic_resampling_keeps_expectations():
+    rng = np.random.default_rng(8)
+    log_w = rng.normal(size=50)
+    weights = np.exp(log_w) / np.exp(log_w).sum()
+    draws = [systematic(log_w - 700.0, u, 50) for u in rng.random(400)]
+    counts = np.stack([np.bincount(rows, minlength=50) for rows in draws]).astype(float)
+    assert (counts.sum(1) == 50).all()
+    assert (np.abs(counts - 50 * weights) < 1).all()
+    # A count is one of two neighbours: its standard deviation is at most a half.
+    assert np.abs(counts.mean(0) - 50 * weights).max() < 5 * 0.5 / 400**0.5
+    assert np.abs(counts[0] - 50 * weights).max() > 5 * 0.5 / 400**0.5  # power: one alone
+    # As many as the weights are worth; never a row without weight.
+    log_w[:40] = -np.inf
+    rows = systematic(log_w, 0.5)
+    assert len(rows) == int(kish_ess(log_w))
+    assert rows.min() >= 40
+    assert systematic([-np.inf, 0.0, -np.inf], 0.0).tolist() == [1]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        systematic(np.full(3, -np.inf), 0.5)

@@ -20,7 +20,6 @@ from openmm_eqflow.flows.adapt import (
     path_from_chemistry,
     spread_levels,
 )
-from openmm_eqflow.flows.adapt import _systematic as systematic
 from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.priors.chemistry import chemical_prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -158,15 +157,3 @@ def test_the_path_is_saved_and_loaded(made: Adaptation, tmp_path: Path) -> None:
     levels = made.path.levels._replace(steps=1.01 * made.path.levels.steps)
     other = AnnealedPath(made.path.prior, made.path.target, levels)  # power: steps are in it
     assert not torch.equal(other.sample_and_log_prob(16, generator=stream(7))[0], x)
-
-
-def test_systematic_resampling_keeps_expectations() -> None:
-    weights = torch.softmax(torch.randn(50, generator=stream(8), dtype=torch.float64), 0)
-    counts = torch.stack(
-        [torch.bincount(systematic(weights, stream(9 + k)), minlength=50) for k in range(400)]
-    ).double()
-    assert bool((counts.sum(1) == 50).all())
-    assert bool(((counts - 50 * weights).abs() < 1).all())
-    # A count is one of two neighbours: its standard deviation is at most a half.
-    assert float((counts.mean(0) - 50 * weights).abs().max()) < 5 * 0.5 / 400**0.5
-    assert float((counts[0] - 50 * weights).abs().max()) > 5 * 0.5 / 400**0.5  # power: one alone

@@ -14,6 +14,7 @@ from scipy.integrate import quad
 from stand_ins.command_line import Shell
 from stand_ins.peroxide import held, held_exactly, write_inputs, write_system
 
+from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.relaxed import AnnealedPath
@@ -22,7 +23,6 @@ from openmm_eqflow.runs.annealing import (
     _single_conformers,
     _warnings,
     anneal_system,
-    isomer_populations,
 )
 from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.constraints import Constraints

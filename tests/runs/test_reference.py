@@ -16,6 +16,9 @@ import mdtraj
 import numpy as np
 import openmm
 import pytest
+from openmm import app, unit
+from scipy.integrate import quad
+from scipy.special import i0, i1
 from stand_ins import ROOT
 from stand_ins.interrupts import hear_interrupts
 from stand_ins.peroxide import chain_molecule
@@ -164,6 +167,86 @@ def test_every_temperature_has_its_exact_energy(tempered):
             # Power: the same test at a temperature 10 % off must fail for the mean.
         mean, error = mean_with_error(u / 1.1)
         assert abs(mean - 7.5) > 5.0 * error
+
+
+def bent():
+    """Two stiff bonds and an angle, as water has them: integrated at 0.9 / omega."""
+    topology, system = app.Topology(), openmm.System()
+    residue = topology.addResidue("HOH", topology.addChain("A"))
+    elements = (app.element.hydrogen, app.element.oxygen, app.element.hydrogen)
+    atoms = [topology.addAtom(f"A{k}", e, residue) for k, e in enumerate(elements)]
+    bonds, angles = openmm.HarmonicBondForce(), openmm.HarmonicAngleForce()
+    for first, second in ((0, 1), (1, 2)):
+        topology.addBond(atoms[first], atoms[second])
+        bonds.addBond(first, second, 0.0957, 462_750.0)
+    angles.addAngle(0, 1, 2, 1.824, 836.8)
+    for atom in atoms:
+        system.addParticle(atom.element.mass)
+    system.addForce(bonds)
+    system.addForce(angles)
+    x = np.array([[0.0957, 0.0, 0.0], [0.0, 0.0, 0.0], [-0.0240, 0.0927, 0.0]])
+    return dataclasses.replace(
+        load_system("toluene"),
+        name="bent",
+        system=system,
+        topology=topology,
+        positions=positions_quantity(x),
+        settings={"reference": {"max_temperature_ratio": 2.2, "steps_per_swap": 10}},
+    )
+
+
+def bent_energy(kelvin):
+    """Mean reduced energy by quadrature."""
+    kt = kt_in_kj_mol(kelvin * unit.kelvin)
+
+    def mean(u, volume, low, high):
+        top = quad(lambda q: u(q) * volume(q) * np.exp(-u(q)), low, high)[0]
+        return top / quad(lambda q: volume(q) * np.exp(-u(q)), low, high)[0]
+
+    stretch = mean(lambda r: 231_375.0 * (r - 0.0957) ** 2 / kt, lambda r: r * r, 0.07, 0.12)
+    bend = mean(lambda t: 418.4 * (t - 1.824) ** 2 / kt, np.sin, 0.9, 2.8)
+    return 2.0 * stretch + bend
+
+
+def half_step_late(self, context):
+    """Velocities of the Context, taken for those of the positions' time."""
+    v = context.getState(velocities=True).getVelocities(asNumpy=True)._value
+    return v, np.zeros_like(v)
+
+
+def test_exchange_rescales_the_velocities_of_the_positions_time(monkeypatch):
+    _, engine, starts, _ = plan_and_engine(bent())
+    engine.start(starts)
+    v, kick = engine._velocities(engine._contexts[0])
+    assert np.abs(kick).max() > 0.1 * np.abs(v).max()
+    engine._set_temperature(0, 0, 1)
+    after, same = engine._velocities(engine._contexts[0])
+    scale = (engine.plan.temperatures[1] / engine.plan.temperatures[0]) ** 0.5
+    np.testing.assert_allclose(after + same, scale * (v + kick), atol=1e-10)
+    assert np.abs(after - scale * v).max() > 0.01 * np.abs(v).max()
+
+
+@pytest.mark.slow
+@pytest.mark.statistical
+def test_exchange_leaves_stiff_modes_at_their_temperature(monkeypatch):
+    plan, engine, starts, _ = plan_and_engine(bent(), frames_per_chunk=40_000)
+    assert 2.0 < plan.timestep_fs < 3.0
+    assert len(plan.temperatures) == 2
+    state = engine.start(starts)
+
+    def worst():
+        chunk = engine.run_chunk(state, max_frames=40_000, should_stop=lambda n: False)
+        found = []
+        for energies, kelvin in zip(chunk.energies.T, plan.temperatures, strict=True):
+            mean, error = mean_with_error(energies / kt_in_kj_mol(kelvin * unit.kelvin))
+            assert error < 0.03
+            found.append(abs(mean - bent_energy(kelvin)) / error)
+        return max(found)
+
+    assert worst() < 4.0
+    # Power: rescaled as the Context has them.
+    monkeypatch.setattr(TemperingWalker, "_velocities", half_step_late)
+    assert worst() > 6.0
 
 
 def test_reference_data_are_complete(tempered):
@@ -417,9 +500,11 @@ def mean_energy(molecule, tmp_path):
 @pytest.mark.statistical
 def test_atoms_in_line_are_sampled_with_the_right_energy(tmp_path, caplog, monkeypatch):
     """Three stretches of 1/2 kT, two bends of 1 kT each, and the torsion's own energy."""
-    torsion = 0.65
+    torsion = 3.0
     molecule = acetylene(torsion)
-    exact = 1.5 + 2.0 + torsion / kt_in_kj_mol(molecule.temperature)
+    k = torsion / kt_in_kj_mol(molecule.temperature)
+    # Of exp(-k cos): the torsion is favoured where its energy is low.
+    exact = 1.5 + 2.0 + k * (1.0 - i1(k) / i0(k))
     mean, data = mean_energy(molecule, tmp_path / "aside")
     assert "the torsions 1-2-3-4 turn about atoms in line" in caplog.text
     plan = SamplingPlan.read(tmp_path / "aside" / "reference" / "plan.json")
@@ -427,6 +512,8 @@ def test_atoms_in_line_are_sampled_with_the_right_energy(tmp_path, caplog, monke
     assert mean.error < 0.1
     assert abs(mean.value - exact) < 5 * mean.error + 0.03  # cubic terms of the bends
     assert data.reduced_energies.max() < 30.0
+    # Power: dynamics that no energy of the torsion accepts find all its angles alike.
+    assert abs(mean.value - 3.5 - k) > 5 * mean.error + 0.03
     # Power control: with the torsion in the dynamics its force heats the molecule.
     name = "openmm_eqflow.runs.reference.calibration.set_aside_singular_torsions"
     monkeypatch.setattr(name, lambda *_: [])

@@ -21,16 +21,19 @@ from typing import Any
 import mdtraj
 import numpy as np
 import openmm
+import torch
 from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.convergence import assess, features
 from openmm_eqflow.analysis.observables import Torsion, seen_once, torsion_angles
+from openmm_eqflow.analysis.weights import systematic
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import atomic_path, write_json, write_npz, write_text
 from openmm_eqflow.runs.reference.calibration import make_plan
 from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
 from openmm_eqflow.runs.reference.pool import WalkerPool
 from openmm_eqflow.runs.reference.tempering import Chunk, chunk_paths, last_state, read_chunk
+from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.support import check_system
@@ -41,6 +44,7 @@ __all__ = [
     "ReferenceData",
     "load_reference",
     "run_reference",
+    "write_frames",
 ]
 
 Progress = Callable[[float, str], None]
@@ -49,6 +53,8 @@ Progress = Callable[[float, str], None]
 @dataclass(frozen=True, eq=False)
 class ReferenceData:
     """Frames of a parallel-tempering run; walkers one after the other, each in time order.
+
+    Of an annealed path: frames drawn by weight, independent, of one temperature and one "walker".
 
     Attributes
     ----------
@@ -66,6 +72,8 @@ class ReferenceData:
         Longest walker, over all attempts.
     convergence
         See :func:`openmm_eqflow.analysis.convergence.assess`.
+    method
+        ``tempering`` or ``annealing``.
     """
 
     all_positions: NDArray[np.float32]
@@ -77,6 +85,7 @@ class ReferenceData:
     system_hash: str
     platform: str
     convergence: dict[str, Any] = field(repr=False)
+    method: str = "tempering"
 
     @property
     def positions(self) -> NDArray[np.float32]:
@@ -224,6 +233,9 @@ def load_reference(directory: Path) -> ReferenceData:
     """
     folder = Path(directory) / "reference"
     if not (folder / "plan.json").is_file():
+        weighted = _weighted(Path(directory) / "reference.npz")
+        if weighted is not None:
+            return weighted
         raise CheckpointError(f"{directory} has no reference data; run the reference stage first")
     plan = SamplingPlan.read(folder / "plan.json")
     chunks = [
@@ -249,6 +261,35 @@ def load_reference(directory: Path) -> ReferenceData:
     )
 
 
+def _weighted(file: Path) -> ReferenceData | None:
+    """Frames of equal weight from the weighted points that an annealed run has left."""
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if "log_weight" not in archive:
+                return None
+            held = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{file} can't be read ({error}); run the stage again") from error
+    generator = child(int(held["seed"]), "annealed reference")
+    rows = systematic(held["log_weight"], float(torch.rand((), generator=generator)))
+    kelvins = held["temperatures"]
+    kt = kt_in_kj_mol(temperature_quantity(float(kelvins[0])))
+    return ReferenceData(
+        all_positions=held["positions"][rows][None],
+        all_energies=kt * held["u"][rows][None],
+        temperatures=kelvins,
+        walker=np.zeros(len(rows), dtype=np.int64),
+        frame_interval_ps=0.0,
+        wall_seconds=float(held["seconds"]),
+        system_hash=str(held["system_hash"]),
+        platform="path",
+        convergence={},
+        method="annealing",
+    )
+
+
 def _convergence(plan: SamplingPlan, chunks: list[list[Chunk]]) -> dict[str, Any]:
     flat = [chunk for walker in chunks for chunk in walker]
     angles = torsion_angles(np.concatenate([chunk.frames[:, 0] for chunk in flat]), plan.torsions)
@@ -271,14 +312,7 @@ def _convergence(plan: SamplingPlan, chunks: list[list[Chunk]]) -> dict[str, Any
 
 def _export(data: ReferenceData, directory: Path) -> None:
     """Write what a person opens: target-temperature frames (dcd, in angstrom) and all energies."""
-    x = data.positions
-    if x.shape[2] == 2:
-        x = np.concatenate([x, np.zeros((*x.shape[:2], 1), dtype=np.float32)], axis=2)
-    with (
-        atomic_path(directory / "reference.dcd") as temporary,
-        mdtraj.formats.DCDTrajectoryFile(str(temporary), "w") as dcd,
-    ):
-        dcd.write(10.0 * x)
+    write_frames(data.positions, directory)
     write_npz(
         directory / "reference.npz",
         {
@@ -289,3 +323,14 @@ def _export(data: ReferenceData, directory: Path) -> None:
             "frame_interval_ps": np.array(data.frame_interval_ps),
         },
     )
+
+
+def write_frames(x: NDArray[np.float32], directory: Path) -> None:
+    """Write reference.dcd, in angstrom, from positions (n, N, D) in nm."""
+    if x.shape[2] == 2:
+        x = np.concatenate([x, np.zeros((*x.shape[:2], 1), dtype=np.float32)], axis=2)
+    with (
+        atomic_path(directory / "reference.dcd") as temporary,
+        mdtraj.formats.DCDTrajectoryFile(str(temporary), "w") as dcd,
+    ):
+        dcd.write(10.0 * x)

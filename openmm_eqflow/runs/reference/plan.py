@@ -20,6 +20,7 @@ from openmm_eqflow.analysis.observables import Torsion
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 
 __all__ = [
+    "ASIDE",
     "ReferenceSettings",
     "SamplingPlan",
     "atoms_in_line",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
-_ASIDE = 31  # force group that is not integrated
+ASIDE = 31  # force group that is not integrated
 _IN_LINE = np.radians(165.0)
 
 
@@ -159,14 +160,15 @@ def set_aside_singular_torsions(system: openmm.System, positions: FloatArray) ->
     """Take torsions about three atoms in line out of the dynamics, and say which (from 1).
 
     Such a torsion has an energy of a few kJ/mol and no direction: its force grows without bound as
-    the atoms come into line, and heats any dynamics. The energy keeps it (force group 31, which
-    :func:`make_context` does not integrate), so frames are weighted as the target says.
+    the atoms come into line, and heats any dynamics. The energy keeps it in a force group that
+    :func:`make_context` does not integrate; stretches of dynamics are accepted by it (Duane,
+    Kennedy, Pendleton, Roweth 1987), so that frames are distributed as the target says.
     """
     kinds: tuple[Any, ...] = (openmm.PeriodicTorsionForce, openmm.RBTorsionForce)
     aside: list[str] = []
     for force in [f for f in system.getForces() if isinstance(f, kinds)]:
         kept = type(force)()
-        kept.setForceGroup(_ASIDE)
+        kept.setForceGroup(ASIDE)
         for k in range(force.getNumTorsions()):
             parameters = force.getTorsionParameters(k)
             particles, last = list(parameters[:4]), list(parameters[4:])
@@ -215,8 +217,8 @@ def make_context(
         friction_per_ps / unit.picosecond,
         timestep_fs * unit.femtosecond,
     )
-    if any(force.getForceGroup() == _ASIDE for force in system.getForces()):
-        integrator.setIntegrationForceGroups(set(range(_ASIDE)))
+    if any(force.getForceGroup() == ASIDE for force in system.getForces()):
+        integrator.setIntegrationForceGroups(set(range(ASIDE)))
     integrator.setConstraintTolerance(1e-7)
     properties = {"Threads": "1", "DeterministicForces": "true"} if platform == "CPU" else {}
     return openmm.Context(

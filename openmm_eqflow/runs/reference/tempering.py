@@ -38,8 +38,13 @@ from openmm import unit
 
 from openmm_eqflow.errors import CheckpointError, EnergyError
 from openmm_eqflow.files import write_npz
-from openmm_eqflow.runs.reference.plan import SamplingPlan, make_context
-from openmm_eqflow.units import energy_in_kj_mol, kt_in_kj_mol, temperature_quantity
+from openmm_eqflow.runs.reference.plan import ASIDE, SamplingPlan, make_context
+from openmm_eqflow.units import (
+    energy_in_kj_mol,
+    kt_in_kj_mol,
+    masses_in_dalton,
+    temperature_quantity,
+)
 
 __all__ = [
     "Chunk",
@@ -200,6 +205,8 @@ class TemperingWalker:
             [1.0 / kt_in_kj_mol(temperature_quantity(t)) for t in plan.temperatures]
         )
         self._contexts = [self._context(system, t) for t in plan.temperatures]
+        self._masses = masses_in_dalton(system)[:, None]
+        self._aside = any(force.getForceGroup() == ASIDE for force in system.getForces())
         self._order = np.arange(len(plan.temperatures))
         self._parity = 0
         self._rng = np.random.default_rng()
@@ -329,11 +336,32 @@ class TemperingWalker:
         )
 
     def _set_temperature(self, index: int, old: int, new: int) -> None:
+        """Rescale the velocities of the time of the positions; the Context's are half a step late.
+
+        Those are correlated with the positions: rescaled by themselves they leave each temperature
+        too cold or too hot by some percent of a stiff mode's energy.
+        """
         context = self._contexts[index]
         context.getIntegrator().setTemperature(self._temperatures[new] * unit.kelvin)
-        velocities = context.getState(velocities=True).getVelocities(asNumpy=True)
+        v, kick = self._velocities(context)
         scale = float(np.sqrt(self._temperatures[new] / self._temperatures[old]))
-        context.setVelocities(velocities * scale)
+        self._set_velocities(context, scale * (v + kick) - kick)
+
+    def _velocities(self, context: openmm.Context) -> tuple[FloatArray, FloatArray]:
+        """Velocities half a step late, and what half a step's forces would add to them."""
+        groups = context.getIntegrator().getIntegrationForceGroups()
+        state = context.getState(velocities=True, forces=True, groups=groups)
+        v = state.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
+        force = state.getForces(asNumpy=True).value_in_unit(
+            unit.kilojoule_per_mole / unit.nanometer
+        )
+        return v, 0.5e-3 * self.plan.timestep_fs * force / self._masses
+
+    @staticmethod
+    def _set_velocities(context: openmm.Context, v: FloatArray) -> None:
+        context.setVelocities(v)
+        if context.getSystem().getNumConstraints():
+            context.applyVelocityConstraints(1e-7)
 
     def _energies(self) -> FloatArray:
         values = np.array(
@@ -352,8 +380,11 @@ class TemperingWalker:
 
     def _advance(self, counts: NDArray[np.int64]) -> None:
         """Dynamics up to the next exchange, then exchange attempts of alternating pairs."""
-        for context in self._contexts:
-            context.getIntegrator().step(self.plan.steps_per_swap)
+        for index, context in enumerate(self._contexts):
+            if self._aside:
+                self._step_and_accept(context, float(self._beta[self._order[index]]))
+            else:
+                context.getIntegrator().step(self.plan.steps_per_swap)
         energies = self._energies()
         replica_at = np.argsort(self._order)
         for low in range(self._parity, len(self._contexts) - 1, 2):
@@ -366,6 +397,22 @@ class TemperingWalker:
                 self._set_temperature(int(a), low, low + 1)
                 self._set_temperature(int(b), low + 1, low)
         self._parity = 1 - self._parity
+
+    def _step_and_accept(self, context: openmm.Context, beta: float) -> None:
+        """Dynamics without the terms set aside, accepted by these; else back, and reversed."""
+        before = context.getState(positions=True)
+        v, kick = self._velocities(context)
+        energy = self._energy_aside(context)
+        context.getIntegrator().step(self.plan.steps_per_swap)
+        if np.log(self._rng.random()) < beta * (energy - self._energy_aside(context)):
+            return
+        context.setPositions(before.getPositions())
+        self._set_velocities(context, -v - 2.0 * kick)
+
+    @staticmethod
+    def _energy_aside(context: openmm.Context) -> float:
+        state = context.getState(energy=True, groups={ASIDE})
+        return energy_in_kj_mol(state.getPotentialEnergy())
 
     def _store(
         self, frames: NDArray[np.float32], energies: FloatArray, replica: NDArray[np.int64]

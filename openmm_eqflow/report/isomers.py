@@ -1,0 +1,107 @@
+"""What samples show of isomers, and what a path from chemistry has looked at, for a page."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from openmm_eqflow.report.verdict import pm
+
+__all__ = [
+    "coverage",
+    "isomer_rows",
+    "round_rows",
+]
+
+
+def isomer_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of isomers; with dynamics to compare, theirs beside."""
+    dynamics = metrics.get("dynamics", {})
+    rows = []
+    for k, row in enumerate(metrics["isomers"]):
+        made = {
+            "torsion": row["torsion"],
+            "state": row["state"],
+            "population": pm(row["population"], row["population_error"]),
+            "kj": _free(row, "free_energy_kj_mol"),
+            "kcal": _free(row, "free_energy_kcal_mol"),
+            "md": "",
+            "z": "",
+            "grade": "good",
+        }
+        if dynamics:
+            other, z = dynamics["isomers"][k], dynamics["z"][k]
+            made["md"] = pm(other["population"], other["population_error"])
+            made["z"] = "-" if z is None else f"{z:+.1f}"
+            if z is not None and abs(z) > 3:
+                made["grade"] = "poor" if abs(z) > 4 else "fair"
+        rows.append(made)
+    return rows
+
+
+def _free(row: dict[str, Any], key: str) -> str:
+    """Of a population below its error a free energy says nothing."""
+    if row[key] is None or row["population"] < row["population_error"]:
+        return "-"
+    return pm(row[key], row[f"{key}_error"])
+
+
+def coverage(metrics: dict[str, Any]) -> list[str]:
+    """Say in sentences what was looked at, so that nothing is missing in silence."""
+    found: list[str] = []
+    if "adaptation" in metrics:
+        other = metrics["adaptation"]["second_log_z"]
+        found.append(
+            f"Another population of points, from the first prior, has log Z {other:.2f}; the path "
+            f"{metrics['log_z']:.2f}."
+        )
+    floor = [row for row in metrics.get("floor", []) if row["kind"] == "torsions"]
+    if floor:
+        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in floor)
+        found.append(f"Weight of states that only the floor of the prior proposes: {words}.")
+    components = [row for row in metrics.get("floor", []) if row["kind"] == "component"]
+    if components:
+        words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in components)
+        found.append(f"Weight over the prior's share: {words}.")
+    seen: list[str] = []
+    never: list[str] = []
+    for row in metrics.get("isomers", []):
+        (seen if row["population"] > 0.0 else never).append(f"{row['torsion']} {row['state']}")
+    if never:
+        found.append(f"Never seen among {metrics['n_samples']:,} samples: {', '.join(never)}.")
+    elif seen:
+        found.append("Every state in the table was seen.")
+    dynamics = metrics.get("dynamics")
+    if dynamics:
+        if dynamics["only_path"]:
+            found.append(
+                f"Seen by the path and not by dynamics: {', '.join(dynamics['only_path'])}."
+            )
+        if dynamics["only_dynamics"]:
+            found.append(
+                f"Seen by dynamics and not by the path: {', '.join(dynamics['only_dynamics'])}."
+            )
+        z = [v for v in dynamics["z"] if v is not None]
+        if z:
+            found.append(
+                f"Populations differ from those of {dynamics['n_frames']:,} frames of dynamics by "
+                f"at most {dynamics['largest_z']:.1f} standard errors (root mean square "
+                f"{math.sqrt(sum(v * v for v in z) / len(z)):.1f})."
+            )
+    return found
+
+
+def round_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Adaptive rounds of the prior, one row each."""
+    return [
+        (
+            str(number),
+            f"{r['n']:,}",
+            str(r["n_levels"]),
+            f"{r['length']:.2f}",
+            f"{r['prior_ess']:.3f}",
+            f"{r['log_z']:.2f}",
+            "kept" if r["kept"] else "dropped",
+        )
+        for number, r in enumerate(metrics["adaptation"]["rounds"], 1)
+    ]

@@ -1,0 +1,129 @@
+r"""Reference data without dynamics: independent points of an annealed path, with their weights.
+
+The run directory receives::
+
+    reference.npz       all points: positions (nm), u, log weights
+    reference.dcd       frames drawn from them by weight, as many as they are worth
+    reference/path.*    the path (``load_flow`` reads it)
+
+:func:`~openmm_eqflow.runs.reference.data.load_reference` gives the frames of equal weight.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.files import write_npz
+from openmm_eqflow.flows.adapt import path_from_chemistry
+from openmm_eqflow.flows.relaxed import AnnealedPath
+from openmm_eqflow.flows.storage import load_flow, save_flow
+from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.reference.data import ReferenceData, load_reference, write_frames
+from openmm_eqflow.seeds import child_seed
+from openmm_eqflow.targets.target import BoltzmannTarget
+
+__all__ = [
+    "annealed_path",
+    "run_annealed",
+]
+
+Progress = Callable[[float, str], None]
+
+
+def annealed_path(
+    target: BoltzmannTarget, file: Path, *, ess: float, n_points: int, seed: int
+) -> AnnealedPath:
+    """Path that ``file`` holds, or a new one from chemistry, which it then holds.
+
+    Raises
+    ------
+    ConfigurationError
+        ``file`` is a flow made with other settings or for another System.
+    UnsupportedSystemError
+        No prior can be made of the molecule.
+    """
+    asked = {
+        "system_hash": target.system_hash,
+        "temperature_K": target.kT,
+        "ess": ess,
+        "n_points": n_points,
+        "seed": int(seed),
+    }
+    if file.with_name(f"{file.name}.json").is_file():
+        path = load_flow(file)
+        if not isinstance(path, AnnealedPath) or path.metadata.get("asked") != asked:
+            raise ConfigurationError(
+                f"{file.parent} holds a flow made with other settings or for another System: "
+                "choose another --out, or remove it"
+            )
+        return path
+    path = path_from_chemistry(target, ess=ess, seed=seed, n_points=n_points).path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    path.metadata |= {"asked": asked, "system_hash": target.system_hash}
+    save_flow(path, file, path.metadata)
+    return path
+
+
+def run_annealed(
+    target: BoltzmannTarget,
+    directory: Path,
+    *,
+    kelvin: float,
+    ess: float,
+    n_points: int,
+    n_frames: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[AnnealedPath, ReferenceData]:
+    """Make a path and frames, or continue where an earlier call stopped.
+
+    Parameters
+    ----------
+    target, kelvin
+        The molecule and its temperature.
+    directory
+        The run directory.
+    ess, n_points
+        Of :func:`~openmm_eqflow.flows.adapt.path_from_chemistry`.
+    n_frames
+        Weighted points to draw.
+    seed
+        Of all random streams, which are children of it by name.
+    progress
+        Called with the fraction done and a short text.
+    """
+    report = progress or (lambda fraction, text: None)
+    started, folder = time.monotonic(), Path(directory) / "reference"
+    report(0.0, "adapting a prior from chemistry to paths of its own")
+    path = annealed_path(target, folder / "path", ess=ess, n_points=n_points, seed=seed)
+    samples = draw_weighted(
+        path,
+        target,
+        n_frames,
+        seed=child_seed(seed, "annealed frames"),
+        folder=folder / "drawn",
+        progress=lambda fraction, text: report(0.5 + 0.5 * fraction, text),
+    )
+    write_npz(
+        Path(directory) / "reference.npz",
+        {
+            "positions": samples.x.numpy().astype(np.float32),
+            "u": samples.u.numpy(),
+            "log_weight": samples.log_weight.numpy(),
+            "temperatures": np.array([kelvin]),
+            "seed": np.array(int(seed)),
+            "system_hash": np.array(target.system_hash),
+            "seconds": np.array(time.monotonic() - started),
+        },
+    )
+    data = load_reference(Path(directory))
+    write_frames(data.positions, Path(directory))
+    shutil.rmtree(folder / "drawn", ignore_errors=True)
+    report(1.0, f"{data.n_frames} frames")
+    return path, data
