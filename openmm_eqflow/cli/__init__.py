@@ -276,6 +276,38 @@ def _print_comparison(dynamics: dict[str, Any]) -> None:
     console.print(f"reference dynamics of {dynamics['run']}: {said}", highlight=False)
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@json_option
+def isomers(folder: Path, json_path: Path | None) -> None:
+    """Show populations and free energies of isomers, of a run or of what anneal left in FOLDER."""
+    from openmm_eqflow.report.data import read_json
+    from openmm_eqflow.report.isomers import coverage
+
+    if not (folder / "metrics.json").is_file():
+        raise ConfigurationError(
+            f"{folder} holds no samples yet: openmm-eqflow run or anneal makes them"
+        )
+    metrics = read_json(folder / "metrics.json")
+    rows = metrics.get("isomers")
+    if rows is None:
+        raise ConfigurationError(
+            f"{folder} tells no isomers: its system is no molecule, or its samples are of an "
+            "earlier version (run the sample stage again)"
+        )
+    if rows:
+        _print_isomers(rows)
+    else:
+        console.print("no torsion here has states that can be told apart", highlight=False)
+    for line in coverage(metrics):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for text in metrics.get("warnings", []):
+        errors.print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+    if json_path is not None:
+        keys = ("isomers", "dynamics", "warnings", "relative_ess", "n_samples")
+        write_json(json_path, {key: metrics[key] for key in keys if key in metrics})
+
+
 def _print_isomers(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("torsion", "state", "population", "kJ/mol", "kcal/mol"):

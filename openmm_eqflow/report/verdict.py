@@ -8,7 +8,7 @@ Is the sampling converged, and why: one sentence from the checks.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,7 @@ __all__ = [
     "agreement_checks",
     "audit_check",
     "chain_checks",
+    "coverage_checks",
     "flow_checks",
     "isomer_check",
     "judge",
@@ -37,6 +38,9 @@ __all__ = [
 
 Grade = Literal["good", "fair", "poor"]
 _POOR_START = 0.01  # relative ESS of a prior
+_ENOUGH = 400.0  # independent samples by weight: populations to two digits
+_TAME = 3.0  # largest weight over the mean below which a tail decides nothing
+_OUTSIDE = "largest weight in the chain against proposals"
 _ISOMERS = "torsions and rings seen in one state only"
 ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
 
@@ -49,7 +53,7 @@ class Check:
     value: str
     grade: Grade
     meaning: str
-    about: Literal["sampling", "flow"]
+    about: Literal["sampling", "flow", "chains"]
     reason: str
 
 
@@ -103,6 +107,7 @@ def flow_checks(run: RunData) -> list[Check]:
     )
     k = metrics.get("pareto_k")
     k_value = math.inf if k is None else float(k)
+    tame = n * float(metrics.get("max_weight_share") or 1.0) < _TAME
     prior = float(metrics["prior_relative_ess"])
     invalid = int(metrics.get("n_invalid", 0))
     checks = [
@@ -118,8 +123,9 @@ def flow_checks(run: RunData) -> list[Check]:
         Check(
             "Pareto k of the weights",
             "∞" if math.isinf(k_value) else f"{k_value:.2f}",
-            _graded(k_value, 0.5, 0.7, high=False),
-            "tail of the weights; above 0.7 weighted averages and their errors can't be trusted",
+            "good" if tame else _graded(k_value, 0.5, 0.7, high=False),
+            "tail of the weights; above 0.7 weighted averages and their errors can't be trusted, "
+            f"unless no weight is above {_TAME:g} times the mean",
             "flow",
             "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
         ),
@@ -208,7 +214,7 @@ def chain_checks(
         grade = _graded(float(gap), 2.0, 6.0, high=False)
         checks.append(
             Check(
-                "largest weight in the chain against proposals",
+                _OUTSIDE,
                 f"{gap:+.1f} in log w",
                 grade,
                 "above 2 the chain found configurations that the flow hardly ever proposes; poor "
@@ -374,15 +380,44 @@ def _word(sampling: Grade, flow: Grade, checks: list[Check]) -> str:
     return {"good": "Converged", "fair": "Doubtful", "poor": "Not converged"}[sampling]
 
 
+def coverage_checks(run: RunData) -> list[Check]:
+    """Judge what a path from chemistry may have missed, by its own warnings."""
+    told = run.metrics.get("warnings")
+    if told is None:
+        return []
+    return [
+        Check(
+            "what the path may have missed",
+            f"{len(told)} warning{'s' if len(told) != 1 else ''}" if told else "nothing found",
+            "fair" if told else "good",
+            "; ".join(told) or "second population of points, rings, dynamics where there are any",
+            "sampling",
+            "; ".join(told) or "no sign of a missing state",
+        )
+    ]
+
+
 def judge(run: RunData, quantities: list[Quantity]) -> Verdict:
-    """Apply every check that the run's data allow."""
+    """Apply every check that the run's data allow.
+
+    Independent samples with weights come first: where they are enough, and nothing is wrong with
+    their weights, short or stuck chains are told but decide nothing.
+    """
     sizes = coordinate_sizes(run, run.chain)
     slowest = min(sizes, key=lambda name: sizes[name]) if sizes else None
+    mixing, flow_says = chain_checks(run, sizes, slowest), flow_checks(run)
+    audited = audit_check(run)
+    if kish_ess(run.log_weight) >= _ENOUGH and worst(
+        [audited.grade, *(c.grade for c in flow_says)]
+    ) != "poor":
+        # Not what a chain found outside the flow: the weighted samples lack it, too.
+        mixing = [c if c.name == _OUTSIDE else replace(c, about="chains") for c in mixing]
     checks = [
-        audit_check(run),
-        *flow_checks(run),
-        *chain_checks(run, sizes, slowest),
+        audited,
+        *flow_says,
+        *mixing,
         *agreement_checks(run, quantities),
+        *coverage_checks(run),
         *([isomer_check(run)] if run.kind == "molecule" else []),
     ]
     sampling = worst([c.grade for c in checks if c.about == "sampling"])
@@ -413,8 +448,12 @@ def _sentence(
         grade: Grade = "poor" if word == "Not converged" else "fair"
         return f"{word}: " + "; ".join(_reasons(checks, grade)) + "."
     named = {c.name: c.reason for c in checks}
+    poor_chains = any(c.about == "chains" and c.grade != "good" for c in checks)
     parts = [
-        f"{len(run.accepted)} chains agree ({sizes[slowest]:,.0f} effective samples of the "
+        f"{len(run.log_weight):,} independent weighted samples are worth "
+        f"{kish_ess(run.log_weight):,.0f}"
+        if poor_chains
+        else f"{len(run.accepted)} chains agree ({sizes[slowest]:,.0f} effective samples of the "
         f"slowest coordinate, {slowest})"
         if slowest is not None
         else "",
@@ -433,7 +472,8 @@ def _sentence(
             f"{pm(theirs.value, theirs.error)} in the {row.versus}"
         )
     parts.append(named["audit of log q"])
-    warnings = [c.reason for c in checks if c.grade == "fair" and c.name != _ISOMERS]
+    told = [c for c in checks if c.grade == "fair" or (c.about == "chains" and c.grade == "poor")]
+    warnings = [c.reason for c in told if c.name != _ISOMERS]
     warning = f" Warning: {'; '.join(warnings[:2])}." if warnings else ""
     start = f"{word}: " + (f"{named[_ISOMERS]}; otherwise " if word == "Confined" else "")
     return start + ", ".join(p for p in parts[:-1] if p) + f", and {parts[-1]}.{warning}"
@@ -467,6 +507,9 @@ def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
     chains = {"effective samples of the slowest coordinate", "agreement between chains"}
     if flow == "good" and wrong & chains:
         parts.append(f"The flow is good, the chains are short: {_setting(run, 'n_samples')}")
+    told = [c for c in checks if c.about == "sampling" and c.grade != "good"]
+    if not told and parts:
+        parts.append("Averages over the weighted samples (flow_samples.npz) stand")
     if any(": chain against" in name or "exact value" in name for name in wrong):
         parts.append(
             "Two answers differ, so one of them misses a state: compare with a run of another "
@@ -475,7 +518,7 @@ def _advice(run: RunData, checks: list[Check], flow: Grade) -> str:
     if not parts:
         return ""
     said = ". ".join(part[0].upper() + part[1:] for part in parts)
-    return f"{said}. Until then treat averages as provisional."
+    return f"{said}." + (" Until then treat averages as provisional." if told else "")
 
 
 def _setting(run: RunData, key: str) -> str:

@@ -139,10 +139,8 @@ def anneal_system(
         "ess_asked": ess,
         "seconds_per_sample": samples.seconds / n_samples,
     }
-    metrics |= describe_path(path, system, target, samples, dynamics=dynamics, seed=seed)
-    if dynamics is not None:
-        metrics["dynamics"]["run"] = str(compare_with)
-        metrics["warnings"] += _disagreement(metrics["dynamics"])
+    beside = None if dynamics is None else (str(compare_with), dynamics)
+    metrics |= describe_path(path, system, target, samples, dynamics=beside, seed=seed)
     _write(out, system, samples, seed)
     write_json(out / "metrics.json", metrics)
     return metrics
@@ -154,7 +152,7 @@ def describe_path(
     target: BoltzmannTarget,
     samples: FlowSamples,
     *,
-    dynamics: ReferenceData | None = None,
+    dynamics: tuple[str, ReferenceData] | None = None,
     seed: int,
 ) -> dict[str, Any]:
     """Say what samples of a path from chemistry show, and what it may have missed.
@@ -168,7 +166,7 @@ def describe_path(
     system, target
         The molecule.
     dynamics
-        Reference dynamics to compare with.
+        Reference dynamics to compare with, and the name of their run.
     seed
         Of the paths whose work is told.
 
@@ -195,10 +193,13 @@ def describe_path(
     if isinstance(path, AnnealedPath):
         found["levels"] = _levels(path, seed)
     if dynamics is not None:
-        frames, walker = dynamics.positions, dynamics.walker
-        by_md = isomer_populations(isomers.torsions, frames, None, target.kT, chain=walker)
-        about = {"n_frames": len(frames), "isomers": by_md}
+        run, data = dynamics
+        by_md = isomer_populations(
+            isomers.torsions, data.positions, None, target.kT, chain=data.walker
+        )
+        about = {"run": run, "n_frames": data.n_frames, "isomers": by_md}
         found["dynamics"] = about | compare_isomers(rows, by_md)
+        found["warnings"] += _disagreement(found["dynamics"])
     return found
 
 

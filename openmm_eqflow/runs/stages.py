@@ -473,7 +473,7 @@ def _isomers(
     """Give populations of isomers by weighted samples; of an annealed run what it may lack."""
     if "adaptation" in flow.metadata:
         check = run.path / "check"
-        dynamics = load_reference(check) if check.is_dir() else None
+        dynamics = (f"{run.path.name}/check", load_reference(check)) if check.is_dir() else None
         found = describe_path(
             flow, system, target, samples, dynamics=dynamics, seed=run.config.root
         )

@@ -105,6 +105,42 @@ def test_stuck_chains_and_heavy_weights_read_as_bad(tmp_path):
     assert grades["Pareto k of the weights"] == "poor"
 
 
+def test_weighted_samples_decide_where_they_are_enough(tmp_path):
+    path = write_run(tmp_path / "run", n_steps=8)
+    verdict, _ = judged(path)
+    assert verdict.word == "Confined"
+    assert "1,500 independent weighted samples are worth 1," in verdict.sentence
+    assert "effective samples" in verdict.sentence  # short chains are told all the same
+    # Power: too few of them, or a weight that the flow never proposed, and the chains decide.
+    few, _ = judged(write_run(tmp_path / "few", n_steps=8, n_flow=300))
+    assert few.word == "Not converged"
+    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    metrics["chain"]["max_log_weight_gap"] = 7.0
+    (path / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert judged(path)[0].word == "Not converged"
+
+
+def test_a_heavy_tail_of_even_weights_decides_nothing(tmp_path):
+    path = write_run(tmp_path / "run")
+    file = path / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8")) | {"pareto_k": 0.9}
+    for largest, flow in ((1.5, "good"), (5.0, "poor")):
+        metrics["max_weight_share"] = largest / metrics["n_samples"]
+        file.write_text(json.dumps(metrics), encoding="utf-8")
+        assert judged(path)[0].flow == flow
+
+
+def test_what_a_path_may_have_missed_is_no_convergence(tmp_path):
+    path = write_run(tmp_path / "run")
+    file = path / "metrics.json"
+    metrics = json.loads(file.read_text(encoding="utf-8"))
+    for told, word in (([], "Confined"), (["a state is probably missing"], "Doubtful")):
+        file.write_text(json.dumps(metrics | {"warnings": told}), encoding="utf-8")
+        verdict, _ = judged(path)
+        assert verdict.word == word
+        assert ("a state is probably missing" in verdict.sentence) == bool(told)
+
+
 @pytest.mark.parametrize(
     ("n_stuck", "length", "grade"),
     [(0, 0, "good"), (1, 30, "good"), (1, 100, "good"), (8, 60, "fair"), (40, 100, "poor")],
