@@ -68,7 +68,7 @@ _ess = click.option(
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command what every stage of a run takes."""
-    for option in (json_option, device_option, seed_option, _ess, _method, _budget, _out):
+    for option in (json_option, device_option, seed_option, _budget, _out):
         command = option(command)
     return command
 
@@ -138,6 +138,8 @@ def _write_outcome(run: RunDirectory, json_path: Path | None) -> None:
 @cli.command()
 @click.argument("system")
 @_run_options
+@_method
+@_ess
 def run(system: str, json_path: Path | None, **options: Any) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
     from openmm_eqflow.runs.directory import STAGES
@@ -150,10 +152,7 @@ def run(system: str, json_path: Path | None, **options: Any) -> None:
     _write_outcome(directory, json_path)
 
 
-def _stage_command(stage: str, summary: str) -> None:
-    @cli.command(stage, help=summary)
-    @click.argument("system")
-    @_run_options
+def _stage_command(stage: str, summary: str, *more: Callable[..., Any]) -> None:
     def command(system: str, json_path: Path | None, **options: Any) -> None:
         from openmm_eqflow.runs.stages import open_run
 
@@ -161,8 +160,12 @@ def _stage_command(stage: str, summary: str) -> None:
         _run_stages(directory, (stage,))
         _write_outcome(directory, json_path)
 
+    for option in more:
+        command = option(command)
+    cli.command(stage, help=summary)(click.argument("system")(_run_options(command)))
 
-_stage_command("reference", "Make reference data by parallel tempering.")
+
+_stage_command("reference", "Make reference data by parallel tempering.", _ess, _method)
 _stage_command("train", "Train the flow on the reference data of a run.")
 _stage_command("report", "Write report.html of a run.")
 

@@ -31,8 +31,8 @@ from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
+from openmm_eqflow.runs.annealed_frames import annealed_path
 from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
-from openmm_eqflow.runs.reference.annealed import annealed_path
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb

@@ -35,11 +35,11 @@ from openmm_eqflow.geometry import superposed
 from openmm_eqflow.moves.chains import ChainSamples, run_chains
 from openmm_eqflow.moves.steps import Proposals
 from openmm_eqflow.parallel import is_main, main_first, share, world_size
+from openmm_eqflow.runs.annealed_frames import run_annealed
 from openmm_eqflow.runs.annealing import describe_path
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
 from openmm_eqflow.runs.evaluation import FlowSamples, evaluate_flow
 from openmm_eqflow.runs.fit import split_frames, train_flow
-from openmm_eqflow.runs.reference.annealed import run_annealed
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
 from openmm_eqflow.runs.ways import cheapest, measure_ways
 from openmm_eqflow.seeds import child, child_seed
@@ -572,9 +572,9 @@ def run(
     budget: str | None = None,
     seed: int | None = None,
     device: str | None = None,
+    progress: Callable[[float, str], None] | None = None,
     method: str | None = None,
     ess: float | None = None,
-    progress: Callable[[float, str], None] | None = None,
 ) -> RunDirectory:
     """Do everything: reference, train, sample, report. Call it again to continue.
 
@@ -590,11 +590,11 @@ def run(
         Random seed (default 0).
     device
         ``auto`` (default: a CUDA GPU if there is one), ``cpu`` or ``cuda``.
+    progress
+        Called with the fraction of the present stage that is done and a short text.
     method, ess
         ``tempering`` or, for molecules, ``annealing``: without reference dynamics, to a relative
         ESS of ``ess`` (default those of the recipe, tempering and .9).
-    progress
-        Called with the fraction of the present stage that is done and a short text.
 
     Returns
     -------
