@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.table import Table
 
 from openmm_eqflow.cli.campaign import campaign
 from openmm_eqflow.cli.progress import stage_progress
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 console = Console()
+_FEW = 50  # effective samples below which a temperature is warned about
 
 
 class _Seed(click.ParamType[int]):
@@ -35,6 +37,23 @@ class _Seed(click.ParamType[int]):
         if not 0 <= seed < 2**32:
             self.fail(f"{seed} is not in the range from 0 to 2^32 - 1.", param, ctx)
         return seed
+
+
+class _Kelvins(click.ParamType[tuple[float, ...]]):
+    """Temperatures in kelvin, with commas between."""
+
+    name = "kelvins"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Return them, or complain."""
+        try:
+            kelvins = tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of temperatures such as 280,300,350.", param, ctx)
+        wrong = [t for t in kelvins if not 1.0 <= t <= 10_000.0]
+        if wrong:
+            self.fail(f"{wrong[0]:g} K is not between 1 and 10000.", param, ctx)
+        return kelvins
 
 
 seed_option = click.option("--seed", type=_Seed(), help="Random seed (default 0).")
@@ -74,14 +93,28 @@ def register(group: click.Group) -> None:
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write metrics here.")
 @click.option("--card", "renew", is_flag=True, help="Renew the card beside the flow.")
 @click.option("--relax", "relaxed", is_flag=True, help="With Monte Carlo between its steps.")
+@click.option(
+    "--temperatures",
+    type=_Kelvins(),
+    metavar="280,300,350",
+    help="Also log Z, mean energy and heat capacity at these, K, from the same samples.",
+)
+@click.option(
+    "--frames",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write frames drawn by weight here, for each temperature.",
+)
 @_own_device
 def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
+    from openmm_eqflow.analysis.temperatures import at_temperatures
     from openmm_eqflow.flows.relaxed import relax
     from openmm_eqflow.parallel import is_main
+    from openmm_eqflow.runs.annealing import write_weighted
     from openmm_eqflow.runs.evaluation import evaluate_flow
     from openmm_eqflow.runs.publish import renew_card
     from openmm_eqflow.runs.stages import build_target, card_of, flow_of
+    from openmm_eqflow.units import kelvin
 
     json_path, card = given["json_path"], card_of(name_or_run) if given["renew"] else None
     system, flow, test = flow_of(name_or_run, given["device"])
@@ -89,7 +122,7 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
         raise ConfigurationError("a card is about the flow itself: take --card or --relax")
     with build_target(system) as target, stage_progress("evaluate", console) as progress:
         flow = relax(flow.maps, target) if given["relaxed"] else flow
-        metrics, _, _ = evaluate_flow(
+        metrics, samples, _ = evaluate_flow(
             flow,
             target,
             n_samples=n_samples,
@@ -100,13 +133,51 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
         )
     if given["relaxed"]:
         metrics["weights_of"] = "paths"
+    kelvins = given["temperatures"] or ((kelvin(system.temperature),) if given["frames"] else ())
+    rows = at_temperatures(
+        samples.log_weight.numpy(), samples.u.numpy(), kelvin(system.temperature), kelvins
+    )
+    if rows:
+        metrics["temperatures"] = rows
     if json_path is not None and is_main():
         write_json(json_path, metrics)
     if card is not None and is_main():
         renew_card(card, flow, metrics)
     for key, value in metrics.items():
-        shown = f"{value:.6g}" if isinstance(value, float) else value
-        console.print(f"{key:<32} {shown}", highlight=False)
+        if key != "temperatures":
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            console.print(f"{key:<32} {shown}", highlight=False)
+    if rows:
+        _print_temperatures(rows)
+    if given["frames"] is not None and is_main():
+        for row in rows:
+            file = write_weighted(
+                given["frames"], system, samples, row["kelvin"], seed=0 if seed is None else seed
+            )
+            console.print(f"wrote {file}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_temperatures(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("K", "effective", "log Z", "energy, kJ/mol", "heat capacity, J/(mol K)"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(
+            f"{row['kelvin']:g}",
+            f"{row['effective_samples']:,.0f}",
+            f"{row['log_z']:.3f} +- {row['log_z_error']:.3f}",
+            f"{row['mean_potential']:.2f} +- {row['mean_potential_error']:.2f}",
+            f"{1e3 * row['heat_capacity']:.1f} +- {1e3 * row['heat_capacity_error']:.1f}",
+        )
+    console.print(table)
+    few = [f"{row['kelvin']:g} K" for row in rows if row["effective_samples"] < _FEW]
+    if few:
+        Console(stderr=True).print(
+            f"warning: fewer than {_FEW} effective samples at {', '.join(few)}: raise "
+            "--n-samples, or make a run at that temperature (init --temperature)",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @click.command()

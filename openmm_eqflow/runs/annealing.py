@@ -14,9 +14,11 @@ from typing import Any
 import mdtraj
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from openmm import unit
 
 from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
+from openmm_eqflow.analysis.temperatures import log_weights_at
 from openmm_eqflow.analysis.weights import (
     log_z,
     pareto_k,
@@ -39,11 +41,13 @@ from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.units import kelvin as in_kelvin
 from openmm_eqflow.units import kt_in_kj_mol, positions_quantity
 
 __all__ = [
     "anneal_system",
     "describe_path",
+    "write_weighted",
 ]
 
 _LEAST = 50  # independent samples that a table of populations needs
@@ -317,11 +321,50 @@ def _write(out: Path, system: MolecularSystem, samples: FlowSamples, seed: int) 
             "u": samples.u.numpy(),
         },
     )
+    _write_frames(out, "samples.dcd", system, samples.x, log_w.numpy(), seed)
+
+
+def write_weighted(
+    out: Path, system: MolecularSystem, samples: FlowSamples, kelvin: float, *, seed: int
+) -> Path:
+    """Write frames drawn by weight at a temperature, and topology.pdb; returns the trajectory.
+
+    Parameters
+    ----------
+    out
+        Folder; receives ``NAME-300K.dcd``.
+    system, samples
+        Whose samples, drawn at the system's temperature.
+    kelvin
+        Temperature of the frames, K.
+    seed
+        Of the draw.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    made_at = in_kelvin(system.temperature)
+    log_w = log_weights_at(samples.log_weight.numpy(), samples.u.numpy(), made_at, kelvin)
+    name = f"{system.name}-{kelvin:g}K.dcd"
+    _write_frames(out, name, system, samples.x, log_w, seed)
+    return out / name
+
+
+def _write_frames(
+    out: Path,
+    name: str,
+    system: MolecularSystem,
+    x: torch.Tensor,
+    log_weight: NDArray[np.float64],
+    seed: int,
+) -> None:
+    """Write frames drawn by weight, molecules superposed, as many as the weights are worth."""
     u = float(torch.rand((), generator=child(seed, "frames"), dtype=torch.float64))
-    chosen = torch.from_numpy(x[systematic(log_w.numpy(), u)]).double()
-    frames = rotate(chosen, align_rotations(chosen, chosen[:1])).float().numpy()
+    chosen = x[torch.from_numpy(systematic(log_weight, u))].double()
+    if system.kind == "molecule":
+        chosen = rotate(chosen, align_rotations(chosen, chosen[:1]))
+    flat = torch.zeros(*chosen.shape[:2], 3 - chosen.shape[2], dtype=chosen.dtype)
+    frames = torch.cat([chosen, flat], 2).float().numpy()
     trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
-    with atomic_path(out / "samples.dcd") as temporary:
+    with atomic_path(out / name) as temporary:
         trajectory.save_dcd(str(temporary))
     with atomic_path(out / "topology.pdb") as temporary:
         write_pdb(temporary, system.topology, positions_quantity(frames[0]))

@@ -266,6 +266,7 @@ NEW_OPTIONS = {
         *("--chain", "--residue", "--strip-solvent", "--smiles", "--sdf", "--charges"),
         *("--constraints", "--hydrogen-mass", "--json"),
     ),
+    "evaluate": ("--temperatures", "--frames"),
     **dict.fromkeys(("train", "sample", "report", "systems"), ("--json",)),
     **dict.fromkeys(("run", "reference"), ("--json", "--method", "--ess")),
     **dict.fromkeys(("audit", "compare", "publish"), ("--json",)),

@@ -351,6 +351,33 @@ def test_evaluate_relaxed_has_the_same_log_z(shell, finished: Path, tmp_path: Pa
     assert "take --card or --relax" in shell("evaluate", "toluene", "--card", "--relax").err
 
 
+def test_evaluate_at_other_temperatures(shell, finished: Path, tmp_path: Path) -> None:
+    done = shell(
+        *("evaluate", finished, "--n-samples", 3000, "--temperatures", "280,300,330"),
+        *("--frames", tmp_path / "frames", "--json", tmp_path / "m.json"),
+    )
+    assert done.code == 0
+    assert "heat capacity" in done.out
+    rows = json.loads((tmp_path / "m.json").read_text())["temperatures"]
+    name = RunDirectory.open(finished).load_system().name
+    for row in rows:
+        truth = exact(8.31446261815324e-3 * row["kelvin"])
+        assert abs(row["log_z"] - truth.log_z) < 4 * row["log_z_error"]
+        kt = 8.31446261815324e-3 * row["kelvin"]
+        assert abs(row["mean_potential"] - kt * truth.mean_u) < 4 * row["mean_potential_error"]
+        frames = mdtraj.load(
+            str(tmp_path / "frames" / f"{name}-{row['kelvin']:g}K.dcd"),
+            top=str(tmp_path / "frames" / "topology.pdb"),
+        )
+        assert len(frames) == int(row["effective_samples"])
+    # Power: log Z of one temperature is not that of another.
+    cold, warm = (exact(8.31446261815324e-3 * t).log_z for t in (280.0, 300.0))
+    assert abs(warm - cold) > 4 * rows[0]["log_z_error"]
+    line = shell.refuses("evaluate", finished, "--temperatures", "300,hot")
+    assert "280,300,350" in line
+    assert "between 1 and 10000" in shell.refuses("evaluate", finished, "--temperatures", "0.1")
+
+
 def test_a_card_is_asked_for_before_anything_is_measured(
     shell, finished: Path, tmp_path: Path
 ) -> None:
