@@ -59,7 +59,8 @@ _method = click.option(
     "--method",
     type=click.Choice(["tempering", "annealing"]),
     help="Where frames come from: dynamics, or a path from chemistry that no barrier of a torsion "
-    "stops (default: what the system's settings say, else tempering).",
+    "stops (default: what the system's settings say, else annealing for molecules of up to 40 "
+    "atoms).",
 )
 _ess = click.option(
     "--ess", type=click.FloatRange(0, 1, True, True), help="Relative ESS asked of annealing."
@@ -165,7 +166,7 @@ def _stage_command(stage: str, summary: str, *more: Callable[..., Any]) -> None:
     cli.command(stage, help=summary)(click.argument("system")(_run_options(command)))
 
 
-_stage_command("reference", "Make reference data by parallel tempering.", _ess, _method)
+_stage_command("reference", "Make reference data: by a path, or by dynamics.", _ess, _method)
 _stage_command("train", "Train the flow on the reference data of a run.")
 _stage_command("report", "Write report.html of a run.")
 

@@ -196,6 +196,8 @@ def _mean_free(v: Tensor) -> Tensor:
 class FieldStep:
     """Layer of a path: one Runge-Kutta step of a flow's field, from time to time of its grid."""
 
+    n_energies = 0
+
     def __init__(self, flow: EquivariantFlow, interval: tuple[float, float]) -> None:
         self.flow, self.interval = flow, interval
 

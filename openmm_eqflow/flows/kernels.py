@@ -469,6 +469,7 @@ class Trajectory:
 
     def __init__(self, bridge: Bridge, t: float, step: Tensor, n_steps: int) -> None:
         self.bridge, self.t, self.step, self.n_steps = bridge, t, step, n_steps
+        self.n_energies = n_steps
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
         r"""Return new points, and :math:`l_t(y') - l_t(y)`, (n,)."""

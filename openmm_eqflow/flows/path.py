@@ -50,6 +50,11 @@ class Layer(Protocol):
     step changes, (n,). A row never depends on the others, nor on how many there are.
     """
 
+    @property
+    def n_energies(self) -> int:
+        """Energies with forces of every row, that of the start not counted."""
+        ...
+
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
         """From the start of the layer to its end."""
         ...
@@ -102,6 +107,17 @@ class Path:
     def layers(self) -> tuple[Layer, ...]:
         """Maps and kernels in the order of sampling."""
         return self._layers
+
+    @property
+    def n_energies(self) -> int:
+        """Energies, with forces but for the last, behind one sample and its weight."""
+        steps = [layer.n_energies for layer in self.layers]
+        # A kernel starts where the one before it ended, whose energy is known; after a map it
+        # is not.
+        starts = sum(
+            one > 0 and before == 0 for before, one in zip([0, *steps[:-1]], steps, strict=True)
+        )
+        return 1 + starts + sum(steps)
 
     @property
     def device(self) -> torch.device:

@@ -119,6 +119,7 @@ class SoftCoreTrajectory:
 
     def __init__(self, level: Tensor, timestep: float, n_leapfrog: int) -> None:
         self.level, self.timestep, self.n_leapfrog = level, timestep, n_leapfrog
+        self.n_energies = n_leapfrog
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:
         r"""Return new points, and :math:`u(y) - u(y')`, (n,)."""
@@ -168,6 +169,8 @@ class SoftCoreMap:
     exact
         Whether determinants are those of the Jacobian.
     """
+
+    n_energies = 0
 
     def __init__(self, table: Tensor, spacing: float, *, exact: bool = False) -> None:
         self.table, self.spacing, self.exact = table, spacing, exact

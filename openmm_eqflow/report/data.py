@@ -225,6 +225,19 @@ class RunData:
         return dict(kept) if kept else None
 
     @property
+    def energies_per_sample(self) -> int:
+        """Of an independent sample of the flow."""
+        return int(self.metrics.get("energies_per_sample", 1))
+
+    @property
+    def energies_per_step(self) -> int:
+        """Of every chain in a step: its trajectory and its proposals."""
+        recipe, flow = self.run.config.recipe, self.energies_per_sample
+        # Where log q is that of a path, a state that has moved needs a path of its own.
+        own = 1 if flow > 1 and recipe.n_local_steps else 0
+        return recipe.n_local_steps + flow * (recipe.n_proposals + own)
+
+    @property
     def dynamics(self) -> dict[str, Any]:
         """Facts of the reference dynamics, also of those beside a path."""
         facts = self.stages.get("reference", {})

@@ -121,9 +121,8 @@ def autocorrelation(chains: FloatArray, n_lags: int) -> FloatArray:
 
 def autocorrelation_panel(run: RunData, name: str) -> Panel | None:
     """Autocorrelation of one coordinate against energy evaluations, chain beside reference."""
-    recipe = run.run.config.recipe
     rows: list[tuple[Ensemble, str, float, str]] = [
-        (run.chain, "chain", float(recipe.n_local_steps + recipe.n_proposals), "Markov chain")
+        (run.chain, "chain", float(run.energies_per_step), "Markov chain")
     ]
     if run.reference is not None and run.plan is not None:
         steps = run.plan.steps_per_swap * run.plan.swaps_per_frame

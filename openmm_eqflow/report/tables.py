@@ -89,10 +89,10 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
     name = verdict.slowest
     if name is None:
         return []
-    recipe, rows = run.run.config.recipe, []
-    per_step = recipe.n_local_steps + recipe.n_proposals
+    rows, m = [], run.metrics
     seconds = run.stages.get("sample", {}).get("seconds")
-    rows.append(("Markov chain", verdict.slowest_ess, seconds, run.accepted.size * per_step))
+    evaluations = run.accepted.size * run.energies_per_step
+    rows.append(("Markov chain", verdict.slowest_ess, seconds, evaluations))
     if run.reference is not None and run.plan is not None:
         size = coordinate_sizes(run, run.reference).get(name)
         stage = run.dynamics
@@ -103,13 +103,12 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
             * len(run.plan.temperatures)
         )
         rows.append(("reference MD", size, stage.get("wall_seconds"), evaluations))
-    m = run.metrics
     rows.append(
         (
             "independent flow samples",
             kish_ess(run.log_weight),
             m["seconds_per_sample"] * m["n_samples"],
-            m["n_samples"],
+            m["n_samples"] * run.energies_per_sample,
         )
     )
     return [
@@ -207,7 +206,11 @@ def sector(run: RunData) -> list[str]:
         f"the power {(run.system.n_particles - 1) * run.system.n_dims}."
     )
     if run.kind == "molecule":
-        lines += run.isomers.lines(run.system.topology, positions_in_nm(run.system.positions))
+        lines += run.isomers.lines(
+            run.system.topology,
+            positions_in_nm(run.system.positions),
+            annealed=run.run.config.recipe.method == "annealing",
+        )
         if run.one_state:
             lines.append(f"Seen in one state only: {', '.join(run.one_state)}.")
     return lines

@@ -21,7 +21,7 @@ from openmm import unit
 
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
 from openmm_eqflow.files import write_json, write_text
-from openmm_eqflow.parallel import is_main
+from openmm_eqflow.parallel import is_main, world_size
 from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.seeds import EarlierSeed
 from openmm_eqflow.targets.constraints import constraint_lengths
@@ -144,6 +144,12 @@ class RunDirectory:
                 f"{path} exists and is no run directory (no config.yaml); choose another --out"
             )
         chosen = budget or "standard"
+        if (
+            method is None
+            and world_size() > 1
+            and not any("method" in section for section in system.settings.values())
+        ):
+            method = "tempering"  # an annealed run works in one process
         recipe = make_recipe(
             system.kind,
             chosen,  # type: ignore[arg-type]

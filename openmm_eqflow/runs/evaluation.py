@@ -217,6 +217,7 @@ def evaluate_flow(
         "mean_reduced_potential_error": float(mean_u.error),
         "n_invalid": int((~np.isfinite(log_w)).sum()),
         "seconds_per_sample": samples.seconds / n_samples,
+        "energies_per_sample": flow.n_energies,
         "log_q_error_p99": report["log_q_error_p99"],
         "n_ode_steps": flow.maps.n_ode_steps,
         "n_threads": available_threads(),

@@ -382,7 +382,8 @@ def _train_flow(
         return flow, result  # rank 0 calibrates, audits and saves
     report(1.0, "calibrating the time grid and auditing log q")
     # Before the calibration, which takes forever on a field that went astray.
-    size = min(4096, recipe.n_evaluate)
+    # Where a path of levels is at hand, the field is one way of several, measured again.
+    size = min(1024 if recipe.method == "annealing" else 4096, recipe.n_evaluate)
     if len(prior.event_shape) == 2:
         size = _affordable(512, prior, 128)
     flow, result.prior_kept = keep_prior(flow, target, size, test, seed=seed)

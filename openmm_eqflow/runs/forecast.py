@@ -128,15 +128,12 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
         return [], []
     start = positions_in_nm(system.positions)
     found = find_isomers(system.system, system.topology, start)
-    lines = found.lines(system.topology, start)
-    costs = measure(system)
     n = system.n_particles
-    cast = {
-        budget: forecast(
-            system, make_recipe("molecule", budget, system.settings, n), budget, costs
-        )
-        for budget in BUDGETS
-    }
+    recipes = {b: make_recipe("molecule", b, system.settings, n) for b in BUDGETS}
+    annealed = all(recipe.method == "annealing" for recipe in recipes.values())
+    lines = found.lines(system.topology, start, annealed=annealed)
+    costs = measure(system)
+    cast = {b: forecast(system, recipe, b, costs) for b, recipe in recipes.items()}
     text = ", ".join(
         f"{budget} {c.minutes:.0f} min and {c.gigabytes:.1f} GB" for budget, c in cast.items()
     )

@@ -62,8 +62,11 @@ class Isomers:
         first = members[0]
         return first.name if first.ring < 0 else self.rings[first.ring]
 
-    def lines(self, topology: app.Topology, x: FloatArray) -> list[str]:
-        """Say what there is, and what is as in the structure ``x`` (n_particles, 3) nm."""
+    def lines(self, topology: app.Topology, x: FloatArray, *, annealed: bool) -> list[str]:
+        """Say what there is, and what is as in the structure ``x`` (n_particles, 3) nm.
+
+        ``annealed``: frames come from paths, which sample amides and conformers of rings.
+        """
         atoms = list(topology.atoms())
         states: dict[str, list[str]] = {"single": [], "amide": [], "double": []}
         for torsion, angle in zip(
@@ -74,7 +77,7 @@ class Isomers:
             elif torsion.kind != "ring" and torsion.fold == 1:
                 side = "cis" if math.cos(angle) > 0.0 else "trans"
                 states[torsion.kind].append(f"{torsion.name} {side}")
-        kept = [f"amide {text}" for text in states["amide"]]
+        kept = [] if annealed else [f"amide {text}" for text in states["amide"]]
         kept += [f"double bond {text}" for text in states["double"]]
         kept += [f"centre {atoms[k].name} ({k + 1})" for k in self.centres]
         rings = [
@@ -88,14 +91,18 @@ class Isomers:
                 f"Kept as in the structure: {', '.join(kept)}. Other isomers are not sampled: "
                 "each takes a structure and a run of its own."
             )
+        if annealed and states["amide"]:
+            lines.append(f"Sampled on both sides: amide {', '.join(states['amide'])} here.")
         if rings:
             lines.append(
-                f"Conformers of rings that dynamics may not interconvert: {', '.join(rings)}; "
+                f"Conformers of rings that quenches of hot dynamics find: {', '.join(rings)}."
+                if annealed
+                else f"Conformers of rings that dynamics may not interconvert: {', '.join(rings)}; "
                 "compare runs from several."
             )
-        if states["amide"] or rings:
+        if not annealed and (states["amide"] or rings):
             lines.append(
-                "openmm-eqflow anneal samples both sides of amides, whatever the barrier, and the "
+                "--method annealing samples both sides of amides, whatever the barrier, and the "
                 "conformers of rings that quenches of hot dynamics find."
             )
         if states["single"]:

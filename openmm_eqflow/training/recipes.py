@@ -51,8 +51,9 @@ class Recipe:
     max_frames
         Reference frames after which the stage stops early.
     method
-        Of the stage reference: ``tempering``, or ``annealing``, which needs no dynamics: points of
-        a prior from chemistry are annealed to the target with exact weights
+        Of the stage reference: ``tempering``, or ``annealing``, which :func:`make_recipe` gives
+        bonded molecules up to 40 atoms and which needs no dynamics: points of a prior from
+        chemistry are annealed to the target with exact weights
         (:func:`~openmm_eqflow.flows.adapt.path_from_chemistry`), and no barrier of a torsion is in
         their way. Its levels are a flow of their own; ``train_seconds`` is then the time of a
         field on its points, which is taken instead where it pays.
@@ -236,8 +237,29 @@ def _misfit(key: str, value: Any) -> str | None:
 
 _EXAMPLE = Recipe(1.0, 1.0)
 _CHOICES = {"method": ("tempering", "annealing"), "density": ("paths", "pointwise")}
-#: Of an annealed path, whose levels do most of the work.
-_FIELD_SECONDS: dict[Budget, float] = {"quick": 30, "standard": 240, "thorough": 1200}
+#: Of an annealed path, whose levels do most of the work. Its chains take stored independent
+#: samples, one a step: after a local move the state would need a path of its own.
+_ANNEALED: dict[Budget, dict[str, Any]] = {
+    budget: {
+        "method": "annealing",
+        "ess": ess,
+        "n_points": points,
+        "train_seconds": seconds,
+        "max_frames": frames,
+        "n_samples": samples,
+        "n_proposals": 1,
+        "n_local_steps": 0,
+    }
+    for budget, ess, points, seconds, frames, samples in (
+        ("quick", 0.88, 1_000, 15, 2_000, 5_000),
+        ("standard", 0.96, 2_000, 60, 5_000, 7_000),
+        ("thorough", 0.98, 4_000, 1200, 20_000, 16_000),
+    )
+}
+#: Atoms up to which a molecule is annealed unless something else is asked for.
+_ANNEALED_ATOMS = 40
+#: Entries that mean something to reference dynamics alone: who sets them wants those.
+_OF_DYNAMICS = ("reference_seconds", "min_frames")
 _PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
 #: Entries a second training may differ in.
 _FINETUNE = (
@@ -324,7 +346,9 @@ def make_recipe(
         A point of a large molecule costs more time and memory: of a quick run, which is to end in
         minutes, points get fewer in proportion to the number of atoms to the power -3/2.
     method, ess
-        Instead of the recipe's.
+        Instead of the recipe's. A bonded molecule of 40 atoms or fewer is annealed, unless
+        ``overrides`` have a section ``reference`` or entries of dynamics (``reference_seconds``,
+        ``min_frames``): they mean tempering, as do larger molecules and whatever is no molecule.
 
     Raises
     ------
@@ -365,9 +389,10 @@ def make_recipe(
     asked = {key: value for key, value in given.items() if value is not None}
     check_keys(asked, "options")
     changes |= asked
-    annealing = changes.get("method", recipe.method) == "annealing"
+    dynamics = _wants_dynamics(kind, n_particles, overrides, changes)
+    annealing = changes.get("method", "tempering" if dynamics else "annealing") == "annealing"
     if annealing:
-        changes.setdefault("train_seconds", _FIELD_SECONDS[budget])
+        changes = {**_ANNEALED[budget], **changes}
     recipe = replace(recipe, **changes)
     if annealing and (recipe.prior != "internal" or recipe.stochastic is not None):
         raise ConfigurationError(
@@ -376,3 +401,20 @@ def make_recipe(
     if ess is not None and not annealing:
         raise ConfigurationError("ess is asked of annealed paths: add --method annealing")
     return recipe
+
+
+def _wants_dynamics(
+    kind: str,
+    n_particles: int,
+    overrides: Mapping[str, Mapping[str, Any]] | None,
+    changes: Mapping[str, Any],
+) -> bool:
+    """Whether a system is tempered unless annealing is asked for."""
+    return (
+        kind != "molecule"
+        or n_particles > _ANNEALED_ATOMS
+        or "reference" in (overrides or {})
+        or any(key in changes for key in _OF_DYNAMICS)
+        or changes.get("prior", "internal") != "internal"
+        or changes.get("stochastic") is not None
+    )

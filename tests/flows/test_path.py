@@ -104,6 +104,8 @@ def test_weights_forwards_and_backwards_give_log_z(case: Case) -> None:
 class Silent:
     """A layer that does not say what it did."""
 
+    n_energies = 0
+
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
@@ -303,3 +305,20 @@ def test_streams_of_some_rows_are_those_of_all() -> None:
     assert torch.equal(some.normal(2, 3), first[[7, 2]])
     assert torch.equal(some.uniform(), second[[7, 2]])
     assert not torch.equal(some.normal(2, 3), first[[7, 2]])  # the next draw is another
+
+
+@pytest.mark.parametrize("name", ["annealed", "relaxed"])
+def test_energies_of_a_sample_are_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 0
+    honest = type(TARGET).reduced_potential_and_gradient
+
+    def counted(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal rows
+        rows += len(x)
+        return honest(self, x)
+
+    path = annealed() if name == "annealed" else relax(water_flow(), TARGET, n_leapfrog=3, seed=1)
+    monkeypatch.setattr(type(TARGET), "reduced_potential_and_gradient", counted)
+    path.sample_and_log_prob(10, generator=stream(1))
+    assert 10 * (path.n_energies - 1) == rows  # the last one is that of the weight
+    assert water_flow().n_energies == 1

@@ -58,7 +58,10 @@ def test_what_there_is(name, bonds, rings, n_centres):
 def test_isomers_of_proline_are_named_as_in_iupac_and_counted_from_one(isomer, word):
     system, topology, x = proline(isomer)
     found = find_isomers(system, topology, x)
-    text = " ".join(found.lines(topology, x))
+    text = " ".join(found.lines(topology, x, annealed=False))
+    by_path = " ".join(found.lines(topology, x, annealed=True))
+    assert f"Sampled on both sides: amide ω (5-7) {word}" in by_path
+    assert "Kept as in the structure: centre CA (17). Other" in by_path
     assert f"amide ω (5-7) {word}" in text
     assert "amide ω (19-21) trans" in text
     assert "centre CA (17)" in text
