@@ -65,6 +65,14 @@ _method = click.option(
 _ess = click.option(
     "--ess", type=click.FloatRange(0, 1, True, True), help="Relative ESS asked of annealing."
 )
+_check = click.option(
+    "--check-with-md",
+    is_flag=True,
+    flag_value=1,
+    type=int,
+    default=None,
+    help="Parallel tempering beside an annealed path, compared in the report.",
+)
 
 
 def _run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,6 +149,7 @@ def _write_outcome(run: RunDirectory, json_path: Path | None) -> None:
 @_run_options
 @_method
 @_ess
+@_check
 def run(system: str, json_path: Path | None, **options: Any) -> None:
     """Do everything: reference, train, sample, report. SYSTEM is a name, folder or run."""
     from openmm_eqflow.runs.directory import STAGES
@@ -166,7 +175,7 @@ def _stage_command(stage: str, summary: str, *more: Callable[..., Any]) -> None:
     cli.command(stage, help=summary)(click.argument("system")(_run_options(command)))
 
 
-_stage_command("reference", "Make reference data: by a path, or by dynamics.", _ess, _method)
+_stage_command("reference", "Make reference data: by paths or dynamics.", _check, _ess, _method)
 _stage_command("train", "Train the flow on the reference data of a run.")
 _stage_command("report", "Write report.html of a run.")
 

@@ -101,11 +101,12 @@ class RunDirectory:
         device: str | None = None,
         method: str | None = None,
         ess: float | None = None,
+        check_with_md: int | None = None,
     ) -> RunDirectory:
         """Make a run directory, or open the existing one if it is of the same run.
 
-        ``None`` means what an existing run was made with, else standard, 0 and auto; of ``method``
-        and ``ess`` what the recipe has.
+        ``None`` means what an existing run was made with, else standard, 0 and auto; of
+        ``method``, ``ess`` and ``check_with_md`` what the recipe has.
 
         Raises
         ------
@@ -128,6 +129,7 @@ class RunDirectory:
                 "seed": (run.config.seed, seed),
                 "method": (recipe.method, method),
                 "ess": (recipe.ess, ess),
+                "check_with_md": (recipe.check_with_md, check_with_md),
             }
             for key, (found, asked) in wanted.items():
                 value = found if asked is None else asked
@@ -157,6 +159,7 @@ class RunDirectory:
             system.n_particles,
             method,
             ess,
+            check_with_md,
         )
         if recipe.prior == "internal":  # refused now, not after the reference data are made
             bonds = [(bond[0].index, bond[1].index) for bond in system.topology.bonds()]

@@ -525,6 +525,7 @@ def open_run(
     device: str | None = None,
     method: str | None = None,
     ess: float | None = None,
+    check_with_md: int | None = None,
 ) -> RunDirectory:
     """Open a run directory, or make one for a system; no stage is run. Arguments as of ``run``.
 
@@ -543,6 +544,7 @@ def open_run(
             ("seed", config.seed, seed),
             ("method", recipe.method, method),
             ("ess", recipe.ess, ess),
+            ("check_with_md", recipe.check_with_md, check_with_md),
         ):
             if value is not None and value != found:
                 raise ConfigurationError(
@@ -562,6 +564,7 @@ def open_run(
             device=device,
             method=method,
             ess=ess,
+            check_with_md=check_with_md,
         )
 
 
@@ -575,6 +578,7 @@ def run(
     progress: Callable[[float, str], None] | None = None,
     method: str | None = None,
     ess: float | None = None,
+    check_with_md: int | None = None,
 ) -> RunDirectory:
     """Do everything: reference, train, sample, report. Call it again to continue.
 
@@ -594,7 +598,9 @@ def run(
         Called with the fraction of the present stage that is done and a short text.
     method, ess
         ``tempering`` or, for molecules, ``annealing``: without reference dynamics, to a relative
-        ESS of ``ess`` (default those of the recipe, tempering and .9).
+        ESS of ``ess`` (default what :func:`~openmm_eqflow.training.recipes.make_recipe` gives).
+    check_with_md
+        1 for parallel tempering beside an annealed path, which the report compares.
 
     Returns
     -------
@@ -612,7 +618,14 @@ def run(
     >>> made.metrics()["relative_ess"]  # doctest: +SKIP
     """
     directory = open_run(
-        system, out, budget=budget, seed=seed, device=device, method=method, ess=ess
+        system,
+        out,
+        budget=budget,
+        seed=seed,
+        device=device,
+        method=method,
+        ess=ess,
+        check_with_md=check_with_md,
     )
     with directory.locked():
         for stage in STAGES:

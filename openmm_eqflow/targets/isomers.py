@@ -97,8 +97,8 @@ class Isomers:
             lines.append(
                 f"Conformers of rings that quenches of hot dynamics find: {', '.join(rings)}."
                 if annealed
-                else f"Conformers of rings that dynamics may not interconvert: {', '.join(rings)}; "
-                "compare runs from several."
+                else "Conformers of rings that dynamics may not interconvert: "
+                f"{', '.join(rings)}; compare runs from several."
             )
         if not annealed and (states["amide"] or rings):
             lines.append(

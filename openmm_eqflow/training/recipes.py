@@ -330,6 +330,7 @@ def make_recipe(
     n_particles: int = 0,
     method: str | None = None,
     ess: float | None = None,
+    check_with_md: int | None = None,
 ) -> Recipe:
     """Recipe of a kind of system at a budget.
 
@@ -345,7 +346,7 @@ def make_recipe(
     n_particles
         A point of a large molecule costs more time and memory: of a quick run, which is to end in
         minutes, points get fewer in proportion to the number of atoms to the power -3/2.
-    method, ess
+    method, ess, check_with_md
         Instead of the recipe's. A bonded molecule of 40 atoms or fewer is annealed, unless
         ``overrides`` have a section ``reference`` or entries of dynamics (``reference_seconds``,
         ``min_frames``): they mean tempering, as do larger molecules and whatever is no molecule.
@@ -385,7 +386,7 @@ def make_recipe(
         own = dict((overrides or {}).get(section, {}))
         check_keys(own, f"settings.{section}")
         changes |= own
-    given = {"method": method, "ess": ess}
+    given = {"method": method, "ess": ess, "check_with_md": check_with_md}
     asked = {key: value for key, value in given.items() if value is not None}
     check_keys(asked, "options")
     changes |= asked
@@ -398,8 +399,9 @@ def make_recipe(
         raise ConfigurationError(
             "only bonded molecules have a prior from chemistry: take method: tempering"
         )
-    if ess is not None and not annealing:
-        raise ConfigurationError("ess is asked of annealed paths: add --method annealing")
+    for name, value in (("ess", ess), ("check_with_md", check_with_md)):
+        if value is not None and not annealing:
+            raise ConfigurationError(f"{name} is for annealed paths: add --method annealing")
     return recipe
 
 
