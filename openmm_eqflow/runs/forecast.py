@@ -139,13 +139,14 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
     )
     lines.append(f"Expected on this machine as busy as it is: {text} (within a factor of two).")
     turning = sum(t.kind == "single" and t.fold == 1 for t in found.torsions)
+    turns = "1 torsion that turns" if turning == 1 else f"{turning} torsions that turn"
     size = "small" if n <= _MEDIUM else "medium" if n <= _LARGE else "large"
     means = {
         "small": "any budget will do",
         "medium": "quick shows that everything works; for results take standard or thorough",
         "large": "beyond what flows of this package have been shown to cover",
     }
-    lines.append(f"Size: {size} ({n} atoms, {turning} torsions that turn): {means[size]}.")
+    lines.append(f"Size: {size} ({n} atoms, {turns}): {means[size]}.")
     warnings = []
     if size == "large":
         warnings.append(

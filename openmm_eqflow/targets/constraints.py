@@ -22,6 +22,7 @@ Ciccotti, Berendsen 1977), which the velocities take too.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import networkx as nx
@@ -107,9 +108,15 @@ def repartition(system: openmm.System, topology: app.Topology, mass: float) -> N
 
     Raises
     ------
+    ConfigurationError
+        ``mass`` is below 1 or no number.
     UnsupportedSystemError
         Nothing would be left of an atom.
     """
+    if not 1.0 <= mass < math.inf:
+        raise ConfigurationError(
+            f"hydrogens of {mass:g} u are none: --hydrogen-mass is 1 or more, such as 3"
+        )
     lightest: tuple[float, int] | None = None
     for bond in topology.bonds():
         light = [a for a in bond if a.element is not None and a.element.atomic_number == 1]
@@ -118,7 +125,7 @@ def repartition(system: openmm.System, topology: app.Topology, mass: float) -> N
         heavy = next(a for a in bond if a is not light[0])
         gained = mass - system.getParticleMass(light[0].index)._value
         left = system.getParticleMass(heavy.index)._value - gained
-        if left <= 0.0 or mass <= 0.0:
+        if left <= 0.0:
             raise UnsupportedSystemError(
                 f"hydrogens of {mass:g} u leave atom {heavy.index + 1} with {left:.3g} u: ask for "
                 "less, such as --hydrogen-mass 3"

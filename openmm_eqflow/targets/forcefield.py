@@ -20,6 +20,7 @@ __all__ = [
     "load_pdb",
     "load_system_xml",
     "one_line",
+    "pdb_lines",
     "refuse_code",
     "write_pdb",
 ]
@@ -76,8 +77,9 @@ def load_pdb(path: Path) -> tuple[app.Topology, unit.Quantity]:
     """Topology and positions of the first model of a PDB file, of the fullest locations."""
     _refuse_other(path, ".pdb")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = pdb_lines(path)
         empty = not any(line.startswith(("ATOM", "HETATM")) for line in lines)
+        _refuse_equal_names(path, lines)
         pdb = None if empty else app.PDBFile(io.StringIO("".join(fullest_locations(lines))))
     except (AttributeError, ValueError, IndexError, KeyError, OSError) as error:
         raise ConfigurationError(
@@ -89,6 +91,34 @@ def load_pdb(path: Path) -> tuple[app.Topology, unit.Quantity]:
             f"{path} holds no ATOM or HETATM record: give a PDB file with all atoms"
         )
     return pdb.topology, pdb.getPositions(asNumpy=True)
+
+
+def pdb_lines(path: Path) -> list[str]:
+    """Lines of a PDB file, with their ends; remarks need not be UTF-8."""
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")  # as every byte is
+    return text.splitlines(keepends=True)
+
+
+def _refuse_equal_names(path: Path, lines: list[str]) -> None:
+    """Name an atom that a residue has twice, of which readers drop one."""
+    residue, seen = "", set()
+    for line in lines:
+        if not line.startswith(("ATOM", "HETATM")):
+            residue = ""  # TER and MODEL begin another
+            continue
+        if line[17:27] != residue:
+            residue, seen = line[17:27], set()
+        name = line[12:17]  # with the mark of its location
+        if name in seen:
+            raise ConfigurationError(
+                f"{path}: residue {line[17:20].strip()} {line[22:27].strip()} has two atoms "
+                f"{name[:4].strip()}: give each atom a name of its own"
+            )
+        seen.add(name)
 
 
 def fullest_locations(lines: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from openmm_eqflow.targets.forcefield import (
     build_from_forcefield,
     fullest_locations,
     load_system_xml,
+    pdb_lines,
     write_pdb,
 )
 from openmm_eqflow.targets.inputs import (
@@ -372,7 +373,7 @@ def _check_same_atoms(topology: app.Topology, system: openmm.System, pdb: Path) 
         raise ConfigurationError(
             f"{pdb}: atom {atom.index + 1} ({atom.name}, {atom.element.symbol}) has mass "
             f"{masses[atom.index]:.3f} u in the System; the two list different atoms or another "
-            "order"
+            "order: give the PDB from which the System was made"
         )
     bonds = {frozenset((a.index, b.index)) for a, b in topology.bonds()}
     # AMOEBA's bonds are custom ones, its harmonic ones are Urey-Bradley terms.
@@ -421,18 +422,26 @@ def _tell(pdb: Path) -> None:
     """Warn of what a PDB file holds and is not used."""
     if COORDINATES.get(pdb.suffix.lower(), "PDB") != "PDB":
         return
-    lines = pdb.read_text(encoding="utf-8").splitlines()
+    lines = pdb_lines(pdb)
     atoms = [line for line in lines if line.startswith(("ATOM", "HETATM"))]
     places = {line[16:17] for line in atoms} - {" ", ""}
     if places:
         kept = fullest_locations(lines)
         lost = len(lines) - len(kept)
+        rest = {line[12:16] + line[17:] for line in kept}
+        taken = {
+            f"{line[16]} of {line[17:20].strip()} {line[22:27].strip()}"
+            for line in atoms
+            if line[16:17].strip() and line[12:16] + line[17:] in rest
+        }
         logger.warning(
             "%s has alternate locations %s: in every residue the one of highest occupancy is "
-            "taken, %d atoms are left out",
+            "taken, or the first of equals (%s); %d %s left out",
             pdb,
             ", ".join(sorted(places)),
+            ", ".join(sorted(taken)),
             lost,
+            "atom is" if lost == 1 else "atoms are",
         )
     if (models := sum(line.startswith("MODEL ") for line in lines)) > 1:
         logger.warning("%s has %d models: the first is taken", pdb, models)

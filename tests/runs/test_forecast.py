@@ -136,7 +136,7 @@ def test_a_large_molecule_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_LARGE", 20)
     monkeypatch.setattr(os, "sysconf", lambda name: 1024)
     lines, warnings = describe_system(made)
-    assert "Size: large (26 atoms, 1 torsions that turn)" in " ".join(lines)
+    assert "Size: large (26 atoms, 1 torsion that turns)" in " ".join(lines)
     assert [key in " ".join(warnings) for key in ("few effective", "reference frames", "GB")] == [
         True, True, True,
     ]  # fmt: skip

@@ -13,12 +13,13 @@ from openmm import app, unit
 from stand_ins.program_files import write_methanol
 
 from openmm_eqflow.errors import ConfigurationError, UnsupportedSystemError
-from openmm_eqflow.targets.forcefield import fullest_locations
+from openmm_eqflow.targets.forcefield import fullest_locations, load_pdb
 from openmm_eqflow.targets.inputs import cut_system, force_energies
 from openmm_eqflow.targets.library import load_system, systems_directory
 from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.units import positions_in_nm
 
+TOLUENE = systems_directory() / "toluene" / "toluene.pdb"
 DIPEPTIDE = systems_directory() / "alanine-dipeptide" / "alanine-dipeptide.pdb"
 TOOLS = Path(openmmtools.__file__).parent / "data"
 VACUUM = TOOLS / "alanine-dipeptide-gbsa" / "alanine-dipeptide.prmtop"
@@ -230,3 +231,12 @@ def test_insertion_codes_stay_apart(tmp_path):
             forcefield=["amber14-all.xml"],
             residue="7",
         )
+
+
+def test_remarks_need_not_be_utf_8(tmp_path):
+    content = TOLUENE.read_bytes()
+    (tmp_path / "latin.pdb").write_bytes("REMARK Köhler\n".encode("latin-1") + content)
+    topology, positions = load_pdb(tmp_path / "latin.pdb")
+    plain, same = load_pdb(TOLUENE)
+    assert topology.getNumAtoms() == plain.getNumAtoms()
+    np.testing.assert_array_equal(positions, same)

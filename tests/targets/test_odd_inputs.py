@@ -69,6 +69,7 @@ def here(tmp_path, monkeypatch):
         "garbled.pdb": [atoms[0][:30] + "  a.bcde" + atoms[0][38:], *atoms[1:]],
         "far.pdb": [atoms[0][:30] + " 500.000" + atoms[0][38:], *atoms[1:]],
         "none.pdb": ["HEADER    NOTHING"],
+        "twice.pdb": [*atoms[:3], atoms[3][:12] + atoms[2][12:16] + atoms[3][16:], *atoms[4:]],
     }
     for name, content in lines.items():
         (tmp_path / name).write_text("\n".join([*content, "END", ""]))
@@ -127,6 +128,10 @@ TABLE = {
     "empty PDB": (("--pdb", "empty.pdb", *AMBER), r"holds no ATOM.*give a PDB file"),
     "PDB without atoms": (("--pdb", "none.pdb", *AMBER), r"holds no ATOM.*give a PDB file"),
     "garbled number": (("--pdb", "garbled.pdb", *AMBER), r"cannot be read as a PDB.*anew"),
+    "an atom's name twice": (
+        ("--pdb", "twice.pdb", *AMBER),
+        r"residue ACE 1 has two atoms \w+: give each atom a name of its own",
+    ),
     "no hydrogens": (("--pdb", "heavy.pdb", *AMBER), r"no hydrogens: add them \(--add-hydrogens"),
     "two chains": (("--pdb", "two.pdb", *AMBER), r"2 molecules.*--chain or --residue"),
     "no such chain": (

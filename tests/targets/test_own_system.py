@@ -422,6 +422,13 @@ def test_hydrogens_too_heavy_are_refused(tmp_path):
     assert not (tmp_path / "mol").exists()
 
 
+@pytest.mark.parametrize("mass", [float("nan"), float("inf"), 0.5, 0.0, -1.0])
+def test_masses_that_no_hydrogen_has_are_refused(tmp_path, mass):
+    with pytest.raises(ConfigurationError, match="--hydrogen-mass is 1 or more, such as 3"):
+        init_system(tmp_path / "mol", pdb=DIPEPTIDE, forcefield=AMBER, hydrogen_mass=mass)
+    assert not (tmp_path / "mol").exists()
+
+
 def test_heavy_atoms_lighter_than_their_hydrogens_are_told(tmp_path, caplog):
     def told(mass):
         caplog.clear()
