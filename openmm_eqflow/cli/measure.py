@@ -159,7 +159,7 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
 
 def _print_temperatures(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
-    for heading in ("K", "effective", "log Z", "energy, kJ/mol", "heat capacity, J/(mol K)"):
+    for heading in ("K", "effective", "log Z", "potential, kJ/mol", "its C, J/(mol K)"):
         table.add_column(heading)
     for row in rows:
         table.add_row(

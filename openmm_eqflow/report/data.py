@@ -202,10 +202,18 @@ class RunData:
 
     @cached_property
     def one_state(self) -> list[str]:
-        """Torsions and rings that no ensemble shows in a second state."""
+        """Torsions and rings that no ensemble shows in a second state.
+
+        Not those whose every state a path from chemistry proposes: what it does not show is rare.
+        """
         seen = [e.angles[e.weights > 0.0] for e in self.ensembles]
         found = seen_once(self.isomers.torsions, np.concatenate(seen))
-        return [self.isomers.label(members) for members in found]
+        proposed = set(self.metrics.get("proposed", ()))
+        return [
+            self.isomers.label(members)
+            for members in found
+            if not proposed.issuperset(t.name for t in members)
+        ]
 
     @cached_property
     def audit(self) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ __all__ = [
     "round_rows",
 ]
 
+_LOST = 0.3  # kT of log Z: what chance does not explain
+
 
 def isomer_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of the table of isomers; with dynamics to compare, theirs beside."""
@@ -52,17 +54,25 @@ def coverage(metrics: dict[str, Any]) -> list[str]:
     if "adaptation" in metrics:
         other = metrics["adaptation"]["second_log_z"]
         found.append(
-            f"Another population of points, from the first prior, has log Z {other:.2f}; the path "
-            f"{metrics['log_z']:.2f}."
+            f"log Z is {metrics['log_z']:.2f}; a second population of points, carried from the "
+            f"first prior, found {other:.2f}"
+            + (
+                ", which is more: the path may lack a state."
+                if other > metrics["log_z"] + _LOST
+                else ", which is no more: no sign of a state that the path lacks."
+            )
         )
     floor = [row for row in metrics.get("floor", []) if row["kind"] == "torsions"]
     if floor:
         words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in floor)
-        found.append(f"Weight of states that only the floor of the prior proposes: {words}.")
+        found.append(
+            "Share of the weight where only the prior's floor, what chemistry allows, reaches "
+            f"(far above the floor's own 0.02 a state was lost by the fit): {words}."
+        )
     components = [row for row in metrics.get("floor", []) if row["kind"] == "component"]
     if components:
         words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in components)
-        found.append(f"Weight over the prior's share: {words}.")
+        found.append(f"Weight of ring conformers over their share in the prior: {words}.")
     seen: list[str] = []
     never: list[str] = []
     for row in metrics.get("isomers", []):

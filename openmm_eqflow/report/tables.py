@@ -124,6 +124,16 @@ def costs(run: RunData, verdict: Verdict) -> list[dict[str, str]]:
     ]
 
 
+def _layers(run: RunData) -> tuple[str, str]:
+    """Say what the flow consists of."""
+    steps, layers = run.metrics["n_ode_steps"], run.flow_record.get("layers")
+    if layers is None:
+        return "ODE steps", f"{steps} (RK4, fixed grid)"
+    if layers.get("kind") == "annealed":
+        return "levels", f"{run.metrics.get('n_levels', len(layers['times'])):,} of Monte Carlo"
+    return "levels", f"{steps + 1:,} (field steps and Monte Carlo in turn)"
+
+
 def ways(run: RunData) -> list[dict[str, str]]:
     """Say what prior, levels, field and both cost, and which was taken."""
     return [
@@ -235,9 +245,7 @@ def provenance(run: RunData) -> list[tuple[str, str]]:
         ("seeds", f"evaluation {run.metrics['seed']}, chains {config.seed}"),
         ("device", f"{run.metrics['device']}, {run.metrics['n_threads']} thread(s)"),
         ("report written on", f"{machine_name()}, {platform.system()}"),
-        ("levels", f"{run.metrics['n_ode_steps'] + 1:,} (field steps and Monte Carlo in turn)")
-        if run.flow_record.get("layers")
-        else ("ODE steps", f"{run.metrics['n_ode_steps']} (RK4, fixed grid)"),
+        _layers(run),
         ("time per flow sample", f"{1e3 * run.metrics['seconds_per_sample']:.2f} ms"),
         ("invalid proposals", f"{run.metrics['n_invalid']:,} of {run.metrics['n_samples']:,}"),
     ]

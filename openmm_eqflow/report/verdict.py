@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.chains import split_r_hat
-from openmm_eqflow.analysis.weights import kish_ess
+from openmm_eqflow.analysis.weights import kish_ess, relative_ess_with_error
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
 
@@ -152,11 +152,15 @@ def _prior_check(run: RunData, ess: float, prior: float) -> Check:
         reason += ", which is used alone"
     else:
         reason = f"the flow is not better than its prior ({ess:.2g} against {prior:.2g})"
+    error = float(relative_ess_with_error(run.prior_log_weight).error)
+    error = math.hypot(error, float(run.metrics.get("relative_ess_error") or 0.0))
+    worse = ess < prior - 2.0 * (error if math.isfinite(error) else 0.0)
     return Check(
         "flow against its prior",
         f"{ess:.3f} against {prior:.3f}" + ("; prior kept" if kept else ""),
-        "good" if ess >= prior and not kept else "fair",
-        "relative ESS of the prior alone on as many samples; training should beat it",
+        "fair" if worse or kept else "good",
+        "relative ESS of the prior alone on as many samples; below it by more than two standard "
+        "errors is worse",
         "flow",
         reason,
     )
@@ -533,6 +537,11 @@ def _setting(run: RunData, key: str) -> str:
 def _flow_advice(run: RunData) -> str:
     """Say what would make the flow better, by how its training went."""
     recipe, budget = run.run.config.recipe, run.run.config.budget
+    if recipe.method == "annealing":
+        return (
+            f"Ask more of the path: --ess (now {recipe.ess:g}) in a new --out, or "
+            + _setting(run, "n_points")
+        )
     if run.reference is None:
         return "This run used a flow that ships: train one of your own with openmm-eqflow run"
     if recipe.stochastic is not None:

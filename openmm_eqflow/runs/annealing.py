@@ -177,7 +177,8 @@ def describe_path(
     Returns
     -------
     dict
-        ``isomers``, ``warnings``, ``adaptation``, ``floor``, ``n_levels`` and ``weights_of``; of
+        ``isomers``, ``warnings``, ``adaptation``, ``floor``, ``n_levels`` (of Monte Carlo),
+        ``weights_of`` and ``proposed``, the torsions of which the prior proposes every state; of
         an annealed path ``levels`` with their work; with dynamics ``dynamics``.
     """
     log_w, x = samples.log_weight.numpy(), samples.x.numpy()
@@ -188,9 +189,10 @@ def describe_path(
     told = _warnings(effective, adaptation, pareto_k(log_w), float(log_z(log_w).value))
     found: dict[str, Any] = {
         "weights_of": "points" if path.maps is path else "paths",
-        "n_levels": len(path.layers),
+        "n_levels": sum(layer.n_energies > 0 for layer in path.layers),
         "adaptation": adaptation,
         "floor": _floor(path.prior, adaptation["floor"], isomers, system),
+        "proposed": [t.name for t in isomers.torsions if set(t.atoms[1:3]) in _soft(path.prior)],
         "warnings": told + _single_conformers(isomers, rows),
         "isomers": rows,
     }
@@ -247,6 +249,13 @@ def _levels(path: AnnealedPath, seed: int) -> dict[str, list[float]]:
     }
 
 
+def _soft(prior: Prior) -> list[set[int]]:
+    """Bonds about which the prior proposes every turn that chemistry allows."""
+    if not isinstance(prior, InternalCoordinatePrior):
+        return []
+    return [set(prior.zmatrix.rows[3 + k][1:3]) for k in prior.soft]
+
+
 def _floor(
     prior: Prior, shares: dict[str, float], isomers: Isomers, system: MolecularSystem
 ) -> list[dict[str, Any]]:
@@ -255,7 +264,7 @@ def _floor(
         return []
     names = [atom.name for atom in system.topology.atoms()]
     known = {frozenset(t.atoms[1:3]): isomers.label([t]) for t in isomers.torsions}
-    bonds = [prior.zmatrix.rows[3 + k][1:3] for k in prior.soft]
+    bonds = _soft(prior)
     torsions = [known.get(frozenset(b), "-".join(names[k] for k in sorted(b))) for b in bonds]
     named = []
     for key, share in shares.items():

@@ -28,6 +28,7 @@ from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
 from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.files import atomic_path, write_json, write_npz
+from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import relax
 from openmm_eqflow.flows.storage import load_flow, save_flow
@@ -41,7 +42,7 @@ from openmm_eqflow.runs.directory import STAGES, RunDirectory
 from openmm_eqflow.runs.evaluation import FlowSamples, evaluate_flow
 from openmm_eqflow.runs.fit import split_frames, train_flow
 from openmm_eqflow.runs.reference.data import load_reference, run_reference
-from openmm_eqflow.runs.ways import cheapest, measure_ways
+from openmm_eqflow.runs.ways import PRIOR, cheapest, measure_ways
 from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import find_isomers
@@ -133,8 +134,8 @@ def adopt_shipped_flow(run: RunDirectory) -> None:
     system = run.load_system()
     if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one: openmm-eqflow run "
-            f"{quote(run.config.system)}"
+            f"no flow ships with {system.name!r}; train one (openmm-eqflow run "
+            f"{quote(run.config.system)}) and sample in the directory of that run"
         )
     flow = load_flow(source)
     with run.locked():
@@ -157,8 +158,8 @@ def flow_of(
     system = load_system(name_or_run)
     if (source := shipped_flow(system)) is None:
         raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one first: openmm-eqflow run "
-            f"{quote(name_or_run)}"
+            f"no flow ships with {system.name!r}; train one (openmm-eqflow run "
+            f"{quote(name_or_run)}) and give the directory of the run, or publish it here"
         )
     return system, own_flow(source, system_sha256(system.system), where), None
 
@@ -373,7 +374,7 @@ def _way(
     prior_kept: dict[str, float] | None,
     progress: Progress,
 ) -> tuple[FlowPath, list[dict[str, Any]]]:
-    """Measure levels, field and both, and take the cheapest; the field if it has to be."""
+    """Measure prior, levels, field and both, and take the cheapest; the field if it has to be."""
     recipe, seed = run.config.recipe, run.config.root
     ways: dict[str, FlowPath] = {"levels alone": levels}
     if prior_kept is None:
@@ -397,7 +398,11 @@ def _way(
             row["effective_per_second"],
             ", taken" if row["chosen"] else "",
         )
-    return ways.get(chosen, field), rows
+    if chosen != PRIOR:
+        return ways.get(chosen, field), rows
+    alone = levels.maps
+    audit(alone, n=32, generator=child(seed, "audit of the prior"))
+    return alone, rows
 
 
 def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from openmm_eqflow.seeds import child, child_seed
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
+    "PRIOR",
     "cheapest",
     "measure_ways",
 ]
@@ -81,15 +82,13 @@ def _row(name: str, log_weight: torch.Tensor, seconds: float) -> dict[str, Any]:
 def cheapest(rows: list[dict[str, Any]], asked: float) -> str:
     """Name of the way with most effective samples a second among those that reach an ESS.
 
-    Within two standard errors of ``asked``; if none does, the way with the highest ESS. The prior
-    alone is no way.
+    Within two standard errors of ``asked``; if none does, the way with the highest ESS.
     """
-    ways = [row for row in rows if row["name"] != PRIOR]
     good = [
         row
-        for row in ways
+        for row in rows
         if row["relative_ess"] + 2.0 * (row["relative_ess_error"] or 0.0) >= asked
     ]
     if good:
         return str(max(good, key=lambda row: row["effective_per_second"])["name"])
-    return str(max(ways, key=lambda row: row["relative_ess"])["name"])
+    return str(max(rows, key=lambda row: row["relative_ess"])["name"])

@@ -105,7 +105,7 @@ def pdb_lines(path: Path) -> list[str]:
 
 def _refuse_equal_names(path: Path, lines: list[str]) -> None:
     """Name an atom that a residue has twice, of which readers drop one."""
-    residue, seen = "", set()
+    residue, seen = "", set[str]()
     for line in lines:
         if not line.startswith(("ATOM", "HETATM")):
             residue = ""  # TER and MODEL begin another

@@ -155,7 +155,7 @@ def load_system(name_or_path: str | Path) -> MolecularSystem:
     extra = f" (the folder exists but has no {SYSTEM_FILE})" if directory.is_dir() else ""
     raise UnknownSystemError(
         f"no system {str(name_or_path)!r}{extra}; {hint} "
-        "For your own molecule: openmm-eqflow init FOLDER --pdb FILE"
+        "For your own molecule: openmm-eqflow init FOLDER --pdb FILE; a run is its directory"
     )
 
 

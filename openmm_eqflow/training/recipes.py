@@ -239,23 +239,21 @@ _EXAMPLE = Recipe(1.0, 1.0)
 _CHOICES = {"method": ("tempering", "annealing"), "density": ("paths", "pointwise")}
 #: Of an annealed path, whose levels do most of the work. Its chains take stored independent
 #: samples, one a step: after a local move the state would need a path of its own.
+_CHAINS_OF_PATHS = {"method": "annealing", "n_proposals": 1, "n_local_steps": 0}
 _ANNEALED: dict[Budget, dict[str, Any]] = {
-    budget: {
-        "method": "annealing",
-        "ess": ess,
-        "n_points": points,
-        "train_seconds": seconds,
-        "max_frames": frames,
-        "n_samples": samples,
-        "n_proposals": 1,
-        "n_local_steps": 0,
-    }
-    for budget, ess, points, seconds, frames, samples in (
-        ("quick", 0.88, 1_000, 15, 2_000, 5_000),
-        ("standard", 0.96, 2_000, 60, 5_000, 7_000),
-        ("thorough", 0.98, 4_000, 1200, 20_000, 16_000),
-    )
-}
+    "quick": {
+        "ess": 0.88, "n_points": 1_000, "train_seconds": 15, "max_frames": 2_000,
+        "n_samples": 5_000, **_CHAINS_OF_PATHS,
+    },
+    "standard": {
+        "ess": 0.96, "n_points": 2_000, "train_seconds": 60, "max_frames": 5_000,
+        "n_samples": 7_000, **_CHAINS_OF_PATHS,
+    },
+    "thorough": {
+        "ess": 0.98, "n_points": 4_000, "train_seconds": 1200, "max_frames": 20_000,
+        "n_samples": 16_000, **_CHAINS_OF_PATHS,
+    },
+}  # fmt: skip
 #: Atoms up to which a molecule is annealed unless something else is asked for.
 _ANNEALED_ATOMS = 40
 #: Entries that mean something to reference dynamics alone: who sets them wants those.

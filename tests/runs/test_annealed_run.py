@@ -158,7 +158,8 @@ def test_the_cheapest_way_that_reaches_what_was_asked() -> None:
             "effective_per_second": rate,
         }
 
-    rows = [row(ways.PRIOR, 0.95, 1e6), row("levels", 0.9, 10.0), row("field", 0.89, 30.0)]
+    rows = [row(ways.PRIOR, 0.5, 1e6), row("levels", 0.9, 10.0), row("field", 0.89, 30.0)]
     assert ways.cheapest(rows, 0.9) == "field"  # within two standard errors
     assert ways.cheapest(rows, 0.915) == "levels"
     assert ways.cheapest(rows, 0.99) == "levels"  # none does: the highest
+    assert ways.cheapest(rows, 0.5) == ways.PRIOR
