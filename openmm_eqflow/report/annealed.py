@@ -114,7 +114,7 @@ def _context(metrics: dict[str, Any], shown: _Annealed) -> dict[str, Any]:
     value, _, error = pm(m["log_z"], m["log_z_error"]).partition(" ± ")
     return {
         "title": m["system"],
-        "description": shown.system.description,
+        "description": shown.system.description.rstrip(". ") + ".",
         "temperature": f"{shown.temperature:g} K",
         "grade": "poor" if m["warnings"] else "good",
         "warnings": m["warnings"],

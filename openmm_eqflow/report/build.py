@@ -179,7 +179,7 @@ def _context(
     sections.append(("Training", "training", training))
     return {
         "title": run.system.name,
-        "description": run.system.description,
+        "description": run.system.description.rstrip(". ") + ".",
         "budget": config.budget,
         "temperature": f"{config.temperature_kelvin:g} K",
         "verdict": verdict,

@@ -230,7 +230,7 @@ class RunData:
     def prior_kept(self) -> dict[str, float] | None:
         """Relative ESS of flow and prior, where the flow lost and the prior is used alone."""
         kept = self.stages.get("train", {}).get("prior_kept")
-        return dict(kept) if kept else None
+        return dict(kept) if kept and not self.ways else None
 
     @property
     def energies_per_sample(self) -> int:

@@ -105,22 +105,35 @@ def read_molecules(table: Path, budget: str = "standard") -> list[dict[str, str]
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{table} is not UTF-8 text: save it as CSV in UTF-8") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
-    for column in reader.fieldnames or ():
+    head = list(reader.fieldnames or ())
+    for column in head:
+        if head.count(column) > 1:
+            raise ConfigurationError(f"{table}: column {column!r} stands twice; leave one")
         if column not in COLUMNS:
             near = difflib.get_close_matches(column, COLUMNS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(COLUMNS)}"
+            mark = next((m for m in ";\t|" if m in column), None)
+            hint = hint if mark is None else f"cells are separated by commas, not by {mark!r}"
             raise ConfigurationError(f"{table}: unknown column {column!r}; {hint}")
     rows: list[dict[str, str]] = []
+    lines: dict[str, int] = {}
     for found in reader:
         where = f"{table}, line {reader.line_num}"
-        if None in found or None in found.values():
-            raise ConfigurationError(f"{where}: expected {len(reader.fieldnames or ())} cells")
+        cells = [*found.values()]
+        n_cells = len(head) - cells.count(None) + len(found.get(None, ()))
+        if n_cells != len(head):
+            raise ConfigurationError(f"{where}: expected {len(head)} cells, got {n_cells}")
         row = {key: value.strip() for key, value in found.items() if value.strip()}
-        if row:
-            rows.append(_checked({**row, "budget": row.get("budget", budget)}, where))
-    names = [row.get("name", "").lower() for row in rows]
-    if double := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigurationError(f"{table}: {', '.join(double)} is named twice; names must differ")
+        if not row:
+            continue
+        rows.append(_checked({**row, "budget": row.get("budget", budget)}, where))
+        # Names of files, which not every system tells apart by their case.
+        first = lines.setdefault(row["name"].lower(), reader.line_num)
+        if first != reader.line_num:
+            raise ConfigurationError(
+                f"{where}: {row['name']} is named twice (line {first}); names must differ, and "
+                "not in capitals alone"
+            )
     if not rows:
         raise ConfigurationError(f"{table} names no molecule: expected a head and a row for each")
     return rows

@@ -386,15 +386,30 @@ def _train_flow(
     size = min(1024 if recipe.method == "annealing" else 4096, recipe.n_evaluate)
     if len(prior.event_shape) == 2:
         size = _affordable(512, prior, 128)
-    flow, result.prior_kept = keep_prior(flow, target, size, test, seed=seed)
-    if result.prior_kept is None:
+    # Of an annealed run the field is one way of several, and not missed.
+    level = logging.INFO if recipe.method == "annealing" else logging.WARNING
+    flow, result.prior_kept = keep_prior(flow, target, size, test, seed=seed, level=level)
+    if result.prior_kept is not None:
+        logger.log(
+            level,
+            "training made the flow worse than its prior (relative ESS %.3g against %.3g, lower "
+            "of %d draws and of held-out frames): the prior is kept",
+            *result.prior_kept.values(),
+        )
+    else:
         flow.calibrate(n, tolerance=recipe.grid_tolerance, generator=stream("calibration"))
     audit(flow, n=n // 2, x=test[: n // 2], generator=stream("audit"))
     return flow, result
 
 
 def keep_prior(
-    flow: EquivariantFlow, target: BoltzmannTarget, n: int, frames: Tensor, *, seed: int
+    flow: EquivariantFlow,
+    target: BoltzmannTarget,
+    n: int,
+    frames: Tensor,
+    *,
+    seed: int,
+    level: int = logging.WARNING,
 ) -> tuple[EquivariantFlow, dict[str, float] | None]:
     """Put the field to rest where the flow has a lower relative ESS than its prior, beyond chance.
 
@@ -403,8 +418,8 @@ def keep_prior(
     at most ``n`` of the target's ``frames``, to which the flow was not trained. What a flow gives
     too little density its own draws hardly ever show. Frames whose weight is more than e^50 times
     the mean by both (ten widths of a Gaussian), such as three of an amide that turned over, belong
-    to a state that both lack and do not say which is better: they are left out. A field at rest is
-    zero, so that flow and prior are one density.
+    to a state that both lack and do not say which is better: they are left out, which is logged at ``level``. A field at rest
+    is zero, so that flow and prior are one density.
 
     Returns
     -------
@@ -430,9 +445,10 @@ def keep_prior(
     ]
     foreign = int((~(known[0] | known[1])).sum())
     if foreign:
-        logger.warning(
+        logger.log(
+            level,
             "%d of %d held-out frames are of a state that neither flow nor prior has: it is "
-            "missing from what this run samples",
+            "missing from what they sample",
             foreign,
             len(frames),
         )
@@ -452,13 +468,6 @@ def keep_prior(
         for weights in module.parameters():
             weights.zero_()
     rest = EquivariantFlow(flow.prior, module, grid=(0.0, 1.0), chunk_size=flow.chunk_size)  # type: ignore[arg-type]
-    logger.warning(
-        "training made the flow worse than its prior (relative ESS %.3g against %.3g, lower of "
-        "%d draws and of held-out frames): the prior is kept, the report says what may be wrong",
-        ours.value,
-        prior.value,
-        n,
-    )
     return rest, {"flow": float(ours.value), "prior": float(prior.value), "n": float(n)}
 
 

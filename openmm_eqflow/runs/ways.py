@@ -28,7 +28,7 @@ def measure_ways(
     ways: Mapping[str, FlowPath],
     target: BoltzmannTarget,
     *,
-    n: int = 1000,
+    n: int = 500,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:

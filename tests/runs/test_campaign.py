@@ -81,7 +81,9 @@ def test_a_table_is_read(tmp_path: Path) -> None:
     [
         ("name,smile\na,C\n", "unknown column 'smile'; did you mean smiles"),
         ("name,smiles\na/b,C\n", "line 2: name is 'a/b', expected letters"),
-        ("name,smiles\na,C\nA,CC\n", "a is named twice"),
+        ("name;smiles\na;C\n", "separated by commas, not by ';'"),
+        ("name,smiles,smiles\na,C,CC\n", "column 'smiles' stands twice"),
+        ("name,smiles\na,C\n\nA,CC\n", r"line 4: A is named twice \(line 2\)"),
         ("name,smiles,pdb\na,C,a.pdb\n", "expected one of smiles, sdf, pdb, folder, got smiles"),
         ("name,smiles\na,\n", "expected one of .*, got none"),
         ("name,smiles,system\na,C,a.xml\n", "system does not go with smiles"),
@@ -90,7 +92,7 @@ def test_a_table_is_read(tmp_path: Path) -> None:
         ("name,smiles,temperature\na,C,warm\n", "temperature or seed is no number"),
         ("name,smiles,temperature\na,C,-5\n", "temperature is -5 K"),
         ("name,smiles,seed\na,C,-5\n", "seed is -5"),
-        ("name,smiles\na,C,300\n", "expected 2 cells"),
+        ("name,smiles\na,C,300\n", "expected 2 cells, got 3"),
         ("name,smiles\n", "names no molecule"),
     ],
 )
