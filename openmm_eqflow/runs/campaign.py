@@ -251,7 +251,9 @@ def _cluster(scheduler: str | None, n_workers: int) -> Iterator[Any]:
                 n_workers=n_workers,
                 threads_per_worker=1,
                 processes=False,
-                dashboard_address=None,
+                # Of Dask's own pages, which have no password: nobody else on the network.
+                dashboard_address="127.0.0.1:0",
+                worker_dashboard_address="127.0.0.1:0",
                 memory_limit=None,
                 silence_logs=logging.ERROR,
             ) as cluster,

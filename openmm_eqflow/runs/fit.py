@@ -418,8 +418,8 @@ def keep_prior(
     at most ``n`` of the target's ``frames``, to which the flow was not trained. What a flow gives
     too little density its own draws hardly ever show. Frames whose weight is more than e^50 times
     the mean by both (ten widths of a Gaussian), such as three of an amide that turned over, belong
-    to a state that both lack and do not say which is better: they are left out, which is logged at ``level``. A field at rest
-    is zero, so that flow and prior are one density.
+    to a state that both lack and do not say which is better: they are left out, which is logged
+    at ``level``. A field at rest is zero, so that flow and prior are one density.
 
     Returns
     -------

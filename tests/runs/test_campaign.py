@@ -101,6 +101,20 @@ def test_a_wrong_table_is_refused_by_line(tmp_path: Path, text: str, message: st
         read_molecules(table(tmp_path, text))
 
 
+def test_nobody_else_can_reach_the_local_cluster() -> None:
+    process = psutil.Process()
+
+    def listening() -> set[tuple[str, int]]:
+        found = process.net_connections("tcp")
+        return {tuple(c.laddr) for c in found if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    with campaign._cluster(None, 2):
+        opened = listening() - before
+    assert opened
+    assert {address for address, _ in opened} == {"127.0.0.1"}
+
+
 def test_without_dask_one_line_says_what_to_install(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
