@@ -10,19 +10,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "COLUMNS",
     "PATH_COLUMNS",
     "atomic_path",
     "plain_json",
+    "read_dcd",
+    "write_dcd",
     "write_history",
     "write_json",
     "write_npz",
@@ -59,6 +62,41 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_name(path: Path) -> Iterator[str]:
+    """Yield a name of a file that a program which knows only ASCII can open."""
+    if str(path).isascii():
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"link{path.suffix}"
+        link.symlink_to(path.absolute())
+        yield str(link)
+
+
+def write_dcd(path: Path, x: ArrayLike) -> None:
+    """Write frames (n, N, D) in nm as a DCD file, in angstrom; planar ones get z = 0."""
+    from mdtraj.formats import DCDTrajectoryFile
+
+    frames = np.asarray(x, dtype=np.float32)
+    flat = np.zeros((*frames.shape[:2], 3 - frames.shape[2]), dtype=np.float32)
+    with (
+        atomic_path(path) as temporary,
+        _plain_name(temporary) as name,
+        DCDTrajectoryFile(name, "w") as dcd,
+    ):
+        dcd.write(np.float32(10.0) * np.concatenate([frames, flat], axis=2))
+
+
+def read_dcd(path: Path) -> NDArray[np.float32]:
+    """Read frames (n, N, 3) of a DCD file, in nm."""
+    from mdtraj.formats import DCDTrajectoryFile
+
+    with _plain_name(path) as name, DCDTrajectoryFile(name) as dcd:
+        frames: NDArray[np.float32] = dcd.read()[0] / np.float32(10.0)
+    return frames
 
 
 def write_text(path: Path, text: str) -> None:

@@ -188,7 +188,7 @@ def sample(system: str, json_path: Path | None, **options: Any) -> None:
     from openmm_eqflow.parallel import main_first
     from openmm_eqflow.runs.stages import adopt_shipped_flow, open_run
 
-    directory = open_run(system, **options)
+    directory = open_run(system, **options, with_flow=True)
     with main_first():
         if not directory.is_complete("train"):
             adopt_shipped_flow(directory)

@@ -171,8 +171,8 @@ def relax(
     _check_chart(flow.prior)
     if n_leapfrog < 1 or flow.n_ode_steps < 2:
         raise ConfigurationError(
-            f"relaxation needs at least 1 leapfrog step and a grid of 2 steps; got {n_leapfrog} "
-            f"and {flow.n_ode_steps}"
+            f"relaxation needs at least 1 leapfrog step and a field on a grid of 2 steps; got "
+            f"{n_leapfrog} and {flow.n_ode_steps}: leave it out"
         )
     generator = child(seed, "tuning")
     with torch.no_grad():

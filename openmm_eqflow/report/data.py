@@ -21,6 +21,7 @@ from openmm_eqflow.analysis.observables import (
     torsion_angles,
 )
 from openmm_eqflow.errors import CheckpointError
+from openmm_eqflow.files import read_dcd
 from openmm_eqflow.moves.chains import load_chains
 from openmm_eqflow.runs.directory import RunDirectory
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
@@ -382,9 +383,7 @@ def _chain_positions(
         x = chains.positions.swapaxes(0, 1)
         return x.reshape(-1, *x.shape[2:]), chains.proposal_log_weight
     # Somebody kept only the trajectory.
-    with mdtraj.formats.DCDTrajectoryFile(str(path / "samples.dcd")) as handle:
-        frames = handle.read()[0][:, :, :n_dims] / np.float32(10.0)
-    return frames, None
+    return read_dcd(path / "samples.dcd")[:, :, :n_dims], None
 
 
 def _reference(

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.files import write_npz
+from openmm_eqflow.files import write_dcd, write_npz
 from openmm_eqflow.flows.adapt import path_from_chemistry
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.runs.evaluation import draw_weighted
-from openmm_eqflow.runs.reference.data import ReferenceData, load_reference, write_frames
+from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child_seed
 from openmm_eqflow.targets.target import BoltzmannTarget
 
@@ -123,7 +123,7 @@ def run_annealed(
         },
     )
     data = load_reference(Path(directory))
-    write_frames(data.positions, Path(directory))
+    write_dcd(Path(directory) / "reference.dcd", data.positions)
     shutil.rmtree(folder / "drawn", ignore_errors=True)
     report(1.0, f"{data.n_frames} frames")
     return path, data

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mdtraj
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from openmm_eqflow.analysis.weights import (
     systematic,
 )
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.files import atomic_path, write_json, write_npz
+from openmm_eqflow.files import atomic_path, write_dcd, write_json, write_npz
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.geometry import align_rotations, rotate
@@ -213,7 +212,10 @@ def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:
     """Frames of reference dynamics of the same System at the same temperature."""
     found = load_reference(run)
     if found.method != "tempering":
-        raise ConfigurationError(f"{run} holds frames of a path, which are no dynamics")
+        raise ConfigurationError(
+            f"{run} holds frames of a path, which are no dynamics: compare with a run made with "
+            "--method tempering"
+        )
     same = math.isclose(kt_in_kj_mol(found.temperatures[0] * unit.kelvin), target.kT, rel_tol=1e-6)
     if found.system_hash != target.system_hash or not same:
         raise ConfigurationError(
@@ -370,10 +372,6 @@ def _write_frames(
     chosen = x[torch.from_numpy(systematic(log_weight, u))].double()
     if system.kind == "molecule":
         chosen = rotate(chosen, align_rotations(chosen, chosen[:1]))
-    flat = torch.zeros(*chosen.shape[:2], 3 - chosen.shape[2], dtype=chosen.dtype)
-    frames = torch.cat([chosen, flat], 2).float().numpy()
-    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
-    with atomic_path(out / name) as temporary:
-        trajectory.save_dcd(str(temporary))
+    write_dcd(out / name, chosen.numpy())
     with atomic_path(out / "topology.pdb") as temporary:
-        write_pdb(temporary, system.topology, positions_quantity(frames[0]))
+        write_pdb(temporary, system.topology, positions_quantity(chosen[0].numpy()))

@@ -4,7 +4,8 @@ Stages that last as long as the recipe says are taken from there; what the recip
 is multiplied by the cost of a point, measured here and now: energy and forces of the molecule, and
 its chart (:class:`~openmm_eqflow.priors.zmatrix.ZMatrix`) with its gradient. How many evaluations
 of either a sample, a level of tempering or a round of refinement takes was read off profiles of
-molecules of 22 to 72 atoms; expect a factor of two.
+molecules of 22 to 72 atoms; expect a factor of two. How many levels a path takes follows from the
+molecule's torsions and rings less surely: expect a factor of three.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.parallel import available_threads
 from openmm_eqflow.priors.zmatrix import ZMatrix
 from openmm_eqflow.runs.stages import EXTENSIONS, build_target
-from openmm_eqflow.targets.isomers import find_isomers
+from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.training.recipes import BUDGETS, Recipe, make_recipe
 from openmm_eqflow.units import masses_in_dalton, positions_in_nm
@@ -37,6 +39,9 @@ _STEPS_PER_FRAME = 250
 #: Energies a step of dynamics costs, of the batched evaluator's on one core.
 _DYNAMICS = 2.5
 _LARGE, _MEDIUM = 50, 30  # atoms
+#: Of a path: levels that a torsion or a ring takes, times -log of the ESS asked for; the compiled
+#: chart's share of the time that the other takes; leapfrog steps on a level.
+_LEVELS_A_TORSION, _LEVELS_A_RING, _COMPILED, _LEAPFROG = 1.5, 8.0, 0.3, 5
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,18 @@ def pool_bytes(n_points: int, n_particles: int) -> int:
 
 
 def forecast(
-    system: MolecularSystem, recipe: Recipe, budget: str, costs: tuple[float, float]
+    system: MolecularSystem,
+    recipe: Recipe,
+    budget: str,
+    costs: tuple[float, float],
+    isomers: Isomers | None = None,
 ) -> Forecast:
-    """Predict a run of a bonded molecule; ``costs`` are those of :func:`measure`."""
+    """Predict a run of a bonded molecule.
+
+    ``costs`` are those of :func:`measure`; ``isomers`` are needed for an annealed run.
+    """
+    if recipe.method == "annealing":
+        return _annealed(system, recipe, costs, isomers or Isomers((), (), ()))
     energy, chart = costs
     n = system.n_particles
     ratio = float(system.settings.get("reference", {}).get("max_temperature_ratio", 2.2))
@@ -116,6 +130,26 @@ def forecast(
     return Forecast((reference + train + sample + 20.0) / 60.0, memory, n_frames)
 
 
+def _annealed(
+    system: MolecularSystem, recipe: Recipe, costs: tuple[float, float], isomers: Isomers
+) -> Forecast:
+    """Predict a run whose frames come from a path."""
+    n, threads = system.n_particles, available_threads()
+    turning = sum(t.kind in ("single", "amide") and t.fold == 1 for t in isomers.torsions)
+    levels = _LEVELS_A_TORSION * turning + _LEVELS_A_RING * len(isomers.rings)
+    levels = max(2.0, levels / -math.log(recipe.ess))
+    energy = costs[0] + _COMPILED * costs[1]
+    sample = _LEAPFROG * levels * energy / threads
+    rounds = 6 * recipe.n_points * _LEAPFROG * 50 * energy / threads
+    pool = recipe.n_pool + recipe.n_chunks * recipe.chunk
+    n_samples = 3 * recipe.n_points + recipe.max_frames + 1000 + recipe.n_evaluate
+    seconds = rounds + n_samples * sample + recipe.n_pool * energy + recipe.train_seconds + 35.0
+    if recipe.check_with_md:
+        seconds += recipe.reference_seconds
+    memory = 0.5 + 0.02 * min(n, 28) + 2e-9 * pool_bytes(min(pool, recipe.max_pool or pool), n)
+    return Forecast(seconds / 60.0, memory, recipe.max_frames)
+
+
 def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
     """Lines and warnings for whoever is about to run a molecule.
 
@@ -133,11 +167,14 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
     annealed = all(recipe.method == "annealing" for recipe in recipes.values())
     lines = found.lines(system.topology, start, annealed=annealed)
     costs = measure(system)
-    cast = {b: forecast(system, recipe, b, costs) for b, recipe in recipes.items()}
+    cast = {b: forecast(system, recipe, b, costs, found) for b, recipe in recipes.items()}
     text = ", ".join(
         f"{budget} {c.minutes:.0f} min and {c.gigabytes:.1f} GB" for budget, c in cast.items()
     )
-    lines.append(f"Expected on this machine as busy as it is: {text} (within a factor of two).")
+    lines.append(
+        f"Expected on this machine as busy as it is: {text} (within a factor of "
+        f"{'three' if annealed else 'two'})."
+    )
     turning = sum(t.kind == "single" and t.fold == 1 for t in found.torsions)
     turns = "1 torsion that turns" if turning == 1 else f"{turning} torsions that turn"
     size = "small" if n <= _MEDIUM else "medium" if n <= _LARGE else "large"

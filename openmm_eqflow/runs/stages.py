@@ -19,7 +19,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import mdtraj
 import numpy as np
 import torch
 
@@ -27,7 +26,7 @@ from openmm_eqflow import units as thermo
 from openmm_eqflow.analysis.chains import autocorrelation_ess, longest_stuck
 from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.errors import ConfigurationError, TrainingError
-from openmm_eqflow.files import atomic_path, write_json, write_npz
+from openmm_eqflow.files import atomic_path, write_dcd, write_json, write_npz
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import relax
@@ -70,13 +69,9 @@ def write_trajectory(path: Path, system: MolecularSystem, chains: ChainSamples) 
     x = chains.positions.swapaxes(0, 1)
     n_chains, n_steps = x.shape[:2]
     frames = x.reshape(-1, *x.shape[2:])
-    if frames.shape[2] == 2:
-        frames = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=2)
     if system.kind == "molecule":
         frames = superposed(torch.from_numpy(frames).double()).float().numpy()
-    trajectory = mdtraj.Trajectory(frames, mdtraj.Topology.from_openmm(system.topology))
-    with atomic_path(path / "samples.dcd") as temporary:
-        trajectory.save_dcd(str(temporary))
+    write_dcd(path / "samples.dcd", frames)
     with atomic_path(path / "topology.pdb") as temporary:
         write_pdb(temporary, system.topology, thermo.positions_quantity(frames[0]))
 
@@ -123,6 +118,15 @@ def shipped_flow(system: MolecularSystem) -> Path | None:
     return path if path.is_file() else None
 
 
+def _shipped(system: MolecularSystem, asked: str) -> Path:
+    if (source := shipped_flow(system)) is None:
+        raise ConfigurationError(
+            f"no flow ships with {system.name!r}; train one (openmm-eqflow run {quote(asked)}) "
+            "and give the directory of the run, or keep its flow here (openmm-eqflow publish)"
+        )
+    return source
+
+
 def adopt_shipped_flow(run: RunDirectory) -> None:
     """Copy the flow that ships with the run's system into the run directory.
 
@@ -132,12 +136,7 @@ def adopt_shipped_flow(run: RunDirectory) -> None:
         No flow ships with it.
     """
     system = run.load_system()
-    if (source := shipped_flow(system)) is None:
-        raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one (openmm-eqflow run "
-            f"{quote(run.config.system)}) and sample in the directory of that run"
-        )
-    flow = load_flow(source)
+    flow = load_flow(_shipped(system, run.config.system))
     with run.locked():
         save_flow(flow, run.path / "flow", flow.metadata)
         run.finish("train", {"adopted": system.name})
@@ -156,11 +155,7 @@ def flow_of(
         system = run.load_system()
         return system, own_flow(path / "flow", system_sha256(system.system), where), test
     system = load_system(name_or_run)
-    if (source := shipped_flow(system)) is None:
-        raise ConfigurationError(
-            f"no flow ships with {system.name!r}; train one (openmm-eqflow run "
-            f"{quote(name_or_run)}) and give the directory of the run, or publish it here"
-        )
+    source = _shipped(system, name_or_run)
     return system, own_flow(source, system_sha256(system.system), where), None
 
 
@@ -531,8 +526,11 @@ def open_run(
     method: str | None = None,
     ess: float | None = None,
     check_with_md: int | None = None,
+    with_flow: bool = False,
 ) -> RunDirectory:
     """Open a run directory, or make one for a system; no stage is run. Arguments as of ``run``.
+
+    ``with_flow`` makes one only for a system with which a flow ships.
 
     Raises
     ------
@@ -560,6 +558,8 @@ def open_run(
     loaded = load_system(system)
     with main_first(), build_target(loaded) as target:
         path = Path("runs") / loaded.name if out is None else Path(out)
+        if with_flow and not (path / "config.yaml").is_file():
+            _shipped(loaded, str(system))
         return RunDirectory.create(
             path,
             loaded,

@@ -191,6 +191,7 @@ def test_sample_with_a_flow_that_ships(finished, shell, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = shell.refuses("sample", "hooh")
     assert "no flow ships with 'hooh'; train one (openmm-eqflow run" in line
+    assert not (tmp_path / "runs").exists()
     flow = load_flow(finished / "flow")
     save_flow(flow, tmp_path / "hooh" / "flow", flow.metadata)
     outcome = shell("sample", "hooh", "--out", "fresh")

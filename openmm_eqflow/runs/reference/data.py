@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mdtraj
 import numpy as np
 import openmm
 import torch
@@ -28,7 +27,7 @@ from openmm_eqflow.analysis.convergence import assess, features
 from openmm_eqflow.analysis.observables import Torsion, seen_once, torsion_angles
 from openmm_eqflow.analysis.weights import systematic
 from openmm_eqflow.errors import CheckpointError, ConfigurationError
-from openmm_eqflow.files import atomic_path, write_json, write_npz, write_text
+from openmm_eqflow.files import write_dcd, write_json, write_npz, write_text
 from openmm_eqflow.runs.reference.calibration import make_plan
 from openmm_eqflow.runs.reference.plan import ReferenceSettings, SamplingPlan
 from openmm_eqflow.runs.reference.pool import WalkerPool
@@ -44,7 +43,6 @@ __all__ = [
     "ReferenceData",
     "load_reference",
     "run_reference",
-    "write_frames",
 ]
 
 Progress = Callable[[float, str], None]
@@ -312,7 +310,7 @@ def _convergence(plan: SamplingPlan, chunks: list[list[Chunk]]) -> dict[str, Any
 
 def _export(data: ReferenceData, directory: Path) -> None:
     """Write what a person opens: target-temperature frames (dcd, in angstrom) and all energies."""
-    write_frames(data.positions, directory)
+    write_dcd(directory / "reference.dcd", data.positions)
     write_npz(
         directory / "reference.npz",
         {
@@ -323,14 +321,3 @@ def _export(data: ReferenceData, directory: Path) -> None:
             "frame_interval_ps": np.array(data.frame_interval_ps),
         },
     )
-
-
-def write_frames(x: NDArray[np.float32], directory: Path) -> None:
-    """Write reference.dcd, in angstrom, from positions (n, N, D) in nm."""
-    if x.shape[2] == 2:
-        x = np.concatenate([x, np.zeros((*x.shape[:2], 1), dtype=np.float32)], axis=2)
-    with (
-        atomic_path(directory / "reference.dcd") as temporary,
-        mdtraj.formats.DCDTrajectoryFile(str(temporary), "w") as dcd,
-    ):
-        dcd.write(10.0 * x)
