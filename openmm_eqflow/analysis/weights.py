@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "TAME",
     "Estimate",
     "checked_log_weights",
     "forward_ess_with_error",
@@ -32,6 +33,9 @@ __all__ = [
     "relative_weights",
     "systematic",
 ]
+
+#: Largest weight over the mean below which a heavy tail (Pareto k) decides nothing.
+TAME = 3.0
 
 FloatArray = NDArray[np.float64]
 

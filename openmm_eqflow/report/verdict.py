@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_eqflow.analysis.chains import split_r_hat
-from openmm_eqflow.analysis.weights import kish_ess, relative_ess_with_error
+from openmm_eqflow.analysis.weights import TAME, kish_ess, relative_ess_with_error
 from openmm_eqflow.report.data import RunData
 from openmm_eqflow.report.populations import Quantity, coordinate_sizes
 
@@ -39,7 +39,6 @@ __all__ = [
 Grade = Literal["good", "fair", "poor"]
 _POOR_START = 0.01  # relative ESS of a prior
 _ENOUGH = 400.0  # independent samples by weight: populations to two digits
-_TAME = 3.0  # largest weight over the mean below which a tail decides nothing
 _OUTSIDE = "largest weight in the chain against proposals"
 _ISOMERS = "torsions and rings seen in one state only"
 ORDER: dict[Grade, int] = {"good": 0, "fair": 1, "poor": 2}
@@ -107,7 +106,7 @@ def flow_checks(run: RunData) -> list[Check]:
     )
     k = metrics.get("pareto_k")
     k_value = math.inf if k is None else float(k)
-    tame = n * float(metrics.get("max_weight_share") or 1.0) < _TAME
+    tame = n * float(metrics.get("max_weight_share") or 1.0) < TAME
     prior = float(metrics["prior_relative_ess"])
     invalid = int(metrics.get("n_invalid", 0))
     checks = [
@@ -125,7 +124,7 @@ def flow_checks(run: RunData) -> list[Check]:
             "∞" if math.isinf(k_value) else f"{k_value:.2f}",
             "good" if tame else _graded(k_value, 0.5, 0.7, high=False),
             "tail of the weights; above 0.7 weighted averages and their errors can't be trusted, "
-            f"unless no weight is above {_TAME:g} times the mean",
+            f"unless no weight is above {TAME:g} times the mean",
             "flow",
             "Pareto k " + ("∞" if math.isinf(k_value) else f"{k_value:.2f}"),
         ),

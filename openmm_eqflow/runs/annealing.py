@@ -19,7 +19,9 @@ from openmm import unit
 from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
 from openmm_eqflow.analysis.temperatures import log_weights_at
 from openmm_eqflow.analysis.weights import (
+    TAME,
     log_z,
+    max_weight_share,
     pareto_k,
     relative_ess,
     relative_ess_with_error,
@@ -185,7 +187,10 @@ def describe_path(
     isomers = find_isomers(target.system, system.topology, target.positions)
     rows = isomer_populations(isomers.torsions, x, log_w, target.kT)
     effective = float(relative_ess(log_w)) * len(log_w)
-    told = _warnings(effective, adaptation, pareto_k(log_w), float(log_z(log_w).value))
+    # A heavy tail of weights that are all nearly equal decides nothing.
+    tame = len(log_w) * max_weight_share(log_w) < TAME
+    k = -math.inf if tame else pareto_k(log_w)
+    told = _warnings(effective, adaptation, k, float(log_z(log_w).value))
     found: dict[str, Any] = {
         "weights_of": "points" if path.maps is path else "paths",
         "n_levels": sum(layer.n_energies > 0 for layer in path.layers),
@@ -231,7 +236,7 @@ def _disagreement(dynamics: dict[str, Any]) -> list[str]:
     if dynamics["only_dynamics"]:
         told.append(
             f"{', '.join(dynamics['only_dynamics'])}: seen by the dynamics of {dynamics['run']} "
-            "and not by the path; raise --n-points, and compare another --seed"
+            "and not by the path; raise n_points, and compare another --seed"
         )
     if largest is not None and largest > _APART:
         told.append(
@@ -285,19 +290,19 @@ def _warnings(
     if effective < _LEAST:
         told.append(
             f"only {effective:.0f} effective samples: populations are guesses; draw more, or "
-            "raise --n-points"
+            "raise n_points"
         )
     if k > _HEAVY:
         told.append(
             f"Pareto k is {k:.2f}: a few weights carry the averages, and errors are too small; "
-            "ask for a higher --ess or raise --n-points"
+            "ask for a higher --ess or raise n_points"
         )
     seen = [entry["log_z"] for entry in (*adaptation["rounds"], *adaptation["trials"])]
     highest = max(*seen, adaptation["second_log_z"])
     if highest > found + _LOST:
         told.append(
             f"another population of points found a log Z of {highest:.2f}, this path {found:.2f}: "
-            "a state is probably missing; raise --n-points, and compare another --seed"
+            "a state is probably missing; raise n_points, and compare another --seed"
         )
     return told
 

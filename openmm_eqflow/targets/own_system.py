@@ -461,7 +461,9 @@ def _check_energy(
         context = openmm.Context(
             system, openmm.VerletIntegrator(1e-3), openmm.Platform.getPlatformByName("Reference")
         )
-        context.setPositions(positions)
+        # At a minimum of springs energy and forces are zero, a little beside it they are not.
+        beside = np.random.default_rng(0).normal(0.0, 1e-3, (system.getNumParticles(), 3))
+        context.setPositions(positions + beside * unit.nanometer)
         if not context.getState(forces=True).getForces(asNumpy=True)._value.any():
             raise UnsupportedSystemError(
                 "the System has no energy: none of its forces has a term, give the System with "

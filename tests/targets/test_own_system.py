@@ -457,3 +457,28 @@ def test_bond_orders_are_kept_and_aromatic_bonds_have_none(tmp_path):
     assert orders[4, 6] is None
     names = [t.name for t in find_isomers(made.system, made.topology).torsions]
     assert any(name.startswith("ω") for name in names)
+
+
+def test_springs_at_rest_are_an_energy(tmp_path):
+    topology = app.Topology()
+    residue = topology.addResidue("H2", topology.addChain())
+    atoms = [topology.addAtom(name, app.element.hydrogen, residue) for name in ("H1", "H2")]
+    topology.addBond(*atoms)
+    x = unit.Quantity(np.array([[0.0, 0.0, 0.0], [0.074, 0.0, 0.0]]), unit.nanometer)
+    with (tmp_path / "in.pdb").open("w") as file:
+        app.PDBFile.writeFile(topology, x, file)
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(1.008)
+    spring = openmm.HarmonicBondForce()
+    system.addForce(spring)
+
+    def made(name):
+        (tmp_path / "in.xml").write_text(openmm.XmlSerializer.serialize(system))
+        files = {"pdb": tmp_path / "in.pdb", "system_xml": tmp_path / "in.xml"}
+        return init_system(tmp_path / name, **files)
+
+    with pytest.raises(UnsupportedSystemError, match="has no energy: none of its forces"):
+        made("none")
+    spring.addBond(0, 1, 0.074, 3e5)
+    assert made("at rest").n_particles == 2
