@@ -19,7 +19,7 @@ from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
 from openmm_eqflow.parallel import machine_name
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
-from openmm_eqflow.training.recipes import Recipe
+from openmm_eqflow.training.recipes import Recipe, make_recipe
 from openmm_eqflow.units import kelvin
 
 __all__ = [
@@ -134,21 +134,18 @@ def _card(
 ) -> str:
     config, system = run.config, run.load_system()
     reference, train = facts["reference"], facts["train"]
-    temperatures = reference["temperatures_kelvin"]
     n_weights = sum(p.numel() for p in flow.maps.vector_field.parameters())
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
-    ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"
-    method = (
-        f"parallel tempering at {len(temperatures)} temperatures from {ladder}"
-        if len(temperatures) > 1
-        else f"Langevin dynamics at {temperatures[0]:.0f} K"
-    )
     command = f"openmm-eqflow run {quote(name)} --budget {config.budget} --seed {config.seed}"
+    usual = make_recipe(system.kind, config.budget, system.settings, system.n_particles)  # type: ignore[arg-type]
+    for key in ("method", "ess"):
+        if (value := getattr(config.recipe, key)) != getattr(usual, key):
+            command += f" --{key} {value}"
     rows = {
         "made by": f"`{command}`",
-        "data": f"made by the same command: {reference['n_frames']:,} frames of {method}, "
-        f"{reference['seconds']:.0f} s",
+        "data": f"made by the same command: {reference['n_frames']:,} frames of "
+        f"{_source(reference)}, {reference['seconds']:.0f} s",
         "prior, field": f"{type(flow.prior).__name__}, {type(flow.maps.vector_field).__name__} "
         f"({n_weights:,} weights), {flow.describe_layers()}",
         "training": _training(config.recipe, train),
@@ -157,6 +154,17 @@ def _card(
     } | measured_rows(flow, metrics)
     title = f"# Flow of {system.name} at {kelvin(system.temperature):g} K"
     return card_text(title, name, rows, metrics)
+
+
+def _source(reference: dict[str, Any]) -> str:
+    """Say where the reference frames are from."""
+    if reference.get("method") == "annealing":
+        return f"an annealed path of {reference['n_levels']} levels from a prior of chemistry"
+    temperatures = reference["temperatures_kelvin"]
+    if len(temperatures) == 1:
+        return f"Langevin dynamics at {temperatures[0]:.0f} K"
+    ladder = f"{temperatures[0]:.0f} to {temperatures[-1]:.0f} K"
+    return f"parallel tempering at {len(temperatures)} temperatures from {ladder}"
 
 
 def _training(recipe: Recipe, train: dict[str, Any]) -> str:

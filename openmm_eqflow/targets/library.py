@@ -159,10 +159,24 @@ def load_system(name_or_path: str | Path) -> MolecularSystem:
     )
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """As ``yaml.safe_load``, which takes the last of several equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, or complain."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Parse system.yaml against the schema; every complaint names the key and the file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"{path}: not valid YAML ({' '.join(str(error).split())})"

@@ -128,6 +128,20 @@ def test_the_flow_is_found_and_isomers_are_told(finished: Path, shell: Shell) ->
     assert "no samples yet" in shell.refuses("isomers", "empty")
 
 
+def test_publish_and_sample_without_a_run(finished: Path, tmp_path: Path, shell: Shell) -> None:
+    write_system(tmp_path / "mol", recipe=RECIPE | {"n_evaluate": 200, "n_samples": 200})
+    outcome = shell("publish", finished, "--out", tmp_path / "mol")
+    assert outcome.code == 0, outcome
+    card = (tmp_path / "mol" / "card.md").read_text(encoding="utf-8")
+    assert "--budget quick --seed 0 --method annealing --ess 0.8`" in card
+    assert "frames of an annealed path of" in card
+    outcome = shell("sample", tmp_path / "mol", "--budget", "quick", "--out", tmp_path / "fresh")
+    assert outcome.code == 0, outcome
+    metrics = json.loads((tmp_path / "fresh" / "metrics.json").read_text(encoding="utf-8"))
+    assert abs(metrics["log_z"] - EXACT) < 4 * metrics["log_z_error"]
+    assert metrics["isomers"]
+
+
 def test_frames_of_a_path_are_no_dynamics_to_compare_with(finished: Path, shell: Shell) -> None:
     system = finished.parent / "mol"
     line = shell.refuses("anneal", system, "--out", "x", "--compare-with", finished)

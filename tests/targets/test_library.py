@@ -156,6 +156,7 @@ def test_own_folder_by_path(tmp_path):
         ("model: ", "system_xml: a.xml\nmodel: ", "exactly one of the keys"),
         ("model: {name: lennard-jones, n_particles: 13}", "", "exactly one of the keys"),
         ("name: mine", "name: [", "not valid YAML"),
+        ("name: mine", "name: mine\nname: yours", "key 'name' stands twice"),
         ("name: mine", "settings: {train: 3}\nname: mine", r"key 'settings\.train'"),
     ],
 )
