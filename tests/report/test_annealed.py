@@ -58,7 +58,7 @@ def test_page_of_a_path_beside_dynamics(folders: tuple[Path, Path, Path]) -> Non
     (floor,) = m["floor"]
     assert floor["of"] == m["isomers"][0]["torsion"]
     assert 0.0 < floor["share"] < 0.5
-    assert f"only the floor of the prior proposes: {floor['of']} {floor['share']:.2g}" in html
+    assert f"a state was lost by the fit): {floor['of']} {floor['share']:.2g}" in html
     # A path without levels left out: the ESS falls from level to level to that of the weights.
     levels = m["levels"]
     assert len(levels["time"]) == len(levels["work_spread"]) == m["n_levels"]

@@ -16,6 +16,7 @@ from openmm_eqflow.flows.storage import load_flow
 from openmm_eqflow.runs import forecast as module
 from openmm_eqflow.runs import stages
 from openmm_eqflow.runs.forecast import describe_system, forecast, measure, pool_bytes
+from openmm_eqflow.targets.isomers import find_isomers
 from openmm_eqflow.targets.library import load_system
 from openmm_eqflow.targets.own_system import init_system
 from openmm_eqflow.training.pool import Pool, build_pool, join_pools
@@ -30,14 +31,17 @@ def large(n_particles=72):
 
 
 def test_a_quick_run_counts_fewer_points_of_a_large_molecule():
-    small, same, big, huge = (make_recipe("molecule", "quick", None, n) for n in (0, 22, 72, 500))
-    assert small == same == make_recipe("molecule", "quick")
+    small, same, big, huge = (
+        make_recipe("molecule", "quick", None, n, "tempering") for n in (0, 22, 72, 500)
+    )
+    assert small == same
     for key in ("prior_samples", "n_pool", "chunk", "n_evaluate", "n_samples"):
         assert getattr(huge, key) <= getattr(big, key) < getattr(small, key)
     assert big.n_pool == round(60_000 * (28 / 72) ** 1.5)
     assert huge.n_evaluate == 1000
     # Only quick has a ceiling, and what a user asks for stands.
-    assert make_recipe("molecule", "standard", None, 72) == make_recipe("molecule", "standard")
+    standard = [make_recipe("molecule", "standard", None, n, "tempering") for n in (0, 72)]
+    assert standard[0] == standard[1]
     asked = make_recipe("molecule", "quick", {"quick": {"n_pool": 77_000}}, 72)
     assert asked.n_pool == 77_000
     assert make_recipe("cluster", "quick", None, 72) == make_recipe("cluster", "quick")
@@ -49,7 +53,8 @@ def test_the_ceiling_is_ten_minutes_and_two_gigabytes():
         assert cast.minutes < 12.0
         assert cast.gigabytes < 2.0
     # Power: without it the same run takes what it took.
-    before = forecast(large(), make_recipe("molecule", "quick"), "standard", SLOW)
+    quick = make_recipe("molecule", "quick", method="tempering")
+    before = forecast(large(), quick, "standard", SLOW)
     assert before.minutes > 12.0
     assert before.gigabytes > 2.5
 
@@ -66,7 +71,7 @@ def test_a_quick_reference_is_not_extended_for_long(monkeypatch, tmp_path, budge
         )  # fmt: skip
 
     monkeypatch.setattr(stages, "run_reference", short)
-    recipe = make_recipe("molecule", budget)
+    recipe = make_recipe("molecule", budget, method="tempering")
     run = SimpleNamespace(
         config=SimpleNamespace(recipe=recipe, budget=budget, seed=0),
         path=tmp_path,
@@ -87,20 +92,23 @@ def test_memory_of_a_pool_is_counted_right():
     assert found == pytest.approx(pool_bytes(len(pool.y), system.n_particles), rel=0.01)
 
 
-def test_costs_are_measured_and_go_into_the_forecast():
+@pytest.mark.parametrize("method", ["tempering", "annealing"])
+def test_costs_are_measured_and_go_into_the_forecast(method):
     system = load_system("alanine-dipeptide")
     energy, chart = measure(system)
     assert 1e-7 < energy < 1e-2
     assert 1e-7 < chart < 1e-2
-    recipe = make_recipe("molecule", "standard")
-    cast = forecast(system, recipe, "standard", (energy, chart))
-    floor = (recipe.reference_seconds + recipe.train_seconds) / 60.0
-    assert cast.minutes > 0.5 * floor
-    slower = forecast(system, recipe, "standard", (10 * energy, 10 * chart))
+    recipe = make_recipe("molecule", "standard", method=method)
+    isomers = find_isomers(system.system, system.topology)
+    cast = forecast(system, recipe, "standard", (energy, chart), isomers)
+    seconds = recipe.train_seconds
+    seconds += recipe.reference_seconds if method == "tempering" else 0.0
+    assert cast.minutes > 0.5 * seconds / 60.0
+    slower = forecast(system, recipe, "standard", (10 * energy, 10 * chart), isomers)
     assert slower.minutes > cast.minutes
     assert slower.n_frames <= cast.n_frames
     longer = replace(recipe, train_seconds=recipe.train_seconds + 600.0)
-    more = forecast(system, longer, "standard", (energy, chart))
+    more = forecast(system, longer, "standard", (energy, chart), isomers)
     assert more.minutes == pytest.approx(cast.minutes + 10.0)
 
 
@@ -124,7 +132,9 @@ def test_init_names_isomers_minutes_memory_and_size(tmp_path, monkeypatch):
     proline = init_system(
         tmp_path / "pro", pdb=DATA / "pro-dipeptide-cis.pdb", forcefield=["amber14-all.xml"]
     )
-    assert "amide ω (5-7) cis" in " ".join(describe_system(proline)[0])
+    assert "Sampled on both sides: amide ω (5-7) cis" in " ".join(describe_system(proline)[0])
+    tempered = replace(proline, settings={"recipe": {"method": "tempering"}})
+    assert "Kept as in the structure: amide ω (5-7) cis" in " ".join(describe_system(tempered)[0])
 
 
 def test_a_large_molecule_is_warned_of(monkeypatch, tmp_path):
@@ -135,6 +145,7 @@ def test_a_large_molecule_is_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_MEDIUM", 10)
     monkeypatch.setattr(module, "_LARGE", 20)
     monkeypatch.setattr(os, "sysconf", lambda name: 1024)
+    made = replace(made, settings={"recipe": {"method": "tempering"}})
     lines, warnings = describe_system(made)
     assert "Size: large (26 atoms, 1 torsion that turns)" in " ".join(lines)
     assert [key in " ".join(warnings) for key in ("few effective", "reference frames", "GB")] == [

@@ -121,6 +121,7 @@ def write_run(
         budget=budget,
         seed=seed,
         device="cpu",
+        method="tempering",
     )
     draw = draw or FRAMES[system.kind]
     if reference:
