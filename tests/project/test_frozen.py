@@ -275,7 +275,8 @@ GROUPED = {"init"}  # options under headings, in another order
 #: Words of the frozen help that are no longer true, and what stands there now.
 NO_LONGER = {
     "init": ("[required]", ""),  # --pdb: --cif, --gro and others stand for it
-    **dict.fromkeys(("", "reference"), ("data by parallel tempering", "data: by paths or dynamics")),
+    "": ("data by parallel tempering", "data: by paths or dynamics"),
+    "reference": ("data by parallel tempering", "data: by paths or dynamics"),
 }
 
 
