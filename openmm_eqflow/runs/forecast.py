@@ -140,7 +140,7 @@ def _annealed(
     levels = max(2.0, levels / -math.log(recipe.ess))
     energy = costs[0] + _COMPILED * costs[1]
     sample = _LEAPFROG * levels * energy / threads
-    rounds = 6 * recipe.n_points * _LEAPFROG * 50 * energy / threads
+    rounds = 6 * recipe.n_points * _LEAPFROG * 15 * energy / threads
     pool = recipe.n_pool + recipe.n_chunks * recipe.chunk
     n_samples = 3 * recipe.n_points + recipe.max_frames + 1000 + recipe.n_evaluate
     seconds = rounds + n_samples * sample + recipe.n_pool * energy + recipe.train_seconds + 35.0
