@@ -559,7 +559,9 @@ def open_run(
     with main_first(), build_target(loaded) as target:
         path = Path("runs") / loaded.name if out is None else Path(out)
         if with_flow and not (path / "config.yaml").is_file():
-            _shipped(loaded, str(system))
+            source = _shipped(loaded, str(system))
+            # Chains of a flow with a density gain by local moves, after which log q is known.
+            method = "tempering" if load_flow(source).has_density else method
         return RunDirectory.create(
             path,
             loaded,

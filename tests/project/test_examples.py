@@ -64,6 +64,17 @@ def test_free_energy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_umbrella_sampling(tmp_path: Path) -> None:
+    options = ("--windows", 24, "--picoseconds", 3, "--n-samples", 3000)
+    out = run_example("umbrella_sampling.py", *options, cwd=tmp_path)
+    path, umbrella = (
+        number(rf"{way}: +cis - trans (-?\d+\.\d+)", out) for way in ("path", "umbrella")
+    )
+    assert abs(path - umbrella) < 1.5
+    assert path > 1.0
+
+
+@pytest.mark.slow
 def test_own_molecule(tmp_path: Path) -> None:
     # In vacuum, where OpenMM's Reference platform is fast.
     options = ("--quick", "--forcefield", "amber14-all.xml", "--out", "here")
