@@ -331,6 +331,12 @@ def run_campaign(
                 f"{out} holds {row['name']} made with {key} {asked.get(key, '')!r}, now "
                 f"{row.get(key, '')!r}: choose another --out or another name"
             )
+        drawn = (known[row["name"]].get("result") or {}).get("n_samples")
+        if row["budget"] == "anneal" and drawn not in (None, n_samples):
+            raise ConfigurationError(
+                f"{out} holds {row['name']} with {drawn} samples, now {n_samples}: choose another "
+                "--out"
+            )
     for name, content in known.items():
         if retry and (content.get("result") or {}).get("status") == "failed":
             (out / "jobs" / f"{name}.json").unlink()

@@ -145,6 +145,18 @@ def test_a_failure_is_told_kept_and_tried_again_when_asked(shell: Shell, tmp_pat
     assert "holds a made with pdb 'missing.pdb', now 'other.pdb'" in shell.refuses(*command)
 
 
+def test_other_samples_than_those_there_are_refused(tmp_path: Path, shell: Shell) -> None:
+    folder = tmp_path / "many" / "jobs"
+    folder.mkdir(parents=True)
+    row = {"name": "a", "folder": "mol", "budget": "anneal"}
+    result = {"status": "done", "message": "", "n_samples": 100}
+    (folder / "a.json").write_text(json.dumps({"asked": row, "result": result}))
+    table(tmp_path, "name,folder\na,mol\n")
+    command = ["campaign", str(tmp_path / "molecules.csv"), "--out", str(tmp_path / "many")]
+    line = shell.refuses(*command, "--budget", "anneal", "--n-samples", "200")
+    assert "holds a with 100 samples, now 200: choose another --out" in line
+
+
 def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
     """For good with a code of its own, to be tried again after a signal."""
     result = attempt(job(tmp_path, folder="lj13", seed="many"))
