@@ -88,7 +88,7 @@ for centre in centres:  # each begins where the one before it ended
         integrator.step(100)
         values.append(torsion())
     values = np.array(values)
-    kept = pymbar.timeseries.subsample_correlated_data(np.cos(values - centre))
+    kept = pymbar.timeseries.subsample_correlated_data(np.sin(values - centre))
     found.append(values[np.asarray(kept)] if len(kept) > 10 else values[::10])
 counts = np.array([len(v) for v in found])
 values = np.concatenate(found)

@@ -130,6 +130,7 @@ def run_chains(
     seed: int,
     chunk_steps: int = 10,
     stored: Proposals | None = None,
+    start_log_q: Tensor | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> ChainSamples:
     """Run (or continue) chains of local and flow moves; exact for exp(-u) whatever the flow.
@@ -156,6 +157,9 @@ def run_chains(
         Steps between chunks on disk.
     stored
         Independent flow samples drawn earlier, used (once each) before fresh ones are drawn.
+    start_log_q
+        Log q of ``start`` (n_chains,) where it is known: that of the path by which a sample was
+        drawn is kept, as chains over pairs of a configuration and a path may.
 
     Raises
     ------
@@ -174,6 +178,7 @@ def run_chains(
             seed,
             chunk_steps,
             stored,
+            start_log_q,
             progress,
         )
 
@@ -189,16 +194,21 @@ def _run_chains(
     seed: int,
     chunk_steps: int,
     stored: Proposals | None,
+    start_log_q: Tensor | None,
     progress: Callable[[float, str], None] | None,
 ) -> ChainSamples:
     require_passed_audit(flow)
     generator = child(seed, "chains")
     check_space(flow.prior, target)
     local_step = local_move(flow, target, start, n_local_steps, generator)
-    done, x, size = _resume(folder, generator, (len(start), n_proposals))
+    memory = StateMemory(capacity=4 * len(start))
+    done, x, size = _resume(folder, generator, (len(start), n_proposals), memory)
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
         size = 0.0
+        if start_log_q is not None:
+            energy = target.reduced_potential(x) * target.kT
+            _remember(memory, x, start_log_q.numpy(), energy.numpy())
         if n_local_steps:
             size, x = tune_step_size(local_step, x)
     buffer = ProposalBuffer(
@@ -210,7 +220,6 @@ def _run_chains(
     )
     per_step = len(x) * n_proposals
     earlier = None if stored is None else StoredProposals(stored, n_proposals=n_proposals)
-    memory = StateMemory(capacity=4 * len(x))
     rows: dict[str, list[Any]] = {key: [] for key in _ARRAYS}
     index = len(_chunk_paths(folder))
     # Steps before the first chunk are burn-in; chains restarted from a chunk have had theirs.
@@ -249,13 +258,14 @@ def _run_chains(
             arrays: dict[str, Any] = {key: np.stack(values) for key, values in rows.items()}
             state: dict[str, Any] = {"state_x": x.numpy(), "state_size": np.float64(size)}
             state["state_generator"] = generator.get_state().numpy()
+            known = np.array([memory.get(one) for one in x])
+            state["state_log_q"], state["state_energy"] = known.T
             write_npz(folder / f"chunk-{index:05d}.npz", arrays | state)
             index += 1
             rows = {key: [] for key in _ARRAYS}
-            # A restart forgets unused draws and remembered log q: drop them here too, so that a
-            # resumed chain is the uninterrupted one bit for bit.
+            # A restart forgets unused draws: drop them here too, so that a resumed chain is the
+            # uninterrupted one bit for bit.
             buffer.discard()
-            memory = StateMemory(capacity=4 * len(x))
         if progress is not None:
             rate = float(info.accepted.double().mean())
             progress((step + 1) / n_steps if step >= 0 else 0.0, f"acceptance {rate:.0%}")
@@ -279,10 +289,20 @@ def local_move(
     return partial(chart_step, bridge, scales=scales, n_steps=n_steps, generator=generator)
 
 
+def _remember(
+    memory: StateMemory, x: Tensor, log_q: NDArray[np.float64], energy: NDArray[np.float64]
+) -> None:
+    for one, *known in zip(x, log_q, energy, strict=True):
+        memory.put(one, *map(float, known))
+
+
 def _resume(
-    folder: Path, generator: torch.Generator, shape: tuple[int, int]
+    folder: Path, generator: torch.Generator, shape: tuple[int, int], memory: StateMemory
 ) -> tuple[int, Tensor | None, float]:
-    """Read steps done, positions, step size; the generator is put where the last chunk left it."""
+    """Read steps done, positions, step size; the generator is put where the last chunk left it.
+
+    ``memory`` receives what is known of the states; chunks of version 0.1 do not say it.
+    """
     paths = _chunk_paths(folder)
     if not paths:
         return 0, None, 0.0
@@ -296,7 +316,10 @@ def _resume(
                 f"with {shape[1]}; delete it to start anew"
             )
         generator.set_state(torch.from_numpy(last["state_generator"]))
-        return done, torch.from_numpy(last["state_x"]), float(last["state_size"])
+        x = torch.from_numpy(last["state_x"])
+        if "state_log_q" in last:
+            _remember(memory, x, last["state_log_q"], last["state_energy"])
+        return done, x, float(last["state_size"])
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{paths[-1]} is damaged ({error}); delete it to continue from the one before"

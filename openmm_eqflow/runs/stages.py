@@ -440,18 +440,19 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         k = len(samples.u) // 10
         # Diagnostics need four steps of every chain, however few samples are asked for.
         n_chains = max(1, min(recipe.n_chains, recipe.n_samples // 4))
-        start = _starting_points(n_chains, samples.x[:k], samples.log_weight[:k], generator)
+        first = _starting_points(n_chains, samples.log_weight[:k], generator)
         rest = Proposals(samples.x[k:], samples.log_q[k:], samples.u[k:] * target.kT)
         chains = run_chains(
             flow,
             target,
-            start,
+            samples.x[first],
             run.path / "samples",
             n_steps=-(-recipe.n_samples // n_chains),
             n_proposals=recipe.n_proposals,
             n_local_steps=recipe.n_local_steps,
             seed=seed,
             stored=rest,
+            start_log_q=samples.log_q[first],
             progress=lambda f, text: progress(0.5 + 0.5 * f, f"Markov chains: {text}"),
         )
     write_trajectory(run.path, system, chains)
@@ -486,16 +487,16 @@ def _isomers(
 
 
 def _starting_points(
-    n: int, x: torch.Tensor, log_weight: torch.Tensor, generator: torch.Generator
+    n: int, log_weight: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Sampling-importance-resampling: chains start where the reweighted flow says."""
+    """Draw indices by weight (sampling-importance-resampling): there chains start."""
     if not bool(torch.isfinite(log_weight).any()):
         raise TrainingError(
             f"none of {len(log_weight)} flow samples has a finite weight; train longer or give "
             "the reference stage more time"
         )
     weights = torch.softmax(log_weight, 0)
-    return x[torch.multinomial(weights, n, replacement=True, generator=generator)]
+    return torch.multinomial(weights, n, replacement=True, generator=generator)
 
 
 def _report(run: RunDirectory, progress: Progress) -> dict[str, Any]:

@@ -190,3 +190,22 @@ def test_start_without_energy_is_reported(tmp_path):
 
     with pytest.raises(EnergyError, match="infinite energy"):
         run(tmp_path, target=Nowhere())
+
+
+def test_what_is_known_of_states_is_kept(tmp_path, monkeypatch):
+    """Where log q is that of a path, another path of the same state has another."""
+    flow = make_flow()
+    start, log_q = flow.sample_and_log_prob(6, generator=stream(3))
+
+    def asked(x: Tensor) -> Tensor:
+        raise AssertionError("log q is known")
+
+    monkeypatch.setattr(flow, "log_prob", asked)
+    options = {"n_proposals": 3, "n_local_steps": 0, "seed": 4, "chunk_steps": 4}
+    known = options | {"start_log_q": log_q}
+    long = run_chains(flow, Springs(), start, tmp_path / "a", n_steps=12, **known)
+    run_chains(flow, Springs(), start, tmp_path / "b", n_steps=8, **known)
+    resumed = run_chains(flow, Springs(), start, tmp_path / "b", n_steps=12, **known)
+    assert same(long, resumed)
+    with pytest.raises(AssertionError, match="log q is known"):  # power
+        run_chains(flow, Springs(), start, tmp_path / "c", n_steps=12, **options)
