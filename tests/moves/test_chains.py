@@ -52,7 +52,7 @@ def run(folder, *, n_steps=24, chains=6, flow=None, target=None, **options) -> C
 
 
 def same(one: ChainSamples, two: ChainSamples) -> bool:
-    return all(np.array_equal(getattr(one, f), getattr(two, f)) for f in FIELDS)
+    return all(np.array_equal(getattr(one, f), getattr(two, f), equal_nan=True) for f in FIELDS)
 
 
 @pytest.fixture(scope="module")
