@@ -159,24 +159,27 @@ def load_system(name_or_path: str | Path) -> MolecularSystem:
     )
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """As ``yaml.safe_load``, which takes the last of several equal keys without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, or complain."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
+def _refuse_equal_keys(node: yaml.Node | None) -> None:
+    """Name a key that stands twice in a mapping: YAML takes the last without a word."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                what = f"key {key.value!r} stands twice"
+                raise yaml.MarkedYAMLError(None, None, what, key.start_mark)
+            seen.add(str(key.value))
+            _refuse_equal_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_equal_keys(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Parse system.yaml against the schema; every complaint names the key and the file."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        _refuse_equal_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"{path}: not valid YAML ({' '.join(str(error).split())})"
