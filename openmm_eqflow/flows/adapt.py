@@ -330,7 +330,8 @@ def adapt(
     Parameters
     ----------
     prior
-        From chemistry; its torsion density stays in every refit with ``share``.
+        From chemistry; its torsion density stays in every refit with ``share``, both sides of an
+        amide alike.
     target
         Boltzmann target.
     n_points
@@ -344,7 +345,7 @@ def adapt(
     seed
         Of all random streams, which are children of it by name.
     """
-    started, ground, rounds, n = time.monotonic(), prior.torsions, [], n_points
+    started, ground, rounds, n = time.monotonic(), _even(prior.torsions), [], n_points
 
     def run(candidate: InternalCoordinatePrior, k: int) -> Pilot:
         stream = child(seed, "adaptation", k)
@@ -383,6 +384,21 @@ def adapt(
         if gain < 1.1:
             break
     return prior, best, tuple(rounds)
+
+
+def _even(density: TorsionDensity | None) -> TorsionDensity | None:
+    """Return the same with as much on the other side of every torsion.
+
+    Of an amide the rare side would otherwise keep the floor's share of a share, and a few points
+    of it carry all its weight.
+    """
+    if density is None:
+        return None
+    tables = [
+        0.5 * (table + table.roll(len(table) // 2)) if group.fold == (1,) else table
+        for group, table in zip(density.groups, density.tables, strict=True)
+    ]
+    return TorsionDensity(density.groups, tables)
 
 
 def _round(
@@ -515,7 +531,7 @@ def path_from_chemistry(
     if start.torsions is not None or prior.mixture is not None:
         y = prior.from_cartesian(x)[0]
         keep = torch.isfinite(log_w)
-        ground = start.torsions or TorsionDensity([], [])
+        ground = _even(start.torsions) or TorsionDensity([], [])
         shares = floor_weight(prior, ground, floor, y[keep], log_w[keep])
     # Another population from the first prior: what the rounds have lost, it may find.
     second = carry(

@@ -16,6 +16,7 @@ from openmm_eqflow.analysis.weights import log_z
 from openmm_eqflow.flows.adapt import (
     Adaptation,
     Pilot,
+    _even,
     carry,
     floor_weight,
     path_from_chemistry,
@@ -193,3 +194,19 @@ def test_the_path_is_saved_and_loaded(made: Adaptation, tmp_path: Path) -> None:
     levels = made.path.levels._replace(steps=1.01 * made.path.levels.steps)
     other = AnnealedPath(made.path.prior, made.path.target, levels)  # power: steps are in it
     assert not torch.equal(other.sample_and_log_prob(16, generator=stream(7))[0], x)
+
+
+def test_the_floor_has_both_sides_of_an_amide() -> None:
+    """And of torsions that turn freely, or whose half turn is none, what it had."""
+    n = 72
+    amide, flat = torch.zeros(n), torch.full((n,), 1 / n)
+    amide[0], amide[n // 2] = 0.95, 0.05
+    groups = [
+        TorsionGroup((0,), (1,), 0.25, 0.0),
+        TorsionGroup((1,), (1,), 0.25, 1.0),
+        TorsionGroup((2,), (2,), 0.25, 0.0),
+    ]
+    even = _even(TorsionDensity(groups, [amide, flat, amide]))
+    torch.testing.assert_close(even.tables[0][[0, n // 2]], torch.full((2,), 0.5).double())
+    torch.testing.assert_close(even.tables[1], flat.double())
+    torch.testing.assert_close(even.tables[2], amide.double())
