@@ -16,9 +16,9 @@ share for good; from there the path is shorter. A round that makes the path long
 (log Z falls), is dropped.
 
 At last the number of levels is raised, by what its last trial says, until fresh points have the
-ESS asked for. Resampling
-serves the rounds only: the path that is returned is plain annealed importance sampling, exact for
-any prior, with frozen levels and steps.
+ESS asked for, or twice in a row more levels have gained little. Resampling serves the rounds only:
+the path that is returned is plain annealed importance sampling, exact for any prior, with frozen
+levels and steps.
 
 A mode that the refits lost, only the floor still proposes. :func:`floor_weight` is the share of
 the target's weight that comes from there; where it is much more than the floor's own share, a mode
@@ -27,6 +27,7 @@ is missing and log Z is not to be believed until the path has more levels or poi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 _AIM = 0.8  # acceptance
 _CHUNK = 256
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
+_LITTLE = 0.25  # of what more levels should gain
 _ORDER = 4
 _PERIOD, _SHORTER = 4, 0.4  # every fourth level takes steps so much shorter
 _SHORT = 1.2  # length of a path that a dozen levels make efficient
@@ -452,6 +454,22 @@ def _refitted(
         return None
 
 
+def _settled(trials: list[tuple[int, int, float, float]]) -> bool:
+    """Whether two trials in a row gained little by more levels.
+
+    The variance of log w, -log of the ESS, falls as 1 / K until what is left is not the levels' to
+    mend: points of the prior in states that the target hardly has.
+    """
+    if len(trials) < 3:
+        return False
+    gains = [
+        math.log(max(before[2], 1e-3)) / math.log(min(after[2], 1 - 1e-6)) - 1
+        for before, after in itertools.pairwise(trials[-3:])
+    ]
+    due = [after[0] / before[0] - 1 for before, after in itertools.pairwise(trials[-3:])]
+    return all(gain < _LITTLE * one for gain, one in zip(gains, due, strict=True))
+
+
 def path_from_chemistry(
     target: BoltzmannTarget,
     *,
@@ -514,18 +532,19 @@ def path_from_chemistry(
         found = float(relative_ess(log_w.numpy()))
         trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))
         logger.info("%d levels: ESS %.3f, log Z %.3f", n_levels, found, trials[-1][3])
-        if found >= ess or n_levels >= max_levels:
+        if found >= ess or n_levels >= max_levels or _settled(trials):
             break
         # The variance of log w falls as 1 / K; a little more than that asks for, and verify.
         more = 1.1 * math.log(max(found, 1e-3)) / math.log(ess)
         n_levels = min(max_levels, math.ceil(n_levels * min(max(more, 1.25), 4.0)))
     if trials[-1][2] < ess:
         logger.warning(
-            "relative ESS is %.2f on %d levels, %.2f was asked for: raise max_levels or "
-            "n_points, or ask for less",
+            "relative ESS is %.2f on %d levels, %.2f was asked for%s: raise n_points, or ask for "
+            "less",
             trials[-1][2],
             n_levels,
             ess,
+            ", and more levels no longer help" if _settled(trials) else "",
         )
     shares = {}
     if start.torsions is not None or prior.mixture is not None:

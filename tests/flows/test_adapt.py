@@ -17,6 +17,7 @@ from openmm_eqflow.flows.adapt import (
     Adaptation,
     Pilot,
     _even,
+    _settled,
     carry,
     floor_weight,
     path_from_chemistry,
@@ -210,3 +211,14 @@ def test_the_floor_has_both_sides_of_an_amide() -> None:
     torch.testing.assert_close(even.tables[0][[0, n // 2]], torch.full((2,), 0.5).double())
     torch.testing.assert_close(even.tables[1], flat.double())
     torch.testing.assert_close(even.tables[2], amide.double())
+
+
+def test_more_levels_are_asked_for_only_while_they_help() -> None:
+    def trials(*rows: tuple[int, float]) -> list:
+        return [(k, 1000, ess, 0.0) for k, ess in rows]
+
+    assert not _settled(trials((12, 0.53), (48, 0.59)))
+    assert not _settled(trials((12, 0.53), (48, 0.59), (192, 0.865)))
+    assert _settled(trials((192, 0.865), (240, 0.863), (300, 0.867)))
+    assert not _settled(trials((36, 0.845), (53, 0.858), (70, 0.877)))  # slow, but it goes on
+    assert not _settled(trials((5, 0.9), (6, 1.0), (7, 1.0)))
