@@ -241,7 +241,9 @@ class StateMemory:
 
     def put(self, positions: Tensor, log_q: float, energy: float) -> None:
         """Remember one configuration; the oldest is forgotten beyond ``capacity``."""
-        self._known[self._key(positions)] = (log_q, energy)
+        key = self._key(positions)
+        self._known[key] = (log_q, energy)
+        self._known.move_to_end(key)  # a state that stays is not the oldest
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
 

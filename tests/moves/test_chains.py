@@ -16,7 +16,7 @@ from openmm_eqflow.errors import AuditError, CheckpointError, EnergyError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.flow import EquivariantFlow
 from openmm_eqflow.moves.chains import ChainSamples, load_chains, run_chains
-from openmm_eqflow.moves.steps import Proposals
+from openmm_eqflow.moves.steps import Proposals, StateMemory
 from openmm_eqflow.priors.gaussian import MeanFreeGaussian
 from openmm_eqflow.vector_fields.kernel import KernelField
 
@@ -209,3 +209,13 @@ def test_what_is_known_of_states_is_kept(tmp_path, monkeypatch):
     assert same(long, resumed)
     with pytest.raises(AssertionError, match="log q is known"):  # power
         run_chains(flow, Springs(), start, tmp_path / "c", n_steps=12, **options)
+
+
+def test_a_state_that_stays_is_remembered():
+    memory, x = StateMemory(capacity=4), torch.arange(40.0).reshape(10, 2, 2)
+    for k in range(1, 10):
+        memory.put(x[0], 1.0, 2.0)
+        memory.put(x[k], float(k), 0.0)
+    assert memory.get(x[0]) == (1.0, 2.0)
+    assert memory.get(x[9]) == (9.0, 0.0)
+    assert memory.get(x[5]) is None
