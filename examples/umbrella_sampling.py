@@ -7,6 +7,7 @@ which MBAR joins (Shirts, Chodera 2008); a path starts from both sides, and need
 import argparse
 import logging
 import tempfile
+import warnings
 from pathlib import Path
 
 logging.getLogger("pymbar").setLevel(logging.ERROR)
@@ -94,7 +95,9 @@ counts = np.array([len(v) for v in found])
 values = np.concatenate(found)
 away = values - centres[:, None]
 away -= 2 * np.pi * np.floor((away + np.pi) / (2 * np.pi))
-mbar = pymbar.MBAR(0.5 * SPRING / kt * away**2, counts)
+with warnings.catch_warnings():  # pymbar hands scipy options that its solver does not know
+    warnings.simplefilter("ignore")
+    mbar = pymbar.MBAR(0.5 * SPRING / kt * away**2, counts)
 inside = np.cos(values) > 0.0
 shares = mbar.compute_perturbed_free_energies(
     np.stack([np.where(inside, 0.0, 700.0), np.where(inside, 700.0, 0.0)])
