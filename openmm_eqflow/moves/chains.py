@@ -206,7 +206,7 @@ def _run_chains(
     if x is None:
         x = start.double() - start.double().mean(1, keepdim=True)
         size = 0.0
-        if start_log_q is not None:
+        if start_log_q is not None and not n_local_steps:  # else the states move at once
             energy = target.reduced_potential(x) * target.kT
             _remember(memory, x, start_log_q.numpy(), energy.numpy())
         if n_local_steps:

@@ -138,10 +138,13 @@ def _card(
     seconds = sum(facts[stage]["seconds"] for stage in facts)
     name = Path(config.system).name
     command = f"openmm-eqflow run {quote(name)} --budget {config.budget} --seed {config.seed}"
-    usual = make_recipe(system.kind, config.budget, system.settings, system.n_particles)  # type: ignore[arg-type]
-    for key in ("method", "ess"):
-        if (value := getattr(config.recipe, key)) != getattr(usual, key):
-            command += f" --{key} {value}"
+    given = (system.kind, config.budget, system.settings, system.n_particles)
+    recipe, usual = config.recipe, make_recipe(*given)  # type: ignore[arg-type]
+    if recipe.method != usual.method:
+        command += f" --method {recipe.method}"
+    alike = make_recipe(*given, method=recipe.method)  # type: ignore[arg-type]
+    if recipe.method == "annealing" and recipe.ess != alike.ess:
+        command += f" --ess {recipe.ess}"
     rows = {
         "made by": f"`{command}`",
         "data": f"made by the same command: {reference['n_frames']:,} frames of "

@@ -518,20 +518,12 @@ _RUNNERS: dict[str, Callable[[RunDirectory, Progress], dict[str, Any]]] = {
 
 
 def open_run(
-    system: str | Path,
-    out: str | Path | None = None,
-    *,
-    budget: str | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    method: str | None = None,
-    ess: float | None = None,
-    check_with_md: int | None = None,
-    with_flow: bool = False,
+    system: str | Path, out: str | Path | None = None, *, with_flow: bool = False, **asked: Any
 ) -> RunDirectory:
-    """Open a run directory, or make one for a system; no stage is run. Arguments as of ``run``.
+    """Open a run directory, or make one for a system; no stage is run.
 
-    ``with_flow`` makes one only for a system with which a flow ships.
+    ``asked`` holds arguments of :func:`run` from ``budget`` on; ``with_flow`` makes a directory
+    only for a system with which a flow ships.
 
     Raises
     ------
@@ -540,17 +532,13 @@ def open_run(
     UnknownSystemError
         No such system.
     """
+    asked = dict.fromkeys(("budget", "seed")) | asked
     if out is None and (Path(system) / "config.yaml").is_file():
         opened = RunDirectory.open(Path(system))
-        config, recipe = opened.config, opened.config.recipe
-        for key, found, value in (
-            ("budget", config.budget, budget),
-            ("seed", config.seed, seed),
-            ("method", recipe.method, method),
-            ("ess", recipe.ess, ess),
-            ("check_with_md", recipe.check_with_md, check_with_md),
-        ):
-            if value is not None and value != found:
+        device = asked.pop("device", None)
+        for key, value in asked.items():
+            owner = opened.config if key in ("budget", "seed") else opened.config.recipe
+            if value is not None and value != (found := getattr(owner, key)):
                 raise ConfigurationError(
                     f"{system} was made with {key} {found}, now {value}; choose a new --out"
                 )
@@ -560,20 +548,10 @@ def open_run(
     with main_first(), build_target(loaded) as target:
         path = Path("runs") / loaded.name if out is None else Path(out)
         if with_flow and not (path / "config.yaml").is_file():
-            source = _shipped(loaded, str(system))
             # Chains of a flow with a density gain by local moves, after which log q is known.
-            method = "tempering" if load_flow(source).has_density else method
-        return RunDirectory.create(
-            path,
-            loaded,
-            target,
-            budget=budget,
-            seed=seed,
-            device=device,
-            method=method,
-            ess=ess,
-            check_with_md=check_with_md,
-        )
+            if load_flow(_shipped(loaded, str(system))).has_density:
+                asked["method"] = "tempering"
+        return RunDirectory.create(path, loaded, target, **asked)
 
 
 def run(

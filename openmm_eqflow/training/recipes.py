@@ -391,7 +391,9 @@ def make_recipe(
     dynamics = _wants_dynamics(kind, n_particles, overrides, changes)
     annealing = changes.get("method", "tempering" if dynamics else "annealing") == "annealing"
     if annealing:
-        changes = {**_ANNEALED[budget], **changes}
+        # A large molecule's quick run counts fewer samples already.
+        fewer = {"n_samples": min(recipe.n_samples, _ANNEALED[budget]["n_samples"])}
+        changes = {**_ANNEALED[budget], **fewer, **changes}
     recipe = replace(recipe, **changes)
     if annealing and (recipe.prior != "internal" or recipe.stochastic is not None):
         raise ConfigurationError(

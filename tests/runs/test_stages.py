@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -422,3 +423,19 @@ def test_molecules_of_two_atoms_and_in_line_run_to_the_right_log_z(tmp_path, n):
     assert metrics["log_z_error"] < 0.02
     assert abs(metrics["log_z"] - exact_log_z(n)) < 5 * metrics["log_z_error"] + 1e-4
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_card_names_the_method_that_is_not_the_default(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copytree(finished.parent / "hooh", tmp_path / "hooh")
+    system = tmp_path / "hooh" / "system.yaml"
+    content = yaml.safe_load(system.read_text(encoding="utf-8"))
+    del content["settings"]  # which speak of dynamics
+    system.write_text(yaml.safe_dump(content), encoding="utf-8")
+    config = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(config.read_text(encoding="utf-8")) | {"system": str(system.parent)}
+    content["versions"] = content.pop("versions")  # the last entry
+    config.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    card = publish(tmp_path / "run", tmp_path / "out").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`(openmm-eqflow run .*?)`", card)
+    assert command.endswith("--method tempering")  # --ess is refused beside it
