@@ -257,8 +257,7 @@ def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tenso
     """Levels (K,) evenly spread over a pilot's thermodynamic length, and steps (K, d) on them.
 
     Every fourth level takes shorter steps. A point where the potential is so narrow that the usual
-    ones are always refused would stay there through all levels that follow, and gather weight:
-    1 % of the paths to Ace-Pro-Nme, some with a hundred times the mean weight.
+    ones are always refused would stay there through all levels that follow, and gather weight.
     """
     known = np.concatenate([[0.0], np.cumsum(pilot.spreads)])
     at = np.concatenate([[0.0], pilot.times])
