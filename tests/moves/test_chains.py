@@ -207,6 +207,8 @@ def test_what_is_known_of_states_is_kept(tmp_path, monkeypatch):
     run_chains(flow, Springs(), start, tmp_path / "b", n_steps=8, **known)
     resumed = run_chains(flow, Springs(), start, tmp_path / "b", n_steps=12, **known)
     assert same(long, resumed)
+    drawn = resumed.proposal_log_weight
+    assert len(np.unique(drawn)) == drawn.size  # no draw is offered twice
     with pytest.raises(AssertionError, match="log q is known"):  # power
         run_chains(flow, Springs(), start, tmp_path / "c", n_steps=12, **options)
 

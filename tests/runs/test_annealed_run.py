@@ -105,8 +105,12 @@ def test_a_run_goes_on_where_it_was_cut(finished: Path, tmp_path: Path) -> None:
     with (
         np.load(finished / "reference.npz") as first,
         np.load(tmp_path / "run" / "reference.npz") as second,
+        np.load(finished / "flow_samples.npz") as evaluated,
     ):
         np.testing.assert_array_equal(first["log_weight"], second["log_weight"])
+        # No draw twice, and none that the run evaluates with.
+        assert len(np.unique(second["u"])) == len(second["u"])
+        assert not np.intersect1d(second["u"], evaluated["u"]).size
 
 
 def test_the_flow_is_found_and_isomers_are_told(finished: Path, shell: Shell) -> None:
