@@ -134,6 +134,7 @@ def perform(job: Mapping[str, Any]) -> dict[str, Any]:
             found = {"status": "done", "message": "", **_sampled(job)}
         except (EqFlowError, OSError) as error:
             found = {"status": "failed", "message": " ".join(str(error).split())}
+            sys.stderr.write(f"error: {found['message']}\n")  # the log, to which pages link
         found["seconds"] = time.monotonic() - started
         write_json(file, {"asked": row, "result": found})
         return found

@@ -134,6 +134,7 @@ def test_a_failure_is_told_kept_and_tried_again_when_asked(shell: Shell, tmp_pat
     assert outcome.code == SOME_FAILED
     assert "failed: a: " in outcome.out
     assert "missing.pdb is not a file" in outcome.out
+    assert "missing.pdb is not a file" in Path("many/logs/a.log").read_text()
     (row,) = json.loads(Path("rows.json").read_text())["molecules"]
     assert (row["name"], row["status"], row["n_samples"]) == ("a", "failed", None)
     kept = Path("many/jobs/a.json").stat().st_mtime_ns
