@@ -31,6 +31,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.flows.streams import RowStreams
+from openmm_eqflow.parallel import available_threads, map_chunks
 from openmm_eqflow.priors.chemistry import chemical_prior
 from openmm_eqflow.priors.fit import coupled_pairs, fourier_modes, refit
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -63,11 +65,15 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _AIM = 0.8  # acceptance
-_CHUNK = 256
+_CHUNK = 1024  # points carried at once
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
+_MOST_FLOOR = 0.02
 _LITTLE = 0.25  # of what more levels should gain
 _ORDER = 4
-_PERIOD, _SHORTER = 4, 0.4  # every fourth level takes steps so much shorter
+_PERIOD, _STIFF_STEPS, _SOFT_STEPS = 4, 0.4, 0.2  # every fourth level takes shorter steps
+_RICHER = 4  # times the points of the first round, at most
+_SAME = 1.1  # lengths of paths that differ less are the same
+_TRIED = 2000  # points of a trial of a number of levels, at most
 _SHORT = 1.2  # length of a path that a dozen levels make efficient
 
 
@@ -173,11 +179,9 @@ def carry(
         No point of the prior has an energy.
     """
     bridge = Bridge(prior, target)
-
-    def at(y: Tensor) -> LevelState:
-        return _joined([bridge.at(part) for part in y.split(_CHUNK)])
-
-    state = at(prior.sample_latent(n, generator=generator))
+    size = min(_CHUNK, -(-n // available_threads()))
+    starts = prior.sample_latent(n, generator=generator)
+    state = _joined(map_chunks(bridge.at, starts.split(size)))
     if not bool(torch.isfinite(state.log_target).any()):
         raise TrainingError(
             f"none of {n} points of the prior has a finite energy: check the structure, or take "
@@ -203,21 +207,25 @@ def carry(
         step_sizes = math.exp(log_size) * bridge.median_scales(scores)
         times.append(t)
         steps.append(step_sizes)
-        moved, accepted = [], []
         keys = RowStreams.drawn(n, generator).keys
-        for rows, own in zip(torch.arange(n).split(_CHUNK), keys.split(_CHUNK), strict=True):
-            new, acceptance = bridge.move(
-                _rows(state, rows), t, step=step_sizes, n_steps=n_leapfrog, streams=RowStreams(own)
+
+        def move(
+            rows: Tensor, state: LevelState = state, t: float = t, step: Tensor = step_sizes,
+            keys: Tensor = keys,
+        ) -> tuple[LevelState, Tensor]:  # fmt: skip
+            streams = RowStreams(keys[rows])
+            return bridge.move(
+                _rows(state, rows), t, step=step, n_steps=n_leapfrog, streams=streams
             )
-            moved.append(new)
-            accepted.append(acceptance)
+
+        moved, accepted = zip(*map_chunks(move, torch.arange(n).split(size)), strict=True)
         state = _joined(moved)
         log_size += 0.5 * (float(torch.cat(accepted).mean()) - _AIM)
     total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
     return Pilot(state, log_weight, total, tuple(times), tuple(spreads), torch.stack(steps))
 
 
-def _joined(states: list[LevelState]) -> LevelState:
+def _joined(states: Sequence[LevelState]) -> LevelState:
     return LevelState(*(torch.cat(column) for column in zip(*states, strict=True)))
 
 
@@ -253,11 +261,15 @@ def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> f
     return math.exp(low)
 
 
-def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tensor]:
+def spread_levels(
+    pilot: Pilot, n_levels: int, n_soft: int
+) -> tuple[tuple[float, ...], Tensor]:
     """Levels (K,) evenly spread over a pilot's thermodynamic length, and steps (K, d) on them.
 
-    Every fourth level takes shorter steps. A point where the potential is so narrow that the usual
-    ones are always refused would stay there through all levels that follow, and gather weight.
+    Every fourth level takes shorter steps, of the last ``n_soft`` coordinates above all. A point
+    where the potential is so narrow that the usual ones are always refused, as where turning about
+    a bond brings a hydrogen close to an oxygen, would stay there through all levels that follow,
+    and gather weight.
     """
     known = np.concatenate([[0.0], np.cumsum(pilot.spreads)])
     at = np.concatenate([[0.0], pilot.times])
@@ -270,7 +282,10 @@ def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tenso
     steps = np.stack(
         [np.interp(place, known[1:], log_steps[:, k]) for k in range(log_steps.shape[1])], 1
     )
-    steps[_PERIOD - 1 :: _PERIOD] += math.log(_SHORTER)
+    n_stiff = steps.shape[1] - n_soft
+    short = steps[_PERIOD - 1 :: _PERIOD]
+    short[:, :n_stiff] += math.log(_STIFF_STEPS)
+    short[:, n_stiff:] += math.log(_SOFT_STEPS)
     return tuple(float(t) for t in times), torch.from_numpy(np.exp(steps))
 
 
@@ -336,7 +351,8 @@ def adapt(
     target
         Boltzmann target.
     n_points
-        Points of the first round. After a round that was dropped there are twice as many.
+        Points of the first round; up to four times as many once the path is so much shorter that
+        they cost the same, and twice as many after a round that was dropped.
     n_leapfrog
         Leapfrog steps on every level.
     share
@@ -352,37 +368,48 @@ def adapt(
         stream = child(seed, "adaptation", k)
         return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=stream)
 
+    def note(candidate: InternalCoordinatePrior, pilot: Pilot, k: int, kept: bool) -> None:
+        stream = child(seed, "adapted prior", k)
+        rounds.append(_round(candidate, target, pilot, n, kept, started, stream))
+
     best = run(prior, 0)
     highest = best.log_z  # a state that a population has found counts, whatever later ones find
-    rounds.append(_round(prior, target, best, n, True, started, child(seed, "adapted prior", 0)))
+    first, richer = len(best.times), 1
+    note(prior, best, 0, True)
     for k in range(1, max_rounds + 1):
         new = _refitted(prior, target, best, ground, share, child(seed, "refit", k))
         try:
             pilot = None if new is None else run(new, k)
         except TrainingError:
             pilot = None
-        better = (
-            pilot is not None and pilot.length < best.length and pilot.log_z > highest - _FALL
-        )
+        whole = pilot is not None and pilot.log_z > highest - _FALL
+        better = pilot is not None and whole and pilot.length < best.length
         if new is not None and pilot is not None:
-            stream = child(seed, "adapted prior", k)
-            rounds.append(_round(new, target, pilot, n, better, started, stream))
+            note(new, pilot, k, better)
             highest = max(highest, pilot.log_z)
         if new is None or pilot is None or not better:
             logger.info("round %d of adapting the prior was dropped", k)
-            if best.length < _SHORT:
+            settled = whole and pilot is not None and pilot.length < _SAME * best.length
+            if best.length < _SHORT or settled:
                 break  # another round would cost more than the levels it saves
             n *= 2
             if k < max_rounds:
                 again = run(prior, 100 + k)
-                stream = child(seed, "adapted prior", 100 + k)
-                rounds.append(_round(prior, target, again, n, True, started, stream))
+                note(prior, again, 100 + k, True)
                 best = again if again.log_z > highest - _FALL else best
                 highest = max(highest, again.log_z)
             continue
         gain = best.length / pilot.length
         prior, best = new, pilot
-        if gain < 1.1:
+        affordable = min(_RICHER, first // len(pilot.times))
+        if affordable > richer and k < max_rounds:
+            # The path is short: as many more points for the next refit cost what the first did.
+            n, richer = n * affordable // richer, affordable
+            again = run(prior, 200 + k)
+            note(prior, again, 200 + k, True)
+            best = again if again.log_z > highest - _FALL else best
+            highest = max(highest, again.log_z)
+        elif gain < _SAME:
             break
     return prior, best, tuple(rounds)
 
@@ -469,6 +496,21 @@ def _settled(trials: list[tuple[int, int, float, float]]) -> bool:
     return all(gain < _LITTLE * one for gain, one in zip(gains, due, strict=True))
 
 
+def _factor(trials: list[tuple[int, int, float, float]], ess: float) -> float:
+    r"""How many times the levels of the last trial an ESS should need.
+
+    The variance of log w, -log of the ESS, falls as :math:`K^{-p}`, p = 1 at best; two trials
+    measure it.
+    """
+    known = [(k, -math.log(min(max(found, 1e-3), 1 - 1e-6))) for k, _, found, _ in trials[-2:]]
+    p = 1.0
+    if len(known) == 2:
+        (fewer, more_spread), (more, spread) = known
+        p = math.log(max(more_spread / spread, 1.0)) / math.log(more / fewer)
+    excess = known[-1][1] / -math.log(ess)
+    return min(max(excess ** (1 / min(max(p, 0.4), 1.0)), 1.25), 4.0)
+
+
 def path_from_chemistry(
     target: BoltzmannTarget,
     *,
@@ -476,7 +518,7 @@ def path_from_chemistry(
     seed: int = 0,
     n_points: int = 1000,
     n_leapfrog: int = 5,
-    floor: float = 0.02,
+    floor: float | None = None,
     max_rounds: int = 4,
     max_levels: int = 640,
 ) -> Adaptation:
@@ -497,7 +539,9 @@ def path_from_chemistry(
     n_leapfrog
         Leapfrog steps on every level.
     floor
-        Share of the torsion density from chemistry that stays.
+        Share of the torsion density from chemistry that stays. Points of it in states that the
+        target does not have are lost whatever the levels: by default a tenth of what the ESS asked
+        for lets go, at most 0.02.
     max_rounds, max_levels
         Bounds of the work.
 
@@ -509,6 +553,7 @@ def path_from_chemistry(
     ...     path = path_from_chemistry(target, ess=0.9).path
     """
     started = time.monotonic()
+    floor = min(_MOST_FLOOR, 0.1 * (1 - ess)) if floor is None else floor
     start = chemical_prior(target, seed=seed)
     prior, pilot, rounds = adapt(
         start,
@@ -520,22 +565,20 @@ def path_from_chemistry(
         seed=seed,
     )
     wanted = -math.log(ess)
-    n_levels = max(1, min(max_levels, math.ceil(0.5 * pilot.length**2 / wanted)))
+    n_levels = max(1, min(max_levels, math.ceil(pilot.length**2 / wanted)))
     trials: list[tuple[int, int, float, float]] = []
     while True:
-        times, steps = spread_levels(pilot, n_levels)
+        times, steps = spread_levels(pilot, n_levels, prior.n_soft)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
-        stream = child(seed, "trial of levels", len(trials))
-        x, log_q = path.sample_and_log_prob(n_points, generator=stream)
+        stream, n = child(seed, "trial of levels", len(trials)), min(n_points, _TRIED)
+        x, log_q = path.sample_and_log_prob(n, generator=stream)
         log_w = -target.reduced_potential(x) - log_q
         found = float(relative_ess(log_w.numpy()))
-        trials.append((n_levels, n_points, found, float(log_z(log_w.numpy()).value)))
+        trials.append((n_levels, n, found, float(log_z(log_w.numpy()).value)))
         logger.info("%d levels: ESS %.3f, log Z %.3f", n_levels, found, trials[-1][3])
         if found >= ess or n_levels >= max_levels or _settled(trials):
             break
-        # The variance of log w falls as 1 / K; a little more than that asks for, and verify.
-        more = 1.1 * math.log(max(found, 1e-3)) / math.log(ess)
-        n_levels = min(max_levels, math.ceil(n_levels * min(max(more, 1.25), 4.0)))
+        n_levels = min(max_levels, math.ceil(n_levels * _factor(trials, ess)))
     if trials[-1][2] < ess:
         logger.warning(
             "relative ESS is %.2f on %d levels, %.2f was asked for%s: raise n_points, or ask for "

@@ -338,6 +338,25 @@ class LevelState(NamedTuple):
         return torch.lerp(self.score_prior, self.score_target, share)
 
 
+class _OneAtATime:
+    """A target for several threads: an evaluator need not bear callers side by side."""
+
+    def __init__(self, target: DifferentiablePotential) -> None:
+        self.target, self.lock = target, threading.Lock()
+        self.constraints = getattr(target, "constraints", None)
+
+    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """U (n,) and du/dx (n, N, D)."""
+        with self.lock:
+            return self.target.reduced_potential_and_gradient(x)
+
+    def compile(self) -> None:
+        """Fuse the energies, if the target can."""
+        fuse = getattr(self.target, "compile", None)
+        if fuse is not None:
+            fuse()
+
+
 class Bridge:
     """The levels between a prior and a target in the prior's chart; see the module docstring.
 
@@ -349,7 +368,8 @@ class Bridge:
 
     def __init__(self, prior: Prior, target: DifferentiablePotential) -> None:
         check_space(prior, target)
-        self.prior, self.target = prior, target
+        self.prior = prior
+        self.target = target if getattr(target, "concurrent", False) else _OneAtATime(target)
         self._last = threading.local()
 
     def compile(self) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from openmm_eqflow.errors import ConfigurationError, EqFlowError
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import random_rotations, rotate
-from openmm_eqflow.parallel import map_chunks
+from openmm_eqflow.parallel import available_threads, map_chunks
 from openmm_eqflow.priors.base import Prior
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "rows_that_fit",
 ]
 
+_CARRIED = 1024  # rows
 _LARGEST_CHUNK = 65_536
 _PILOT = 256
 _SHARE_OF_MEMORY = 0.6
@@ -182,12 +183,14 @@ class Path:
             )
             draws.append((z, turn, streams))
 
-        def run(draw: tuple[Tensor, Tensor, RowStreams]) -> tuple[Tensor, Tensor]:
-            z, turn, streams = draw
-            x, log_q = self.ends(z.to(self.device), streams)
+        def run(some: list[tuple[Tensor, Tensor, RowStreams]]) -> tuple[Tensor, Tensor]:
+            z, turn = (torch.cat(column) for column in list(zip(*some, strict=True))[:2])
+            x, log_q = self.ends(z.to(self.device), RowStreams.joined([s for *_, s in some]))
             return rotate(x, turn.to(x)), log_q
 
-        xs, log_qs = zip(*self._carried(run, draws, size), strict=True)
+        together = self._together(len(draws), size)
+        groups = [draws[k : k + together] for k in range(0, len(draws), together)]
+        xs, log_qs = zip(*self._carried(run, groups, together * size), strict=True)
         return torch.cat(xs), torch.cat(log_qs)
 
     def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -226,6 +229,12 @@ class Path:
         if self.gpu_chunk_size is None:
             self.gpu_chunk_size = rows_that_fit(pilot, self.device)
         return self.gpu_chunk_size
+
+    def _together(self, n_draws: int, size: int) -> int:
+        """How many draws are carried as one: fewer calls where layers are kernels."""
+        if self.has_density or self.device.type != "cpu":
+            return 1
+        return max(1, min(_CARRIED // size, -(-n_draws // available_threads())))
 
     def _carried(self, run: Callable[[Any], Any], parts: Iterable[Any], size: int) -> list[Any]:
         if self.device.type == "cpu":

@@ -15,7 +15,6 @@ with a_k and b_k before and after the trajectory on level k.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +81,7 @@ class RelaxedFlow(Path):
         self, flow: EquivariantFlow, target: DifferentiablePotential, relaxation: Relaxation
     ) -> None:
         self.flow, self.target, self.relaxation = flow, target, relaxation
-        self.bridge = bridge = Bridge(flow.prior, _OneAtATime(target))
+        self.bridge = bridge = Bridge(flow.prior, target)
         maps = flow.layers
         layers: list[Layer] = [maps[0]]
         for k, size in enumerate(relaxation.step_sizes, 1):
@@ -229,7 +228,7 @@ def anneal(
     with torch.no_grad():
         z = prior.sample_latent(_TUNING_POINTS, generator=generator).to(device)
         streams = RowStreams.drawn(len(z), generator, device)
-        bridge = Bridge(prior, _OneAtATime(target))
+        bridge = Bridge(prior, target)
         start = bridge.at(z)
         scales = bridge.median_scales(start.score_prior, start.score_target)
         sizes = _tuned(bridge, [None] * n_levels, times, z, scales, n_leapfrog, streams)
@@ -272,7 +271,7 @@ class AnnealedPath(Path):
         device: torch.device | str = "cpu",
     ) -> None:
         self.target, self.levels, self._device = target, levels, torch.device(device)
-        self.bridge = bridge = Bridge(prior.to(device), _OneAtATime(target))
+        self.bridge = bridge = Bridge(prior.to(device), target)
         layers = [
             Trajectory(bridge, t, step.to(device), levels.n_leapfrog)
             for t, step in zip(levels.times, levels.steps, strict=True)
@@ -391,22 +390,3 @@ def _tuned(
         sizes.append(float(size))
         y = state.y
     return tuple(sizes)
-
-
-class _OneAtATime:
-    """A target for several threads: an evaluator need not bear callers side by side."""
-
-    def __init__(self, target: DifferentiablePotential) -> None:
-        self.target, self.lock = target, threading.Lock()
-        self.constraints = getattr(target, "constraints", None)
-
-    def reduced_potential_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """U (n,) and du/dx (n, N, D)."""
-        with self.lock:
-            return self.target.reduced_potential_and_gradient(x)
-
-    def compile(self) -> None:
-        """Fuse the energies, if the target can."""
-        fuse = getattr(self.target, "compile", None)
-        if fuse is not None:
-            fuse()

@@ -11,6 +11,7 @@ are Box and Muller's. The compiled kernels of clusters compute the same numbers
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -96,6 +97,11 @@ class RowStreams:
     def none(cls, x: Tensor) -> RowStreams:
         """Streams for rows of ``x`` from which nothing will be drawn."""
         return cls(torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowStreams]) -> RowStreams:
+        """One after the other, from the first draw."""
+        return cls(torch.cat([part.keys for part in parts]))
 
     def rows(self, rows: slice) -> RowStreams:
         """Streams of some of the rows, from the first draw."""

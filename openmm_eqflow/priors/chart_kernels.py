@@ -162,9 +162,28 @@ def pull_back(
 
 
 @_inline
-def _kernel(t: Any, j: int, step: Any, width: Any) -> Any:
-    d = (t + math.pi - (j + 0.5) * step) / width
-    return math.exp(-0.5 * d * d), d
+def _gaussians(angle: Any, first: int, n: int, step: Any, width: Any, e: Array, d: Array) -> None:
+    r"""Kernels e (n,) at cells first, first + 1, ... and by how many widths an angle is off, d.
+
+    :math:`e_{j+1} = e_j r_j`, :math:`r_{j+1} = r_j e^{-h^2}` for cells h widths apart (the
+    exponent is a parabola in j): two products each, outwards from the middle.
+    """
+    h = step / width
+    middle = n // 2
+    start = (angle + math.pi - (first + middle + 0.5) * step) / width
+    bend = math.exp(-h * h)
+    top = math.exp(-0.5 * start * start)
+    value, ratio = top, math.exp(start * h - 0.5 * h * h)
+    e[middle], d[middle] = top, start
+    for k in range(middle + 1, n):
+        value *= ratio
+        ratio *= bend
+        e[k], d[k] = value, start - (k - middle) * h
+    value, ratio = top, math.exp(-start * h - 0.5 * h * h)
+    for k in range(middle - 1, -1, -1):
+        value *= ratio
+        ratio *= bend
+        e[k], d[k] = value, start + (middle - k) * h
 
 
 @_inline
@@ -180,12 +199,12 @@ def n_cells(width: float, size: int) -> int:
 
 @_jit
 def table_sums(
-    t: Array, table: Array, label: Array, width: float, total: Array, slope: Array
+    t: Array, table: Array, label: Array, width: float, total: Array, slope: Array, room: Array
 ) -> None:
     """Sum table entries times kernels, by label (n, m), and their slopes, at angles t (n,).
 
     Angles come multiplied by their fold. Kernels are wrapped Gaussians: cells are counted beyond
-    a turn, so that every image within reach is there.
+    a turn, so that every image within reach is there. ``room`` is (2, 2, k), k of :func:`n_cells`.
     """
     size = table.shape[0]
     step = 2.0 * math.pi / size
@@ -195,23 +214,30 @@ def table_sums(
         total[i, :] = 0.0
         slope[i, :] = 0.0
         angle = _wrapped(t[i])
-        centre = math.floor((angle + math.pi) / step)
-        for j in range(centre - reach, centre + reach + 1):
-            e, d = _kernel(angle, j, step, width)
-            cell = j % size
-            value = table[cell] * e * height
-            total[i, label[cell]] += value
-            slope[i, label[cell]] -= value * d / width
+        first = math.floor((angle + math.pi) / step) - reach
+        _gaussians(angle, first, 2 * reach + 1, step, width, room[0, 0], room[0, 1])
+        cell = first % size
+        m, sum_, by = label[cell], 0.0, 0.0  # of a run of cells of one label
+        for k in range(2 * reach + 1):
+            if label[cell] != m:
+                total[i, m] += height * sum_
+                slope[i, m] -= height / width * by
+                m, sum_, by = label[cell], 0.0, 0.0
+            value = table[cell] * room[0, 0, k]
+            sum_ += value
+            by += value * room[0, 1, k]
+            cell += 1
+            if cell == size:
+                cell = 0
+        total[i, m] += height * sum_
+        slope[i, m] -= height / width * by
 
 
 @_jit
 def table_sums_of_two(
     t: Array, table: Array, label: Array, width: float, total: Array, slope: Array, room: Array
 ) -> None:
-    """As :func:`table_sums` of two angles t (n, 2); slopes are (n, m, 2), ``room`` is (2, 2, k).
-
-    k is :func:`n_cells`.
-    """
+    """As :func:`table_sums` of two angles t (n, 2); slopes are (n, m, 2)."""
     size = table.shape[0]
     step = 2.0 * math.pi / size
     reach = n_cells(width, size) // 2
@@ -227,10 +253,10 @@ def table_sums_of_two(
                 first0 = first
             else:
                 first1 = first
+            _gaussians(angle, first, 2 * reach + 1, step, width, room[axis, 0], room[axis, 1])
             for k in range(2 * reach + 1):
-                e, d = _kernel(angle, first + k, step, width)
-                room[axis, 0, k] = e * height
-                room[axis, 1, k] = -e * height * d / width
+                room[axis, 0, k] *= height
+                room[axis, 1, k] *= -room[axis, 0, k] / width
         for k in range(2 * reach + 1):
             row = (first0 + k) % size
             column = first1 % size

@@ -229,12 +229,12 @@ def _sums(
     cells = np.zeros(table.shape, dtype=np.int64) if label is None else label.numpy()
     m = int(cells.max()) + 1
     total, slope = np.empty((len(tau), m)), np.empty((len(tau), m, len(group.members)))
+    room = np.empty((2, 2, kernels.n_cells(group.width, len(table))))
     if len(group.members) == 1:
         kernels.table_sums(
-            angles[:, 0], table.numpy(), cells, group.width, total, slope[:, :, 0]
+            angles[:, 0], table.numpy(), cells, group.width, total, slope[:, :, 0], room
         )
     else:
-        room = np.empty((2, 2, kernels.n_cells(group.width, len(table))))
         kernels.table_sums_of_two(
             angles, table.numpy(), cells, group.width, total, slope, room
         )

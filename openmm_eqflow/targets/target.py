@@ -17,6 +17,7 @@ import copy
 import hashlib
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ __all__ = [
     "BoltzmannTarget",
     "system_sha256",
 ]
+
+
+_COUNTING = threading.Lock()
 
 
 def system_sha256(system: openmm.System) -> str:
@@ -154,6 +158,11 @@ class BoltzmannTarget:
     def n_invalid(self) -> int:
         """Configurations of infinite reduced potential since construction."""
         return int(self._n_invalid)
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may ask for energies side by side."""
+        return isinstance(self.evaluator, TorchEnergy) and self.evaluator.concurrent
 
     @property
     def check_chirality(self) -> bool:
@@ -308,9 +317,10 @@ class BoltzmannTarget:
         u = energies / self.kT
         right = self.in_sector(x)
         u = torch.where(right, u, torch.inf)
-        self.n_evaluated += len(u)
-        # On a GPU the count stays there until it is asked for: no synchronisation.
-        self._n_invalid = self._n_invalid + torch.isinf(u).sum()
+        with _COUNTING:
+            self.n_evaluated += len(u)
+            # On a GPU the count stays there until it is asked for: no synchronisation.
+            self._n_invalid = self._n_invalid + torch.isinf(u).sum()
         if forces is None:
             return u, None
         du_dx = forces[..., : self.n_dims] / -self.kT

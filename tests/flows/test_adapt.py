@@ -48,9 +48,10 @@ class Narrow(NamedTuple):
         return Narrow(torch.where(mask[:, None], self.y, other.y))
 
 
-def test_no_point_stays_where_the_usual_steps_are_too_long() -> None:
+@pytest.mark.parametrize("n_soft", [0, 1])
+def test_no_point_stays_where_the_usual_steps_are_too_long(n_soft: int) -> None:
     pilot = Pilot(None, None, 0.0, (0.1, 1.0), (1.0, 1.0), torch.full((2, 1), 0.8))
-    _, steps = spread_levels(pilot, 20)
+    _, steps = spread_levels(pilot, 20, n_soft)
 
     def never_moved(steps: torch.Tensor) -> float:
         g = stream(3)
@@ -94,7 +95,7 @@ def test_log_z_is_exact_whatever_the_number_of_levels(
     prior: InternalCoordinatePrior, target: BoltzmannTarget, pilot: Pilot, n_levels: int
 ) -> None:
     """E[w] = Z; power: without the work of the levels it is not."""
-    times, steps = spread_levels(pilot, n_levels)
+    times, steps = spread_levels(pilot, n_levels, prior.n_soft)
     path = AnnealedPath(prior, target, Levels(2, times, steps))
     x, log_q = path.sample_and_log_prob(600, generator=stream(n_levels))
     log_w = (-target.reduced_potential(x) - log_q).numpy()
@@ -169,7 +170,7 @@ def test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor(
         [TorsionGroup(group.members, group.fold, group.width, 0.0)], [table]
     )
     pilot = carry(lost, target, 2000, generator=stream(5))
-    times, steps = spread_levels(pilot, 10)
+    times, steps = spread_levels(pilot, 10, prior.n_soft)
     path = AnnealedPath(lost, target, Levels(3, times, steps))
     x, log_q = path.sample_and_log_prob(4000, generator=stream(6))
     log_w = -target.reduced_potential(x) - log_q

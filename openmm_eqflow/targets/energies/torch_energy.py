@@ -18,6 +18,7 @@ configuration the same bits in any batch.
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
 
@@ -288,6 +289,9 @@ _CHUNK = 256
 _MAX_GROUPS = 32
 
 
+_GUARD = threading.Lock()  # of counts and of the executor, where several threads call
+
+
 class _Part(NamedTuple):
     """One force of the System."""
 
@@ -357,6 +361,11 @@ class TorchEnergy(nn.Module):
     def compiled_forces(self) -> tuple[str, ...]:
         """Names of the forces the compiled path covers."""
         return tuple(p.name for p in self._parts if p.kernel is not None)
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may call side by side: where compiled kernels do all."""
+        return not self._eager
 
     def forward(self, x: Tensor) -> Tensor:
         """Energies ``(n,)`` in kJ/mol of ``(n, n_particles, 3)`` nm; no masking."""
@@ -432,13 +441,16 @@ class TorchEnergy(nn.Module):
         elif n_chunks == 1 or self.n_threads == 1 or not self._kernels:
             results = [self._chunk(c, forces) for c in chunks]
         else:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self.n_threads)
+            with _GUARD:
+                if self._executor is None:
+                    self._executor = ThreadPoolExecutor(self.n_threads)
             results = list(self._executor.map(lambda c: self._chunk(c, forces), chunks))
         energy = np.concatenate([e for e, _ in results])
         force = np.concatenate([f for _, f in results if f is not None]) if forces else None
         energy, force, n_invalid = mask_invalid(x, energy, force)
-        self._n_invalid = self._n_invalid + n_invalid
+        if n_invalid:
+            with _GUARD:
+                self._n_invalid = self._n_invalid + n_invalid
         return energy, force
 
     def _chunk(self, x: FloatArray, forces: bool) -> tuple[FloatArray, FloatArray | None]:
