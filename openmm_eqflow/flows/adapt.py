@@ -31,7 +31,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +65,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 _AIM = 0.8  # acceptance
+Progress = Callable[[float, str], None]
 _CHUNK = 1024  # points carried at once
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
 _MOST_FLOOR = 0.02
@@ -122,7 +123,7 @@ class Adaptation(NamedTuple):
     """A path, the rounds that led to it, and what its last fresh points say.
 
     ``trials`` are (levels, points, relative ESS, log Z); ``floor`` is the weight
-    that only the floor of the prior proposes (:func:`floor_weight`).
+    that only the floor of the prior proposes (:func:`floor_weight`), ``floor_share`` its share.
     ``second_log_z`` is that of another population from the first prior: independent of the rounds.
     """
 
@@ -130,6 +131,7 @@ class Adaptation(NamedTuple):
     rounds: tuple[Round, ...]
     trials: tuple[tuple[int, int, float, float], ...]
     floor: dict[str, float]
+    floor_share: float
     second_log_z: float
     seconds: float
 
@@ -141,6 +143,7 @@ class Adaptation(NamedTuple):
                 dict(zip(("n_levels", "n", "ess", "log_z"), t, strict=True)) for t in self.trials
             ],
             "floor": self.floor,
+            "floor_share": self.floor_share,
             "second_log_z": self.second_log_z,
             "seconds": self.seconds,
         }
@@ -340,6 +343,7 @@ def adapt(
     share: float = 0.02,
     max_rounds: int = 4,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> tuple[InternalCoordinatePrior, Pilot, tuple[Round, ...]]:
     """Adaptive rounds: carry points, refit, again; returns the best prior and its pilot.
 
@@ -361,6 +365,8 @@ def adapt(
         Refits at most.
     seed
         Of all random streams, which are children of it by name.
+    progress
+        Called with a share that grows towards 1 and a line, after every population.
     """
     started, ground, rounds, n = time.monotonic(), _even(prior.torsions), [], n_points
 
@@ -371,6 +377,9 @@ def adapt(
     def note(candidate: InternalCoordinatePrior, pilot: Pilot, k: int, kept: bool) -> None:
         stream = child(seed, "adapted prior", k)
         rounds.append(_round(candidate, target, pilot, n, kept, started, stream))
+        if progress is not None:
+            said = f"adapting the prior: {n} points on {len(pilot.times)} levels"
+            progress(1 - 0.5 ** len(rounds), said)
 
     best = run(prior, 0)
     highest = best.log_z  # a state that a population has found counts, whatever later ones find
@@ -521,6 +530,7 @@ def path_from_chemistry(
     floor: float | None = None,
     max_rounds: int = 4,
     max_levels: int = 640,
+    progress: Progress | None = None,
 ) -> Adaptation:
     """Make a path to a molecule's Boltzmann distribution from its bonds alone.
 
@@ -544,6 +554,8 @@ def path_from_chemistry(
         for lets go, at most 0.02.
     max_rounds, max_levels
         Bounds of the work.
+    progress
+        Called with a share that grows towards 1 and a line.
 
     Examples
     --------
@@ -554,6 +566,8 @@ def path_from_chemistry(
     """
     started = time.monotonic()
     floor = min(_MOST_FLOOR, 0.1 * (1 - ess)) if floor is None else floor
+    tell = progress or (lambda share, text: None)
+    tell(0.0, "minima and picoseconds around them")
     start = chemical_prior(target, seed=seed)
     prior, pilot, rounds = adapt(
         start,
@@ -563,11 +577,13 @@ def path_from_chemistry(
         share=floor,
         max_rounds=max_rounds,
         seed=seed,
+        progress=lambda share, text: tell(0.5 * share, text),
     )
     wanted = -math.log(ess)
     n_levels = max(1, min(max_levels, math.ceil(pilot.length**2 / wanted)))
     trials: list[tuple[int, int, float, float]] = []
     while True:
+        tell(1 - 0.5 ** (1 + len(trials)), f"trying {n_levels} levels")
         times, steps = spread_levels(pilot, n_levels, prior.n_soft)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
         stream, n = child(seed, "trial of levels", len(trials)), min(n_points, _TRIED)
@@ -600,6 +616,6 @@ def path_from_chemistry(
     )
     audit(path, n=32, generator=child(seed, "audit"))
     seconds = time.monotonic() - started
-    made = Adaptation(path, rounds, tuple(trials), shares, second.log_z, seconds)
+    made = Adaptation(path, rounds, tuple(trials), shares, floor, second.log_z, seconds)
     path.metadata["adaptation"] = made.record()
     return made

@@ -65,9 +65,10 @@ def coverage(metrics: dict[str, Any]) -> list[str]:
     floor = [row for row in metrics.get("floor", []) if row["kind"] == "torsions"]
     if floor:
         words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in floor)
+        own = metrics["adaptation"].get("floor_share", 0.02)  # that of earlier versions
         found.append(
             "Share of the weight where only the prior's floor, what chemistry allows, reaches "
-            f"(far above the floor's own 0.02 a state was lost by the fit): {words}."
+            f"(far above the floor's own {own:.2g} a state was lost by the fit): {words}."
         )
     components = [row for row in metrics.get("floor", []) if row["kind"] == "component"]
     if components:
@@ -81,6 +82,7 @@ def coverage(metrics: dict[str, Any]) -> list[str]:
         found.append(f"Never seen among {metrics['n_samples']:,} samples: {', '.join(never)}.")
     elif seen:
         found.append("Every state in the table was seen.")
+    found += _backwards(metrics)
     dynamics = metrics.get("dynamics")
     if dynamics:
         if dynamics["only_path"]:
@@ -99,6 +101,21 @@ def coverage(metrics: dict[str, Any]) -> list[str]:
                 f"{math.sqrt(sum(v * v for v in z) / len(z)):.1f})."
             )
     return found
+
+
+def _backwards(metrics: dict[str, Any]) -> list[str]:
+    """Tell what paths run backwards say of the ESS and of log Z."""
+    rows = [
+        ("frames drawn by weight", metrics.get("backwards")),
+        ("frames of dynamics", metrics.get("dynamics", {}).get("backwards")),
+    ]
+    return [
+        f"Paths backwards from {row['n']:,} {name}: relative ESS "
+        f"{pm(row['relative_ess'], row['relative_ess_error'])}, log Z "
+        f"{pm(row['log_z'], row['log_z_error'])}."
+        for name, row in rows
+        if row
+    ]
 
 
 def round_rows(metrics: dict[str, Any]) -> list[tuple[str, ...]]:

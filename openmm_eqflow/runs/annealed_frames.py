@@ -37,7 +37,13 @@ Progress = Callable[[float, str], None]
 
 
 def annealed_path(
-    target: BoltzmannTarget, file: Path, *, ess: float, n_points: int, seed: int
+    target: BoltzmannTarget,
+    file: Path,
+    *,
+    ess: float,
+    n_points: int,
+    seed: int,
+    progress: Progress | None = None,
 ) -> AnnealedPath:
     """Path that ``file`` holds, or a new one from chemistry, which it then holds.
 
@@ -63,7 +69,9 @@ def annealed_path(
                 "choose another --out, or remove it"
             )
         return path
-    path = path_from_chemistry(target, ess=ess, seed=seed, n_points=n_points).path
+    path = path_from_chemistry(
+        target, ess=ess, seed=seed, n_points=n_points, progress=progress
+    ).path
     file.parent.mkdir(parents=True, exist_ok=True)
     path.metadata |= {"asked": asked, "system_hash": target.system_hash}
     save_flow(path, file, path.metadata)
@@ -100,8 +108,14 @@ def run_annealed(
     """
     report = progress or (lambda fraction, text: None)
     started, folder = time.monotonic(), Path(directory) / "reference"
-    report(0.0, "adapting a prior from chemistry to paths of its own")
-    path = annealed_path(target, folder / "path", ess=ess, n_points=n_points, seed=seed)
+    path = annealed_path(
+        target,
+        folder / "path",
+        ess=ess,
+        n_points=n_points,
+        seed=seed,
+        progress=lambda fraction, text: report(0.5 * fraction, text),
+    )
     samples = draw_weighted(
         path,
         target,

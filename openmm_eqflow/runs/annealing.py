@@ -20,6 +20,7 @@ from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
 from openmm_eqflow.analysis.temperatures import log_weights_at
 from openmm_eqflow.analysis.weights import (
     TAME,
+    forward_ess_with_error,
     log_z,
     max_weight_share,
     pareto_k,
@@ -42,11 +43,13 @@ from openmm_eqflow.targets.forcefield import write_pdb
 from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.training.objectives import thin
 from openmm_eqflow.units import kelvin as in_kelvin
 from openmm_eqflow.units import kt_in_kj_mol, positions_quantity
 
 __all__ = [
     "anneal_system",
+    "backwards",
     "describe_path",
     "write_weighted",
 ]
@@ -55,6 +58,8 @@ _LEAST = 50  # independent samples that a table of populations needs
 _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
 _SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
 _PATHS = 1000  # whose work is told level by level
+_BACK = 500  # paths backwards
+_BACK_APART = 0.05  # of log Z in kT, and of the ESS, below which a difference does not matter
 _APART = 4.0  # standard errors between path and dynamics
 _LOST = 0.3  # kT of log Z: what chance does not explain
 Progress = Callable[[float, str], None]
@@ -119,8 +124,14 @@ def anneal_system(
     dynamics = None if compare_with is None else _dynamics(compare_with, target)
     if not (out / "flow.json").is_file() and out.exists() and any(out.iterdir()):
         raise ConfigurationError(f"{out} holds other files and no path: choose another --out")
-    tell(0.0, "adapting the prior to paths of its own")
-    path = annealed_path(target, out / "flow", ess=ess, n_points=n_points, seed=seed)
+    path = annealed_path(
+        target,
+        out / "flow",
+        ess=ess,
+        n_points=n_points,
+        seed=seed,
+        progress=lambda share, text: tell(0.3 * share, text),
+    )
     samples = draw_weighted(
         path,
         target,
@@ -179,8 +190,10 @@ def describe_path(
     -------
     dict
         ``isomers``, ``warnings``, ``adaptation``, ``floor``, ``n_levels`` (of Monte Carlo),
-        ``weights_of`` and ``proposed``, the torsions of which the prior proposes every state; of
-        an annealed path ``levels`` with their work; with dynamics ``dynamics``.
+        ``backwards`` (of paths: ESS and log Z of :func:`backwards` from frames drawn by weight; in
+        ``dynamics`` from its frames), ``weights_of`` and ``proposed``, the torsions of which the
+        prior proposes every state; of an annealed path ``levels`` with their work; with dynamics
+        ``dynamics``.
     """
     log_w, x = samples.log_weight.numpy(), samples.x.numpy()
     adaptation = path.metadata["adaptation"]
@@ -202,6 +215,12 @@ def describe_path(
     }
     if isinstance(path, AnnealedPath):
         found["levels"] = _levels(path, seed)
+    of_paths = not path.has_density and path.maps is not path
+    if of_paths:
+        u = float(torch.rand((), generator=child(seed, "backwards"), dtype=torch.float64))
+        chosen = systematic(log_w, u, min(_BACK, max(1, int(effective))))
+        found["backwards"] = backwards(path, target, samples.x[torch.from_numpy(chosen)])
+        found["warnings"] += _one_way(found["backwards"], log_w)
     if dynamics is not None:
         run, data = dynamics
         by_md = isomer_populations(
@@ -209,8 +228,60 @@ def describe_path(
         )
         about = {"run": run, "n_frames": data.n_frames, "isomers": by_md}
         found["dynamics"] = about | compare_isomers(rows, by_md)
+        if of_paths:
+            frames = thin(torch.from_numpy(data.positions), _BACK).double()
+            found["dynamics"]["backwards"] = backwards(path, target, frames)
         found["warnings"] += _disagreement(found["dynamics"])
     return found
+
+
+def backwards(path: FlowPath, target: BoltzmannTarget, x: torch.Tensor) -> dict[str, float]:
+    r"""ESS and log Z by paths that run backwards from points of the target.
+
+    .. math:: \frac1Z = E_p\!\left[\frac1w\right], \qquad
+              \frac{E[w]^2}{E[w^2]} = \frac{Z}{E_p[w]}
+
+    over the paths backwards from x: what paths forwards hardly ever meet and gives them much
+    weight, paths backwards from there always meet.
+
+    Parameters
+    ----------
+    path, target
+        The path and where it ends.
+    x
+        Points of the target (n, N, 3) in nm, taken as independent.
+
+    Returns
+    -------
+    dict
+        ``n``, ``relative_ess``, ``log_z`` and the error of each.
+    """
+    log_w = (-target.reduced_potential(x) - path.log_prob(x)).numpy()
+    ess, inverse = forward_ess_with_error(log_w), log_z(-log_w)
+    return {
+        "n": len(log_w),
+        "relative_ess": float(ess.value),
+        "relative_ess_error": float(ess.error),
+        "log_z": -float(inverse.value),
+        "log_z_error": float(inverse.error),
+    }
+
+
+def _one_way(back: dict[str, float], log_w: NDArray[np.float64]) -> list[str]:
+    """Say where paths backwards contradict those forwards."""
+    ess, estimate = relative_ess_with_error(log_w), log_z(log_w)
+    below = float(ess.value) - back["relative_ess"]
+    off = abs(back["log_z"] - float(estimate.value))
+    chance = _APART * math.hypot(float(ess.error), back["relative_ess_error"])
+    moved = _APART * math.hypot(float(estimate.error), back["log_z_error"])
+    if below > max(_BACK_APART, chance) or off > max(_BACK_APART, moved):
+        return [
+            f"paths backwards say a relative ESS of {back['relative_ess']:.2f} and a log Z of "
+            f"{back['log_z']:.2f}, those forwards {ess.value:.2f} and {estimate.value:.2f}: a few "
+            "states carry far more weight than the samples show; ask for a higher --ess or raise "
+            "n_points"
+        ]
+    return []
 
 
 def _dynamics(run: Path, target: BoltzmannTarget) -> ReferenceData:

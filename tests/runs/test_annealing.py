@@ -16,13 +16,17 @@ from stand_ins.peroxide import held, held_exactly, write_inputs, write_system
 
 from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.analysis.observables import Torsion
+from openmm_eqflow.analysis.weights import log_z, relative_ess_with_error
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flows.relaxed import AnnealedPath
+from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 from openmm_eqflow.runs.annealing import (
+    _one_way,
     _single_conformers,
     _warnings,
     anneal_system,
+    backwards,
 )
 from openmm_eqflow.runs.stages import build_target
 from openmm_eqflow.targets.constraints import Constraints
@@ -81,6 +85,10 @@ def test_a_molecule_with_a_known_torsion(
             p = quad(torsion_weight, low, high)[0] / whole
             assert abs(row["population"] - p) < 4 * row["population_error"]
             assert row["population_error"] < 0.02
+        # Backwards from its own frames a path says the same.
+        back = metrics["backwards"]
+        assert abs(back["log_z"] - exact) < 4 * back["log_z_error"] < 0.1
+        assert back["relative_ess"] == pytest.approx(metrics["relative_ess"], abs=0.08)
         stored = np.load(out / "samples.npz")
         assert stored["positions"].shape == (4000, 4, 3)
         # power: without their weights the samples say something else of log Z
@@ -207,6 +215,41 @@ def test_a_ring_in_one_conformer_is_named() -> None:
     assert line.startswith("ring A was found in one conformer only")
     assert _single_conformers(isomers, two) == []  # rings without states are not asked about
     assert _single_conformers(isomers, []) == []
+
+
+@pytest.mark.statistical
+def test_paths_backwards_find_what_those_forwards_hardly_meet(
+    molecule: MolecularSystem, tmp_path: Path
+) -> None:
+    with build_target(molecule) as target:
+        anneal_system(molecule, target, tmp_path, n_samples=1000, n_points=400, seed=5)
+        path = load_flow(tmp_path / "flow")
+        frames = mdtraj.load(str(tmp_path / "samples.dcd"), top=str(tmp_path / "topology.pdb"))
+        x = torch.from_numpy(frames.xyz[::3]).double()
+
+        def forwards(some: AnnealedPath) -> np.ndarray:
+            y, log_q = some.sample_and_log_prob(1000, generator=torch.Generator().manual_seed(7))
+            return (-target.reduced_potential(y) - log_q).numpy()
+
+        whole = backwards(path, target, x)
+        assert _one_way(whole, forwards(path)) == []
+        # A prior that has lost one side of the torsion, and a path too short to cross.
+        density = path.prior.torsions
+        cut = torch.where(density.centres > 0, density.tables[0], 0.0)
+        lost = path.prior.copy()
+        group = density.groups[0]
+        lost.torsions = TorsionDensity(
+            [TorsionGroup(group.members, group.fold, 0.15, 0.0)],
+            [(1 - 1e-6) * cut / cut.sum() + 1e-6 / len(cut)],
+        )
+        levels = Levels(1, (0.5, 1.0), path.levels.steps[-1:].expand(2, -1))
+        half = AnnealedPath(lost, target, levels)
+        seen = forwards(half)
+        assert relative_ess_with_error(seen).value > 0.5  # nothing to be seen forwards,
+        assert abs(log_z(seen).value - exact_log_z()) > 0.5  # and wrong
+        told = _one_way(backwards(half, target, x), seen)
+        assert len(told) == 1
+        assert "a few states carry far more weight" in told[0]
 
 
 def test_command(shell: Shell, molecule: MolecularSystem) -> None:
