@@ -17,6 +17,8 @@ sum_ij D phi + d phi', phi = sum c_m B_m    div v            vector_fields.radia
 -sum u_k+1(M x) - u_k(x) - log|det DM|      log w            flows.path.Path                               flows/test_path::test_weights_forwards_and_backwards_give_log_z
 log q + sum_k log p_k(b_k) - log p_k(a_k)   log q-hat        flows.relaxed.relax                           flows/test_path::test_weights_forwards_and_backwards_give_log_z
 (sum W e^d)^2 / sum W e^2d = share          t_k              flows.adapt.carry                             flows/test_adapt::test_a_mode_that_the_prior_lost_shows_in_the_weight_of_the_floor
+Z / E_p[w], 1 / E_p[1/w]                    ESS, Z           runs.annealing.backwards                      runs/test_annealing::test_paths_backwards_find_what_those_forwards_hardly_meet
+log w += (s_k-1 - s_k) u                    log Z(T)         flows.temperatures.continued                  flows/test_temperatures::test_log_z_and_energies_at_other_temperatures
 du/dt - E[du/dt] = div v - v . grad u       c_m(t)           flows.softcore_fit.fit_path                   flows/test_stochastic::test_fit_leaves_less_to_do
 h div v = log|det d(x + h v)/dx|            ladj             flows.softcore.SoftCoreMap                    flows/test_stochastic::test_determinants_are_those_of_the_jacobian_by_autograd
 sum_k e_k . J e_k                           div v            vector_fields.divergence.exact_divergence     vector_fields/test_contract::test_divergence_is_the_trace

@@ -7,7 +7,8 @@ With :math:`\beta' = T_0/T` and reduced potentials u at T_0,
           C(T) = \frac{\langle U^2 \rangle_T - \langle U \rangle_T^2}{k T^2}
 
 (importance sampling; Ferrenberg, Swendsen 1988, Phys. Rev. Lett. 61, 2635). Exact at every T; how
-far it reaches is told by the effective samples that are left there.
+far it reaches is told by the effective samples that are left there. Levels reach further
+(:mod:`openmm_eqflow.flows.temperatures`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
 __all__ = [
     "at_temperatures",
     "log_weights_at",
+    "thermodynamics",
 ]
+
 
 def log_weights_at(
     log_weights: ArrayLike, u: ArrayLike, kelvin: float, wanted: float
@@ -83,29 +86,39 @@ def at_temperatures(
     >>> float(round(1e3 * row["heat_capacity"] / 8.31446, 1))  # in R
     0.5
     """
+    return [
+        thermodynamics(log_weights_at(log_weights, u, kelvin, t), u, kelvin, t) for t in wanted
+    ]
+
+
+def thermodynamics(
+    log_weights: ArrayLike, u: ArrayLike, kelvin: float, wanted: float
+) -> dict[str, Any]:
+    """Return a row of :func:`at_temperatures` from samples with their weights *there*.
+
+    Parameters
+    ----------
+    log_weights, u
+        ``(n,)``: log weights at ``wanted``, reduced potentials at ``kelvin``.
+    kelvin, wanted
+        K.
+    """
     gas = kt_in_kj_mol(temperature_quantity(kelvin)) / kelvin
     energy = gas * kelvin * np.asarray(u, dtype=np.float64)
-    rows = []
-    for t in wanted:
-        log_w = log_weights_at(log_weights, u, kelvin, t)
-        w = relative_weights(log_w)
-        w = w / w.sum()
-        apart = np.where(w > 0.0, energy, 0.0)
-        mean = float(w @ apart)
-        apart = np.where(w > 0.0, apart - mean, 0.0)
-        spread = float(w @ apart**2)
-        free = log_z(log_w)
-        rows.append(
-            {
-                "kelvin": float(t),
-                "effective_samples": kish_ess(log_w),
-                "log_z": float(free.value),
-                "log_z_error": float(free.error),
-                "mean_potential": mean,
-                "mean_potential_error": math.sqrt(float(np.sum((w * apart) ** 2))),
-                "heat_capacity": spread / (gas * t * t),
-                "heat_capacity_error": math.sqrt(float(np.sum((w * (apart**2 - spread)) ** 2)))
-                / (gas * t * t),
-            }
-        )
-    return rows
+    w = relative_weights(checked_log_weights(log_weights))
+    w = w / w.sum()
+    apart = np.where(w > 0.0, energy, 0.0)
+    mean = float(w @ apart)
+    apart = np.where(w > 0.0, apart - mean, 0.0)
+    spread = float(w @ apart**2)
+    free, per = log_z(log_weights), gas * wanted * wanted
+    return {
+        "kelvin": float(wanted),
+        "effective_samples": kish_ess(log_weights),
+        "log_z": float(free.value),
+        "log_z_error": float(free.error),
+        "mean_potential": mean,
+        "mean_potential_error": math.sqrt(float(np.sum((w * apart) ** 2))),
+        "heat_capacity": spread / per,
+        "heat_capacity_error": math.sqrt(float(np.sum((w * (apart**2 - spread)) ** 2))) / per,
+    }

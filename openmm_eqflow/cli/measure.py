@@ -97,7 +97,7 @@ def register(group: click.Group) -> None:
     "--temperatures",
     type=_Kelvins(),
     metavar="280,300,350",
-    help="Also log Z, mean energy and heat capacity at these, K, from the same samples.",
+    help="Also log Z, mean energy and heat capacity at these, K: levels go on from the samples.",
 )
 @click.option(
     "--frames",
@@ -107,11 +107,11 @@ def register(group: click.Group) -> None:
 @_own_device
 def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -> None:
     """Measure a flow: raw weights of fresh independent samples."""
-    from openmm_eqflow.analysis.temperatures import at_temperatures
+    from openmm_eqflow.analysis.temperatures import thermodynamics
     from openmm_eqflow.flows.relaxed import relax
     from openmm_eqflow.parallel import is_main
     from openmm_eqflow.runs.annealing import write_weighted
-    from openmm_eqflow.runs.evaluation import evaluate_flow
+    from openmm_eqflow.runs.evaluation import at_other_temperatures, evaluate_flow
     from openmm_eqflow.runs.publish import renew_card
     from openmm_eqflow.runs.stages import build_target, card_of, flow_of
     from openmm_eqflow.units import kelvin
@@ -131,12 +131,14 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
             test_frames=test,
             progress=progress,
         )
+        own = kelvin(system.temperature)
+        kelvins = given["temperatures"] or ((own,) if given["frames"] else ())
+        stations = at_other_temperatures(flow, target, samples, kelvins, seed=seed or 0)
     if given["relaxed"]:
         metrics["weights_of"] = "paths"
-    kelvins = given["temperatures"] or ((kelvin(system.temperature),) if given["frames"] else ())
-    rows = at_temperatures(
-        samples.log_weight.numpy(), samples.u.numpy(), kelvin(system.temperature), kelvins
-    )
+    rows = [
+        thermodynamics(s.log_weight.numpy(), s.u.numpy(), own, s.kelvin) for s in stations
+    ]
     if rows:
         metrics["temperatures"] = rows
     if json_path is not None and is_main():
@@ -150,10 +152,8 @@ def evaluate(name_or_run: str, n_samples: int, seed: int | None, **given: Any) -
     if rows:
         _print_temperatures(rows)
     if given["frames"] is not None and is_main():
-        for row in rows:
-            file = write_weighted(
-                given["frames"], system, samples, row["kelvin"], seed=0 if seed is None else seed
-            )
+        for station in stations:
+            file = write_weighted(given["frames"], system, station, seed=seed or 0)
             console.print(f"wrote {file}", highlight=False, soft_wrap=True, markup=False)
 
 

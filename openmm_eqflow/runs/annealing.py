@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from openmm import unit
 
 from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
-from openmm_eqflow.analysis.temperatures import log_weights_at
 from openmm_eqflow.analysis.weights import (
     TAME,
     forward_ess_with_error,
@@ -32,6 +31,7 @@ from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.files import atomic_path, write_dcd, write_json, write_npz
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath
+from openmm_eqflow.flows.temperatures import AtTemperature
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -44,7 +44,6 @@ from openmm_eqflow.targets.isomers import Isomers, find_isomers
 from openmm_eqflow.targets.library import MolecularSystem
 from openmm_eqflow.targets.target import BoltzmannTarget
 from openmm_eqflow.training.objectives import thin
-from openmm_eqflow.units import kelvin as in_kelvin
 from openmm_eqflow.units import kt_in_kj_mol, positions_quantity
 
 __all__ = [
@@ -412,7 +411,7 @@ def _write(out: Path, system: MolecularSystem, samples: FlowSamples, seed: int) 
 
 
 def write_weighted(
-    out: Path, system: MolecularSystem, samples: FlowSamples, kelvin: float, *, seed: int
+    out: Path, system: MolecularSystem, samples: AtTemperature, *, seed: int
 ) -> Path:
     """Write frames drawn by weight at a temperature, and topology.pdb; returns the trajectory.
 
@@ -421,17 +420,13 @@ def write_weighted(
     out
         Folder; receives ``NAME-300K.dcd``.
     system, samples
-        Whose samples, drawn at the system's temperature.
-    kelvin
-        Temperature of the frames, K.
+        Whose samples, with their weights at the temperature of the frames.
     seed
         Of the draw.
     """
     out.mkdir(parents=True, exist_ok=True)
-    made_at = in_kelvin(system.temperature)
-    log_w = log_weights_at(samples.log_weight.numpy(), samples.u.numpy(), made_at, kelvin)
-    name = f"{system.name}-{kelvin:g}K.dcd"
-    _write_frames(out, name, system, samples.x, log_w, seed)
+    name = f"{system.name}-{samples.kelvin:g}K.dcd"
+    _write_frames(out, name, system, samples.x, samples.log_weight.numpy(), seed)
     return out / name
 
 

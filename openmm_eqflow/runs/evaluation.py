@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_eqflow.analysis.chains import weighted_mean_with_error
+from openmm_eqflow.analysis.temperatures import log_weights_at
 from openmm_eqflow.analysis.weights import (
     log_z,
     max_weight_share,
@@ -24,13 +25,17 @@ from openmm_eqflow.analysis.weights import (
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.storage import load_tensors, save_tensors
+from openmm_eqflow.flows.temperatures import AtTemperature, continued
 from openmm_eqflow.parallel import available_threads, in_rounds, is_main
 from openmm_eqflow.priors.base import Prior, check_space
+from openmm_eqflow.priors.internal import InternalCoordinatePrior
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.target import BoltzmannTarget
+from openmm_eqflow.units import kelvin as in_kelvin
 
 __all__ = [
     "FlowSamples",
+    "at_other_temperatures",
     "draw_weighted",
     "evaluate_flow",
     "latent_log_weights",
@@ -124,6 +129,36 @@ def _stored(path: Path | None) -> FlowSamples | None:
     return FlowSamples(
         tensors["x"], tensors["u"], tensors["log_q"], tensors["log_weight"], words["seconds"]
     )
+
+
+def at_other_temperatures(
+    flow: FlowPath,
+    target: BoltzmannTarget,
+    samples: FlowSamples,
+    kelvins: Sequence[float],
+    *,
+    seed: int = 0,
+) -> list[AtTemperature]:
+    """Carry samples on to other temperatures by levels, or where there is no chart by weights.
+
+    Parameters
+    ----------
+    flow, target, samples
+        Samples of the flow at the target's own temperature.
+    kelvins
+        Temperatures asked for, K.
+    seed
+        Of the levels' random streams.
+    """
+    if isinstance(flow.prior, InternalCoordinatePrior) and flow.device.type == "cpu":
+        return continued(flow, target, samples.x, samples.log_weight, kelvins, seed=seed)
+    own, log_w, u = in_kelvin(target.temperature), samples.log_weight.numpy(), samples.u.numpy()
+    return [
+        AtTemperature(
+            k, samples.x, samples.u, torch.from_numpy(log_weights_at(log_w, u, own, k))
+        )
+        for k in kelvins
+    ]
 
 
 def prior_log_weights(
