@@ -69,6 +69,7 @@ Progress = Callable[[float, str], None]
 _CHUNK = 1024  # points carried at once
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
 _MOST_FLOOR = 0.02
+_LEAST_POWER = 0.6  # of levels by which a spread falls; what trials measure is noisy
 _LITTLE = 0.25  # of what more levels should gain
 _ORDER = 4
 _PERIOD, _STIFF_STEPS, _SOFT_STEPS = 4, 0.4, 0.2  # every fourth level takes shorter steps
@@ -517,7 +518,7 @@ def _factor(trials: list[tuple[int, int, float, float]], ess: float) -> float:
         (fewer, more_spread), (more, spread) = known
         p = math.log(max(more_spread / spread, 1.0)) / math.log(more / fewer)
     excess = known[-1][1] / -math.log(ess)
-    return min(max(excess ** (1 / min(max(p, 0.4), 1.0)), 1.25), 4.0)
+    return min(max(excess ** (1 / min(max(p, _LEAST_POWER), 1.0)), 1.25), 4.0)
 
 
 def path_from_chemistry(

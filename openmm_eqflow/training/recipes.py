@@ -242,12 +242,12 @@ _CHOICES = {"method": ("tempering", "annealing"), "density": ("paths", "pointwis
 _CHAINS_OF_PATHS = {"method": "annealing", "n_proposals": 1, "n_local_steps": 0}
 _ANNEALED: dict[Budget, dict[str, Any]] = {
     "quick": {
-        "ess": 0.88, "n_points": 1_000, "train_seconds": 15, "max_frames": 2_000,
-        "n_samples": 5_000, **_CHAINS_OF_PATHS,
+        "ess": 0.88, "n_points": 1_000, "train_seconds": 10, "max_frames": 1_000,
+        "n_pool": 20_000, "chunk": 10_000, "n_chunks": 4, "n_samples": 5_000, **_CHAINS_OF_PATHS,
     },
     "standard": {
-        "ess": 0.96, "n_points": 2_000, "train_seconds": 60, "max_frames": 5_000,
-        "n_samples": 7_000, **_CHAINS_OF_PATHS,
+        "ess": 0.96, "n_points": 2_000, "train_seconds": 30, "max_frames": 3_000,
+        "n_pool": 40_000, "n_samples": 7_000, **_CHAINS_OF_PATHS,
     },
     "thorough": {
         "ess": 0.98, "n_points": 4_000, "train_seconds": 1200, "max_frames": 20_000,
