@@ -52,7 +52,7 @@ class Recipe:
         Reference frames after which the stage stops early.
     method
         Of the stage reference: ``tempering``, or ``annealing``, which :func:`make_recipe` gives
-        bonded molecules up to 40 atoms and which needs no dynamics: points of a prior from
+        bonded molecules up to 50 atoms and which needs no dynamics: points of a prior from
         chemistry are annealed to the target with exact weights
         (:func:`~openmm_eqflow.flows.adapt.path_from_chemistry`), and no barrier of a torsion is in
         their way. Its levels are a flow of their own; ``train_seconds`` is then the time of a
@@ -255,7 +255,14 @@ _ANNEALED: dict[Budget, dict[str, Any]] = {
     },
 }  # fmt: skip
 #: Atoms up to which a molecule is annealed unless something else is asked for.
-_ANNEALED_ATOMS = 40
+_ANNEALED_ATOMS = 50
+#: Above so many atoms levels are dear, and a round needs more points: less is asked for.
+_DEAR_ATOMS = 40
+_DEAR: dict[Budget, dict[str, Any]] = {
+    "quick": {"ess": 0.4, "n_points": 2_000},
+    "standard": {"ess": 0.7, "n_points": 4_000},
+    "thorough": {"ess": 0.85, "n_points": 8_000},
+}
 #: Entries that mean something to reference dynamics alone: who sets them wants those.
 _OF_DYNAMICS = ("reference_seconds", "min_frames")
 _PRECISIONS = ("float32", "tf32", "bfloat16")  # as in precision.py, which loads torch
@@ -345,7 +352,7 @@ def make_recipe(
         A point of a large molecule costs more time and memory: of a quick run, which is to end in
         minutes, points get fewer in proportion to the number of atoms to the power -3/2.
     method, ess, check_with_md
-        Instead of the recipe's. A bonded molecule of 40 atoms or fewer is annealed, unless
+        Instead of the recipe's. A bonded molecule of 50 atoms or fewer is annealed, unless
         ``overrides`` have a section ``reference`` or entries of dynamics (``reference_seconds``,
         ``min_frames``): they mean tempering, as do larger molecules and whatever is no molecule.
 
@@ -393,7 +400,8 @@ def make_recipe(
     if annealing:
         # A large molecule's quick run counts fewer samples already.
         fewer = {"n_samples": min(recipe.n_samples, _ANNEALED[budget]["n_samples"])}
-        changes = {**_ANNEALED[budget], **fewer, **changes}
+        dear = _DEAR[budget] if n_particles > _DEAR_ATOMS else {}
+        changes = {**_ANNEALED[budget], **fewer, **dear, **changes}
     recipe = replace(recipe, **changes)
     if annealing and (recipe.prior != "internal" or recipe.stochastic is not None):
         raise ConfigurationError(

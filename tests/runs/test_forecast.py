@@ -151,3 +151,20 @@ def test_a_large_molecule_is_warned_of(monkeypatch, tmp_path):
     assert [key in " ".join(warnings) for key in ("few effective", "reference frames", "GB")] == [
         True, True, True,
     ]  # fmt: skip
+
+
+def test_which_molecules_are_annealed_and_how_much_is_asked_of_them():
+    small, dear, large_one = (make_recipe("molecule", "standard", None, n) for n in (22, 42, 72))
+    assert small.method == dear.method == "annealing"
+    assert large_one.method == "tempering"
+    assert dear.ess < small.ess
+    assert dear.n_points > small.n_points
+    assert make_recipe("molecule", "standard", None, 42, ess=0.9).ess == 0.9
+    kept = make_recipe("molecule", "standard", {"standard": {"n_points": 100}}, 42)
+    assert kept.n_points == 100  # what a user asks for stands
+    dynamics = make_recipe("molecule", "standard", {"recipe": {"reference_seconds": 9}}, 42)
+    assert dynamics.method == "tempering"
+    # The card of a shipped system names a command that goes on meaning what it meant.
+    shipped = load_system("ala3")
+    recipe = make_recipe("molecule", "thorough", shipped.settings, shipped.n_particles)
+    assert recipe.method == "tempering"
