@@ -58,6 +58,7 @@ _HEAVY = 0.7  # Pareto k above which the error of a mean is not to be believed
 _SEEN = 1e-3  # share above which a conformer of a ring counts as sampled
 _PATHS = 1000  # whose work is told level by level
 _BACK = 500  # paths backwards
+_TINY = 0.1  # of the mean weight
 _BACK_APART = 0.05  # of log Z in kT, and of the ESS, below which a difference does not matter
 _APART = 4.0  # standard errors between path and dynamics
 _LOST = 0.3  # kT of log Z: what chance does not explain
@@ -218,7 +219,9 @@ def describe_path(
     if of_paths:
         u = float(torch.rand((), generator=child(seed, "backwards"), dtype=torch.float64))
         chosen = systematic(log_w, u, min(_BACK, max(1, int(effective))))
-        found["backwards"] = backwards(path, target, samples.x[torch.from_numpy(chosen)])
+        found["backwards"] = backwards(
+            path, target, samples.x[torch.from_numpy(chosen)], log_w
+        )
         found["warnings"] += _one_way(found["backwards"], log_w)
     if dynamics is not None:
         run, data = dynamics
@@ -229,19 +232,22 @@ def describe_path(
         found["dynamics"] = about | compare_isomers(rows, by_md)
         if of_paths:
             frames = thin(torch.from_numpy(data.positions), _BACK).double()
-            found["dynamics"]["backwards"] = backwards(path, target, frames)
+            found["dynamics"]["backwards"] = backwards(path, target, frames, log_w)
         found["warnings"] += _disagreement(found["dynamics"])
     return found
 
 
-def backwards(path: FlowPath, target: BoltzmannTarget, x: torch.Tensor) -> dict[str, float]:
+def backwards(
+    path: FlowPath, target: BoltzmannTarget, x: torch.Tensor, log_w: NDArray[np.float64]
+) -> dict[str, float]:
     r"""ESS and log Z by paths that run backwards from points of the target.
 
-    .. math:: \frac1Z = E_p\!\left[\frac1w\right], \qquad
-              \frac{E[w]^2}{E[w^2]} = \frac{Z}{E_p[w]}
+    .. math:: \frac{Z}{E_p[w]} = \frac{E[w]^2}{E[w^2]}, \qquad
+              Z = \frac{P(w > c)}{E_p\left[w^{-1}\, 1_{w > c}\right]}
 
-    over the paths backwards from x: what paths forwards hardly ever meet and gives them much
-    weight, paths backwards from there always meet.
+    over the paths backwards from x, with P that of paths forwards: what those hardly ever meet and
+    give much weight, paths backwards from there always meet. Of paths with next to no weight, c of
+    a tenth of the mean, it is the other way round.
 
     Parameters
     ----------
@@ -249,20 +255,26 @@ def backwards(path: FlowPath, target: BoltzmannTarget, x: torch.Tensor) -> dict[
         The path and where it ends.
     x
         Points of the target (n, N, 3) in nm, taken as independent.
+    log_w
+        Log weights (m,) of paths forwards.
 
     Returns
     -------
     dict
         ``n``, ``relative_ess``, ``log_z`` and the error of each.
     """
-    log_w = (-target.reduced_potential(x) - path.log_prob(x)).numpy()
-    ess, inverse = forward_ess_with_error(log_w), log_z(-log_w)
+    back = (-target.reduced_potential(x) - path.log_prob(x)).numpy()
+    least = float(log_z(log_w).value) + math.log(_TINY)
+    share = float((log_w > least).mean())
+    ess = forward_ess_with_error(back)
+    inverse = log_z(np.where(back > least, -back, -np.inf))
+    chance = math.sqrt((1 - share) / (share * len(log_w)))
     return {
-        "n": len(log_w),
+        "n": len(back),
         "relative_ess": float(ess.value),
         "relative_ess_error": float(ess.error),
-        "log_z": -float(inverse.value),
-        "log_z_error": float(inverse.error),
+        "log_z": math.log(share) - float(inverse.value),
+        "log_z_error": math.hypot(float(inverse.error), chance),
     }
 
 

@@ -231,10 +231,21 @@ def test_paths_backwards_find_what_those_forwards_hardly_meet(
             y, log_q = some.sample_and_log_prob(1000, generator=torch.Generator().manual_seed(7))
             return (-target.reduced_potential(y) - log_q).numpy()
 
-        whole = backwards(path, target, x)
+        whole = backwards(path, target, x, forwards(path))
         assert _one_way(whole, forwards(path)) == []
-        # A prior that has lost one side of the torsion, and a path too short to cross.
+        # One of ten paths ends where the target has next to nothing: no contradiction.
+        wasteful = path.prior.copy()
         density = path.prior.torsions
+        spread = 0.3 * density.tables[0] + 0.7 / len(density.tables[0])
+        wasteful.torsions = TorsionDensity(density.groups, [spread])
+        short = AnnealedPath(wasteful, target, Levels(1, (1.0,), 1e-3 * path.levels.steps[-1:]))
+        seen = forwards(short)
+        tiny = seen < log_z(seen).value + math.log(0.1)
+        assert tiny.mean() > 0.1
+        lean = backwards(short, target, x, seen)
+        assert _one_way(lean, seen) == []
+        assert abs(lean["log_z"] - exact_log_z()) < 4 * lean["log_z_error"] < 0.5
+        # A prior that has lost one side of the torsion, and a path too short to cross.
         cut = torch.where(density.centres > 0, density.tables[0], 0.0)
         lost = path.prior.copy()
         group = density.groups[0]
@@ -247,7 +258,7 @@ def test_paths_backwards_find_what_those_forwards_hardly_meet(
         seen = forwards(half)
         assert relative_ess_with_error(seen).value > 0.5  # nothing to be seen forwards,
         assert abs(log_z(seen).value - exact_log_z()) > 0.5  # and wrong
-        told = _one_way(backwards(half, target, x), seen)
+        told = _one_way(backwards(half, target, x, seen), seen)
         assert len(told) == 1
         assert "a few states carry far more weight" in told[0]
 
