@@ -130,7 +130,9 @@ def continued(
     Raises
     ------
     ConfigurationError
-        The flow's prior has no chart of internal coordinates.
+        The flow's prior has no chart of internal coordinates, or a temperature is none.
+    ValueError
+        A log weight is NaN or +inf.
 
     Examples
     --------
@@ -142,6 +144,10 @@ def continued(
             f"levels beyond the target need a prior in internal coordinates, not a "
             f"{type(prior).__name__}: reweight instead"
         )
+    if not all(math.isfinite(k) and k > 0 for k in kelvins):
+        raise ConfigurationError(f"temperatures are {list(kelvins)}, expected numbers above 0 K")
+    if bool((torch.isnan(log_weight) | (log_weight == torch.inf)).any()):
+        raise ValueError("a log weight is NaN or +inf: there is no weight to go on with")
     own, bridge = in_kelvin(target.temperature), Bridge(prior, target)
     nothing = _Nothing(target.constraints)
 

@@ -81,6 +81,20 @@ def test_bonds_held() -> None:
     assert abs(row["log_z"] - wrong) > 4 * row["log_z_error"]
 
 
+def test_what_is_no_temperature_and_no_weight_is_refused() -> None:
+    target = molecule()
+    path, x, _, log_w = weighted(target, 20)
+    for bad in (float("nan"), 0.0, -300.0, float("inf")):
+        with pytest.raises(ConfigurationError, match="above 0 K"):
+            continued(path, target, x, log_w, [350.0, bad])
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="no weight to go on with"):
+            continued(path, target, x, torch.full_like(log_w, bad), [350.0])
+    dead = torch.where(torch.arange(20) == 3, -torch.inf, log_w)
+    (hot,) = continued(path, target, x, dead, [350.0])
+    assert torch.isinf(hot.log_weight).tolist() == [k == 3 for k in range(20)]
+
+
 def test_without_a_chart_there_are_no_levels() -> None:
     target = molecule()
     gaussian = Path(MeanFreeGaussian(4, 3, 0.1), ())
