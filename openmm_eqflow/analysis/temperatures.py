@@ -24,6 +24,7 @@ from openmm_eqflow.analysis.weights import (
     checked_log_weights,
     kish_ess,
     log_z,
+    pareto_k,
     relative_weights,
 )
 from openmm_eqflow.units import kt_in_kj_mol, temperature_quantity
@@ -33,6 +34,10 @@ __all__ = [
     "log_weights_at",
     "thermodynamics",
 ]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def log_weights_at(
@@ -71,10 +76,11 @@ def at_temperatures(
     Returns
     -------
     list of dict
-        ``kelvin``, ``effective_samples``, ``log_z`` (mean-free, nm, as at ``kelvin``),
-        ``mean_potential`` (kJ/mol) and ``heat_capacity`` (kJ/(mol K); of the potential energy:
-        momenta add half of R per degree of freedom), each of the last three with ``_error``, one
-        standard error by the delta method. The rows share their samples: their errors are not
+        ``kelvin``, ``effective_samples``, ``pareto_k`` (None where it is not finite), ``log_z``
+        (mean-free, nm, as at ``kelvin``), ``mean_potential`` (kJ/mol) and ``heat_capacity``
+        (kJ/(mol K); of the potential energy: momenta add half of R per degree of freedom), each of
+        the last three with ``_error``, one standard error by the delta method, too small where
+        Pareto k exceeds 0.7. The rows share their samples: their errors are not
         independent.
 
     Examples
@@ -115,6 +121,7 @@ def thermodynamics(
     return {
         "kelvin": float(wanted),
         "effective_samples": kish_ess(log_weights),
+        "pareto_k": _finite(pareto_k(checked_log_weights(log_weights))),
         "log_z": float(free.value),
         "log_z_error": float(free.error),
         "mean_potential": mean,

@@ -24,6 +24,7 @@ __all__ = [
 
 console = Console()
 _FEW = 50  # effective samples below which a temperature is warned about
+_HEAVY = 0.7  # Pareto k above which it is
 
 
 class _Seed(click.ParamType[int]):
@@ -170,11 +171,16 @@ def _print_temperatures(rows: list[dict[str, Any]]) -> None:
             f"{1e3 * row['heat_capacity']:.1f} +- {1e3 * row['heat_capacity_error']:.1f}",
         )
     console.print(table)
-    few = [f"{row['kelvin']:g} K" for row in rows if row["effective_samples"] < _FEW]
+    few = [
+        f"{row['kelvin']:g} K"
+        for row in rows
+        if row["effective_samples"] < _FEW or row["pareto_k"] is None or row["pareto_k"] > _HEAVY
+    ]
     if few:
         Console(stderr=True).print(
-            f"warning: fewer than {_FEW} effective samples at {', '.join(few)}: raise "
-            "--n-samples, or make a run at that temperature (init --temperature)",
+            f"warning: a few weights carry {', '.join(few)} (below {_FEW} effective samples, or "
+            f"Pareto k above {_HEAVY}): errors are too small there; raise --n-samples, or make a "
+            "run at that temperature (init --temperature)",
             highlight=False,
             soft_wrap=True,
         )

@@ -390,7 +390,7 @@ def adapt(
 
     best = run(prior, 0)
     highest = best.log_z  # a state that a population has found counts, whatever later ones find
-    first, richer = len(best.times), 1
+    first = len(best.times)
     note(prior, best, 0, True)
     for k in range(1, max_rounds + 1):
         new = _refitted(prior, target, best, ground, share, child(seed, "refit", k))
@@ -403,31 +403,24 @@ def adapt(
         if new is not None and pilot is not None:
             note(new, pilot, k, better)
             highest = max(highest, pilot.log_z)
-        if new is None or pilot is None or not better:
+        gain = 0.0
+        if new is not None and pilot is not None and better:
+            gain, prior, best = best.length / pilot.length, new, pilot
+        else:
             logger.info("round %d of adapting the prior was dropped", k)
-            same = pilot is not None and whole and pilot.length < _SAME * best.length
-            settled = same and n > n_points  # more points have not helped either
-            if best.length < _SHORT or settled:
+        more = 1
+        if gain < _SAME:
+            if best.length < _SHORT or n >= _RICHER * n_points:
                 break  # another round would cost more than the levels it saves
-            n *= 2
-            if k < max_rounds:
-                again = run(prior, 100 + k)
-                note(prior, again, 100 + k, True)
-                best = again if again.log_z > highest - _FALL else best
-                highest = max(highest, again.log_z)
-            continue
-        gain = best.length / pilot.length
-        prior, best = new, pilot
-        affordable = min(_RICHER, first // len(pilot.times))
-        if affordable > richer and k < max_rounds:
-            # The path is short: as many more points for the next refit cost what the first did.
-            n, richer = n * affordable // richer, affordable
-            again = run(prior, 200 + k)
-            note(prior, again, 200 + k, True)
+            more = 2  # points were too few
+        # A short path: as many more points for the next refit cost what the first round did.
+        more = max(more, min(_RICHER, first // len(best.times)) * n_points // n)
+        if more > 1 and k < max_rounds:
+            n *= more
+            again = run(prior, 100 + k)
+            note(prior, again, 100 + k, True)
             best = again if again.log_z > highest - _FALL else best
             highest = max(highest, again.log_z)
-        elif gain < _SAME:
-            break
     return prior, best, tuple(rounds)
 
 

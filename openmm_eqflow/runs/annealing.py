@@ -19,7 +19,6 @@ from openmm import unit
 from openmm_eqflow.analysis.isomers import compare_isomers, isomer_populations
 from openmm_eqflow.analysis.weights import (
     TAME,
-    forward_ess_with_error,
     log_z,
     max_weight_share,
     pareto_k,
@@ -216,7 +215,7 @@ def describe_path(
     if isinstance(path, AnnealedPath):
         found["levels"] = _levels(path, seed)
     of_paths = not path.has_density and path.maps is not path
-    if of_paths:
+    if of_paths and effective >= _LEAST:
         u = float(torch.rand((), generator=child(seed, "backwards"), dtype=torch.float64))
         chosen = systematic(log_w, u, min(_BACK, max(1, int(effective))))
         found["backwards"] = backwards(
@@ -230,7 +229,7 @@ def describe_path(
         )
         about = {"run": run, "n_frames": data.n_frames, "isomers": by_md}
         found["dynamics"] = about | compare_isomers(rows, by_md)
-        if of_paths:
+        if "backwards" in found:
             frames = thin(torch.from_numpy(data.positions), _BACK).double()
             found["dynamics"]["backwards"] = backwards(path, target, frames, log_w)
         found["warnings"] += _disagreement(found["dynamics"])
@@ -242,7 +241,7 @@ def backwards(
 ) -> dict[str, float]:
     r"""ESS and log Z by paths that run backwards from points of the target.
 
-    .. math:: \frac{Z}{E_p[w]} = \frac{E[w]^2}{E[w^2]}, \qquad
+    .. math:: \frac{E[w]^2}{E[w^2]} = \frac{Z}{E_p[w]}, \qquad
               Z = \frac{P(w > c)}{E_p\left[w^{-1}\, 1_{w > c}\right]}
 
     over the paths backwards from x, with P that of paths forwards: what those hardly ever meet and
@@ -266,15 +265,19 @@ def backwards(
     back = (-target.reduced_potential(x) - path.log_prob(x)).numpy()
     least = float(log_z(log_w).value) + math.log(_TINY)
     share = float((log_w > least).mean())
-    ess = forward_ess_with_error(back)
     inverse = log_z(np.where(back > least, -back, -np.inf))
-    chance = math.sqrt((1 - share) / (share * len(log_w)))
+    found = math.log(share) - float(inverse.value)
+    error = math.hypot(float(inverse.error), math.sqrt((1 - share) / (share * len(log_w))))
+    ess = apart = 0.0  # where a path backwards fails: its weight has no bound
+    if not np.isinf(back).any():
+        mean = log_z(back)
+        ess, apart = math.exp(found - float(mean.value)), math.hypot(error, float(mean.error))
     return {
         "n": len(back),
-        "relative_ess": float(ess.value),
-        "relative_ess_error": float(ess.error),
-        "log_z": math.log(share) - float(inverse.value),
-        "log_z_error": math.hypot(float(inverse.error), chance),
+        "relative_ess": ess,
+        "relative_ess_error": ess * apart,
+        "log_z": found,
+        "log_z_error": error,
     }
 
 
