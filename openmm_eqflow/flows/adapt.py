@@ -32,6 +32,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,8 +70,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-_AIM = 0.8  # acceptance
 Progress = Callable[[float, str], None]
+_AIM = 0.8  # acceptance
 _CHUNK = 1024  # points carried at once
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
 _MOST_FLOOR = 0.02
@@ -218,21 +219,22 @@ def carry(
         times.append(t)
         steps.append(step_sizes)
         keys = RowStreams.drawn(n, generator).keys
-
-        def move(
-            rows: Tensor, state: LevelState = state, t: float = t, step: Tensor = step_sizes,
-            keys: Tensor = keys,
-        ) -> tuple[LevelState, Tensor]:  # fmt: skip
-            streams = RowStreams(keys[rows])
-            return bridge.move(
-                _rows(state, rows), t, step=step, n_steps=n_leapfrog, streams=streams
-            )
-
-        moved, accepted = zip(*map_chunks(move, torch.arange(n).split(size)), strict=True)
+        parts = [
+            (_rows(state, rows), RowStreams(keys[rows])) for rows in torch.arange(n).split(size)
+        ]
+        move = partial(_moved, bridge, t, step_sizes, n_leapfrog)
+        moved, accepted = zip(*map_chunks(move, parts), strict=True)
         state = _joined(moved)
         log_size += 0.5 * (float(torch.cat(accepted).mean()) - _AIM)
     total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
     return Pilot(state, log_weight, total, tuple(times), tuple(spreads), torch.stack(steps))
+
+
+def _moved(
+    bridge: Bridge, t: float, step: Tensor, n_steps: int, part: tuple[LevelState, RowStreams]
+) -> tuple[LevelState, Tensor]:
+    """One trajectory of some points; new states and acceptance probabilities."""
+    return bridge.move(part[0], t, step=step, n_steps=n_steps, streams=part[1])
 
 
 def _joined(states: Sequence[LevelState]) -> LevelState:

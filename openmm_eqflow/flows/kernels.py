@@ -46,6 +46,7 @@ __all__ = [
     "hamiltonian_step",
     "latent_target",
     "prior_score",
+    "rows_where",
     "tune_step_size",
     "tuned",
 ]
@@ -175,10 +176,11 @@ class _Positions(NamedTuple):
         return -remove_mean(self.gradient)
 
     def where(self, mask: Tensor, other: _Positions) -> _Positions:
-        return _Positions(*_rows(mask, self, other))
+        return _Positions(*rows_where(mask, self, other))
 
 
-def _rows(mask: Tensor, one: tuple[Any, ...], other: tuple[Any, ...]) -> list[Tensor]:
+def rows_where(mask: Tensor, one: tuple[Any, ...], other: tuple[Any, ...]) -> list[Tensor]:
+    """Rows (n, ...) of each of ``one`` where ``mask`` (n,), else of ``other``."""
     return [
         torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         for a, b in zip(one, other, strict=True)
@@ -326,7 +328,7 @@ class LevelState(NamedTuple):
 
     def where(self, mask: Tensor, other: LevelState) -> LevelState:
         """Rows of ``self`` where ``mask``, else of ``other``."""
-        return LevelState(*_rows(mask, self, other))
+        return LevelState(*rows_where(mask, self, other))
 
     def log_prob(self, t: Any) -> Tensor:
         """Unnormalised log p_t (n,) for times (n,) or one time for all."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
-from openmm_eqflow.flows.kernels import Bridge, latent_target, trajectory, tuned
+from openmm_eqflow.flows.kernels import Bridge, latent_target, rows_where, trajectory, tuned
 from openmm_eqflow.flows.path import Path
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import available_threads, map_chunks
@@ -75,15 +75,7 @@ class _Hot(NamedTuple):
         return self.by_volume - t * self.by_u
 
     def where(self, mask: Tensor, other: _Hot) -> _Hot:
-        return _Hot(
-            *(
-                torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            )
-        )
-
-    def rows(self, index: slice) -> _Hot:
-        return _Hot(*(v[index] for v in self))
+        return _Hot(*rows_where(mask, self, other))
 
 
 class _Nothing:

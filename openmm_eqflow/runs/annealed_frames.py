@@ -23,29 +23,46 @@ from openmm_eqflow.files import write_dcd, write_npz
 from openmm_eqflow.flows.adapt import path_from_chemistry
 from openmm_eqflow.flows.relaxed import AnnealedPath
 from openmm_eqflow.flows.storage import load_flow, save_flow
-from openmm_eqflow.runs.evaluation import draw_weighted
+from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child_seed
 from openmm_eqflow.targets.target import BoltzmannTarget
 
 __all__ = [
-    "annealed_path",
+    "path_and_samples",
     "run_annealed",
 ]
 
 Progress = Callable[[float, str], None]
 
 
-def annealed_path(
+def path_and_samples(
     target: BoltzmannTarget,
     file: Path,
+    n: int,
     *,
     ess: float,
     n_points: int,
     seed: int,
+    draw_seed: int,
     progress: Progress | None = None,
-) -> AnnealedPath:
-    """Path that ``file`` holds, or a new one from chemistry, which it then holds.
+) -> tuple[AnnealedPath, FlowSamples]:
+    """Path from chemistry and weighted samples of it, or what an earlier call has left of both.
+
+    Parameters
+    ----------
+    target
+        The molecule.
+    file
+        Flow that holds the path, or will; draws are kept in ``drawn`` beside it.
+    n
+        Samples.
+    ess, n_points, seed
+        Of :func:`~openmm_eqflow.flows.adapt.path_from_chemistry`.
+    draw_seed
+        Of the samples.
+    progress
+        Called with the share done and a line.
 
     Raises
     ------
@@ -54,6 +71,25 @@ def annealed_path(
     UnsupportedSystemError
         No prior can be made of the molecule.
     """
+    tell = progress or (lambda share, text: None)
+    path = _annealed_path(
+        target, file, ess, n_points, seed, lambda share, text: tell(0.4 * share, text)
+    )
+    samples = draw_weighted(
+        path,
+        target,
+        n,
+        seed=draw_seed,
+        folder=file.parent / "drawn",
+        progress=lambda share, text: tell(0.4 + 0.6 * share, text),
+    )
+    return path, samples
+
+
+def _annealed_path(
+    target: BoltzmannTarget, file: Path, ess: float, n_points: int, seed: int, progress: Progress
+) -> AnnealedPath:
+    """Path that ``file`` holds, or a new one, which it then holds."""
     asked = {
         "system_hash": target.system_hash,
         "temperature_K": target.kT,
@@ -108,21 +144,15 @@ def run_annealed(
     """
     report = progress or (lambda fraction, text: None)
     started, folder = time.monotonic(), Path(directory) / "reference"
-    path = annealed_path(
+    path, samples = path_and_samples(
         target,
         folder / "path",
+        n_frames,
         ess=ess,
         n_points=n_points,
         seed=seed,
-        progress=lambda fraction, text: report(0.5 * fraction, text),
-    )
-    samples = draw_weighted(
-        path,
-        target,
-        n_frames,
-        seed=child_seed(seed, "annealed frames"),
-        folder=folder / "drawn",
-        progress=lambda fraction, text: report(0.5 + 0.5 * fraction, text),
+        draw_seed=child_seed(seed, "annealed frames"),
+        progress=report,
     )
     write_npz(
         Path(directory) / "reference.npz",

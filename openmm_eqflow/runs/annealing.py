@@ -34,8 +34,8 @@ from openmm_eqflow.flows.temperatures import AtTemperature
 from openmm_eqflow.geometry import align_rotations, rotate
 from openmm_eqflow.priors.base import Prior
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
-from openmm_eqflow.runs.annealed_frames import annealed_path
-from openmm_eqflow.runs.evaluation import FlowSamples, draw_weighted
+from openmm_eqflow.runs.annealed_frames import path_and_samples
+from openmm_eqflow.runs.evaluation import FlowSamples
 from openmm_eqflow.runs.reference.data import ReferenceData, load_reference
 from openmm_eqflow.seeds import child
 from openmm_eqflow.targets.forcefield import write_pdb
@@ -119,25 +119,18 @@ def anneal_system(
     """
     if not 0.0 < ess < 1.0:
         raise ConfigurationError(f"ess is {ess:g}, expected a number above 0 and below 1")
-    tell = progress or (lambda share, text: None)
     dynamics = None if compare_with is None else _dynamics(compare_with, target)
     if not (out / "flow.json").is_file() and out.exists() and any(out.iterdir()):
         raise ConfigurationError(f"{out} holds other files and no path: choose another --out")
-    path = annealed_path(
+    path, samples = path_and_samples(
         target,
         out / "flow",
+        n_samples,
         ess=ess,
         n_points=n_points,
         seed=seed,
-        progress=lambda share, text: tell(0.3 * share, text),
-    )
-    samples = draw_weighted(
-        path,
-        target,
-        n_samples,
-        seed=seed,
-        folder=out / "drawn",
-        progress=lambda share, text: tell(0.3 + 0.7 * share, text),
+        draw_seed=seed,
+        progress=progress,
     )
     log_w = samples.log_weight.numpy()
     value, error = relative_ess_with_error(log_w)
@@ -204,7 +197,7 @@ def describe_path(
     k = -math.inf if tame else pareto_k(log_w)
     told = _warnings(effective, adaptation, k, float(log_z(log_w).value))
     found: dict[str, Any] = {
-        "weights_of": "points" if path.maps is path else "paths",
+        "weights_of": "points" if path.has_density else "paths",
         "n_levels": sum(layer.n_energies > 0 for layer in path.layers),
         "adaptation": adaptation,
         "floor": _floor(path.prior, adaptation["floor"], isomers, system),
@@ -214,8 +207,7 @@ def describe_path(
     }
     if isinstance(path, AnnealedPath):
         found["levels"] = _levels(path, seed)
-    of_paths = not path.has_density and path.maps is not path
-    if of_paths and effective >= _LEAST:
+    if not path.has_density and effective >= _LEAST:
         u = float(torch.rand((), generator=child(seed, "backwards"), dtype=torch.float64))
         chosen = systematic(log_w, u, min(_BACK, max(1, int(effective))))
         found["backwards"] = backwards(
