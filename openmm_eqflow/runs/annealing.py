@@ -223,7 +223,9 @@ def describe_path(
         found["dynamics"] = about | compare_isomers(rows, by_md)
         if "backwards" in found:
             frames = thin(torch.from_numpy(data.positions), _BACK).double()
-            found["dynamics"]["backwards"] = backwards(path, target, frames, log_w)
+            by_frames = backwards(path, target, frames, log_w)
+            found["dynamics"]["backwards"] = by_frames
+            found["warnings"] += _one_way(by_frames, log_w, f" from frames of {run}")
         found["warnings"] += _disagreement(found["dynamics"])
     return found
 
@@ -261,7 +263,7 @@ def backwards(
     found = math.log(share) - float(inverse.value)
     error = math.hypot(float(inverse.error), math.sqrt((1 - share) / (share * len(log_w))))
     ess = apart = 0.0  # where a path backwards fails: its weight has no bound
-    if not np.isinf(back).any():
+    if not (back == np.inf).any():
         mean = log_z(back)
         ess, apart = math.exp(found - float(mean.value)), math.hypot(error, float(mean.error))
     return {
@@ -273,7 +275,9 @@ def backwards(
     }
 
 
-def _one_way(back: dict[str, float], log_w: NDArray[np.float64]) -> list[str]:
+def _one_way(
+    back: dict[str, float], log_w: NDArray[np.float64], start: str = ""
+) -> list[str]:
     """Say where paths backwards contradict those forwards."""
     ess, estimate = relative_ess_with_error(log_w), log_z(log_w)
     below = float(ess.value) - back["relative_ess"]
@@ -282,8 +286,8 @@ def _one_way(back: dict[str, float], log_w: NDArray[np.float64]) -> list[str]:
     moved = _APART * math.hypot(float(estimate.error), back["log_z_error"])
     if below > max(_BACK_APART, chance) or off > max(_BACK_APART, moved):
         return [
-            f"paths backwards say a relative ESS of {back['relative_ess']:.2f} and a log Z of "
-            f"{back['log_z']:.2f}, those forwards {ess.value:.2f} and {estimate.value:.2f}: a few "
+            f"paths backwards{start} say a relative ESS of {back['relative_ess']:.2f} and a log Z "
+            f"of {back['log_z']:.2f}, those forwards {ess.value:.2f} and {estimate.value:.2f}: a few "
             "states carry far more weight than the samples show; ask for a higher --ess or raise "
             "n_points"
         ]
@@ -432,7 +436,7 @@ def write_weighted(
         Of the draw.
     """
     out.mkdir(parents=True, exist_ok=True)
-    name = f"{system.name}-{samples.kelvin:g}K.dcd"
+    name = f"{system.name}-{samples.kelvin:.10g}K.dcd"
     _write_frames(out, name, system, samples.x, samples.log_weight.numpy(), seed)
     return out / name
 

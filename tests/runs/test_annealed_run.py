@@ -15,9 +15,13 @@ from stand_ins.peroxide import exact, write_system
 
 from openmm_eqflow.analysis.weights import kish_ess, relative_ess
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.flows.storage import load_flow
+from openmm_eqflow.priors.torsions import TorsionDensity, TorsionGroup
 from openmm_eqflow.runs import ways
+from openmm_eqflow.runs.annealing import describe_path
 from openmm_eqflow.runs.directory import STAGES, RunDirectory
+from openmm_eqflow.runs.evaluation import draw_weighted
 from openmm_eqflow.runs.reference.data import load_reference
 from openmm_eqflow.runs.stages import build_target, flow_of, open_run, run, run_stage
 from openmm_eqflow.targets.library import load_system
@@ -111,6 +115,35 @@ def test_a_run_goes_on_where_it_was_cut(finished: Path, tmp_path: Path) -> None:
         # No draw twice, and none that the run evaluates with.
         assert len(np.unique(second["u"])) == len(second["u"])
         assert not np.intersect1d(second["u"], evaluated["u"]).size
+
+
+@pytest.mark.statistical
+def test_frames_of_dynamics_judge_a_path_backwards(finished: Path) -> None:
+    levels = load_flow(finished / "reference" / "path")
+    system, check = load_system(finished.parent / "mol"), load_reference(finished / "check")
+    with build_target(system) as target:
+        told = describe_path(
+            levels,
+            system,
+            target,
+            draw_weighted(levels, target, 1000, seed=8),
+            dynamics=("run/check", check),
+            seed=8,
+        )
+        back = told["dynamics"]["backwards"]
+        assert abs(back["log_z"] - EXACT) < 4 * back["log_z_error"] < 0.2
+        assert not any("backwards" in line for line in told["warnings"])
+        # Power: a path that has lost all but one side of the torsion.
+        density, lost = levels.prior.torsions, levels.prior.copy()
+        cut = torch.where(density.centres > 0, density.tables[0], 0.0)
+        group = TorsionGroup((0,), (1,), 0.15, 0.0)
+        lost.torsions = TorsionDensity([group], [cut / cut.sum()])
+        steps = levels.levels.steps[-1:].expand(2, -1)
+        half = AnnealedPath(lost, target, Levels(1, (0.5, 1.0), 0.1 * steps))
+        half.metadata |= levels.metadata
+        samples = draw_weighted(half, target, 1000, seed=8)
+        told = describe_path(half, system, target, samples, dynamics=("run/check", check), seed=8)
+        assert any("backwards from frames of run/check" in line for line in told["warnings"])
 
 
 def test_the_flow_is_found_and_isomers_are_told(finished: Path, shell: Shell) -> None:
