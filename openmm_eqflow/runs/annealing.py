@@ -287,9 +287,9 @@ def _one_way(
     if below > max(_BACK_APART, chance) or off > max(_BACK_APART, moved):
         return [
             f"paths backwards{start} say a relative ESS of {back['relative_ess']:.2f} and a log Z "
-            f"of {back['log_z']:.2f}, those forwards {ess.value:.2f} and {estimate.value:.2f}: a few "
-            "states carry far more weight than the samples show; ask for a higher --ess or raise "
-            "n_points"
+            f"of {back['log_z']:.2f}, those forwards {ess.value:.2f} and {estimate.value:.2f}: "
+            "a few states carry far more weight than the samples show; ask for a higher --ess or "
+            "raise n_points"
         ]
     return []
 
