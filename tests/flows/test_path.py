@@ -16,6 +16,7 @@ from stand_ins.water import TARGET, VARIANCE, bond, water_flow
 from torch import Tensor
 
 from openmm_eqflow.analysis.weights import log_z
+from openmm_eqflow.flows import path as module
 from openmm_eqflow.flows.kernels import Bridge, Trajectory
 from openmm_eqflow.flows.path import Layer, Path
 from openmm_eqflow.flows.relaxed import relax
@@ -322,3 +323,22 @@ def test_energies_of_a_sample_are_counted(name: str, monkeypatch: pytest.MonkeyP
     path.sample_and_log_prob(10, generator=stream(1))
     assert 10 * (path.n_energies - 1) == rows  # the last one is that of the weight
     assert water_flow().n_energies == 1
+
+
+def test_draws_carried_together_are_those_carried_alone(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of draws, however many the cores make, give what every draw gives by itself."""
+    path, size = case.path, case.path.chunk_size
+    monkeypatch.setattr(path, "chunk_size", 50)
+    x, log_q = path.sample_and_log_prob(230, generator=stream(21))
+    if not path.has_density:
+        assert path._together(5, 50) > 1  # power: they are carried together
+    monkeypatch.setattr(module, "_CARRIED", 1)
+    y, alone = path.sample_and_log_prob(230, generator=stream(21))
+    assert path._together(5, 50) == 1
+    torch.testing.assert_close(y, x, atol=1e-9, rtol=0)
+    torch.testing.assert_close(alone, log_q, atol=1e-7, rtol=0)
+    monkeypatch.setattr(path, "chunk_size", size)
+    z, _ = path.sample_and_log_prob(230, generator=stream(22))
+    assert not torch.allclose(z, x)  # power: other numbers are other paths

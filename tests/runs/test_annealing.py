@@ -122,6 +122,7 @@ def test_a_molecule_with_a_known_torsion(
             )
             again = anneal_system(molecule, target, out, n_samples=4000, n_points=400, seed=3)
         assert 0 < sum(drawn) < 4000
+        assert len(np.unique(np.load(out / "samples.npz")["u"])) == 4000  # no draw twice
         assert again["log_z"] == pytest.approx(metrics["log_z"], abs=1e-9)
         with pytest.raises(ConfigurationError, match="other settings"):
             anneal_system(molecule, target, out, n_points=400, seed=4)

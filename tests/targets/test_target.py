@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import openmm
 import pytest
@@ -79,6 +81,22 @@ def test_wrong_hand_and_failures_are_infinite_and_counted(x):
         u = either.reduced_potential(torch.stack([x[1], -x[1]]))
         torch.testing.assert_close(u[0], u[1])
         assert either.in_sector(-x).all()
+
+
+def test_threads_ask_side_by_side_and_are_counted(x):
+    batch = torch.cat([x, -x[:3]])  # three of the wrong hand
+    with make("alanine-dipeptide") as target:
+        assert target.concurrent
+        alone = target.reduced_potential_and_gradient(batch)
+        with ThreadPoolExecutor(4) as threads:
+            calls = [batch] * 40
+            found = list(threads.map(target.reduced_potential_and_gradient, calls))
+        for pair in found:
+            assert all(torch.equal(a, b) for a, b in zip(pair, alone, strict=True))
+        assert (target.n_evaluated, target.n_invalid) == (41 * 15, 41 * 3)
+    system = load_system("alanine-dipeptide").system
+    with make("alanine-dipeptide", evaluator=ContextPool(system, n_workers=1)) as pool:
+        assert not pool.concurrent  # contexts are asked one after the other
 
 
 def test_rigid_motions(target, x):
