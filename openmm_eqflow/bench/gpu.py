@@ -25,6 +25,7 @@ import torch
 from openmm_eqflow.analysis.weights import relative_ess
 from openmm_eqflow.bench.divergence import CASES, time_case
 from openmm_eqflow.files import write_json
+from openmm_eqflow.flows.adapt import path_from_chemistry
 from openmm_eqflow.flows.path import Path as FlowPath
 from openmm_eqflow.flows.relaxed import AnnealedPath, anneal, relax
 from openmm_eqflow.flows.storage import load_flow
@@ -90,7 +91,7 @@ def run_bench(
     -------
     dict
         ``device_name``, ``cpu``, versions; ``systems`` by name: ``exact``, ``relaxed``,
-        ``annealed``, ``stochastic`` with samples per second on device and CPU, relative ESS of the
+        ``annealed``, ``from chemistry``, ``stochastic`` with samples per second on device and CPU, relative ESS of the
         device's samples and peak memory; ``energies`` per second; ``training`` steps per second;
         ``fields``: ms per configuration; ``run``: seconds of every stage.
     """
@@ -158,12 +159,22 @@ def _measured(
                     figures = _samples(path, target, n)
                     figures["with_compilation_s"] = time.perf_counter() - begun
                     yield f"{what}, compiled", figures
+            yield "from chemistry", _from_chemistry(target, device, n)
             yield "training", _training(flow, target)
         yield "energies", _energies(target, device)
 
 
 def _annealed(flow: Any, target: BoltzmannTarget, device: str) -> AnnealedPath:
     return anneal(flow.prior, target, n_levels=_N_LEVELS, device=device)
+
+
+def _from_chemistry(target: BoltzmannTarget, device: str, n: int | None) -> dict[str, Any]:
+    """A path from bonds alone: seconds until it is there, and its samples."""
+    begun = time.perf_counter()
+    made = path_from_chemistry(target, device=device)
+    found = {"seconds_to_path": time.perf_counter() - begun}
+    found["n_levels"] = len(made.path.levels.times)
+    return found | _samples(made.path, target, n)
 
 
 def _draw(path: FlowPath, target: BoltzmannTarget, n: int, seed: int) -> np.ndarray:

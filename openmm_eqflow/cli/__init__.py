@@ -223,6 +223,7 @@ def sample(system: str, json_path: Path | None, **options: Any) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Run of the same System: compare with its reference dynamics.",
 )
+@device_option
 @seed_option
 @json_option
 def anneal(
@@ -232,6 +233,7 @@ def anneal(
     n_samples: int,
     n_points: int,
     compare_with: Path | None,
+    device: str | None,
     seed: int | None,
     json_path: Path | None,
 ) -> None:
@@ -244,6 +246,7 @@ def anneal(
     from openmm_eqflow.runs.annealing import anneal_system
     from openmm_eqflow.runs.stages import build_target
     from openmm_eqflow.targets.library import load_system
+    from openmm_eqflow.training.precision import resolve_device
 
     molecule = load_system(system)
     folder = out or Path("runs") / f"{molecule.name}-annealed"
@@ -256,6 +259,7 @@ def anneal(
             n_samples=n_samples,
             n_points=n_points,
             seed=0 if seed is None else seed,
+            device=resolve_device(device or "auto"),
             compare_with=compare_with,
             progress=progress,
         )

@@ -48,6 +48,7 @@ from openmm_eqflow.analysis.weights import (
 from openmm_eqflow.errors import TrainingError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
+from openmm_eqflow.flows.path import rows_that_fit
 from openmm_eqflow.flows.relaxed import AnnealedPath, Levels
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import available_threads, map_chunks
@@ -166,6 +167,7 @@ def carry(
     n_leapfrog: int = 5,
     generator: torch.Generator,
     max_levels: int = 400,
+    device: torch.device | str = "cpu",
 ) -> Pilot:
     """Carry ``n`` points of the prior to the target; see the module docstring.
 
@@ -183,22 +185,27 @@ def carry(
         Random stream.
     max_levels
         After so many the rest of the way is one step.
+    device
+        Where the points are carried; drawn where ``generator`` lives, and returned on the CPU.
 
     Raises
     ------
     TrainingError
         No point of the prior has an energy.
     """
-    bridge = Bridge(prior, target)
+    bridge = Bridge(prior.to(device), target)
+    starts = prior.sample_latent(n, generator=generator).to(device)
     size = min(_CHUNK, -(-n // available_threads()))
-    starts = prior.sample_latent(n, generator=generator)
+    if starts.is_cuda:
+        size = rows_that_fit(lambda few: bridge.at(starts[:1].expand(few, -1)), starts.device)
     state = _joined(map_chunks(bridge.at, starts.split(size)))
     if not bool(torch.isfinite(state.log_target).any()):
         raise TrainingError(
             f"none of {n} points of the prior has a finite energy: check the structure, or take "
             "more points"
         )
-    t, log_size, log_weight, total = 0.0, math.log(0.4), torch.zeros(n).double(), 0.0
+    t, log_size, total = 0.0, math.log(0.4), 0.0
+    log_weight = torch.zeros(n, dtype=torch.float64, device=device)
     times: list[float] = []
     spreads: list[float] = []
     steps: list[Tensor] = []
@@ -212,22 +219,25 @@ def carry(
         if _ess(log_weight) < 0.5 * n:
             total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
             u = float(torch.rand((), generator=generator, dtype=torch.float64))
-            state = _rows(state, torch.from_numpy(systematic(log_weight.numpy(), u, n)))
+            chosen = torch.from_numpy(systematic(log_weight.cpu().numpy(), u, n))
+            state = _rows(state, chosen.to(device))
             log_weight = torch.zeros_like(log_weight)
         scores = state.score(t)[torch.isfinite(log_weight)]
         step_sizes = math.exp(log_size) * bridge.median_scales(scores)
         times.append(t)
         steps.append(step_sizes)
-        keys = RowStreams.drawn(n, generator).keys
+        keys = RowStreams.drawn(n, generator, device).keys
         parts = [
-            (_rows(state, rows), RowStreams(keys[rows])) for rows in torch.arange(n).split(size)
+            (_rows(state, rows), RowStreams(keys[rows]))
+            for rows in torch.arange(n, device=device).split(size)
         ]
         move = partial(_moved, bridge, t, step_sizes, n_leapfrog)
         moved, accepted = zip(*map_chunks(move, parts), strict=True)
         state = _joined(moved)
         log_size += 0.5 * (float(torch.cat(accepted).mean()) - _AIM)
     total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
-    return Pilot(state, log_weight, total, tuple(times), tuple(spreads), torch.stack(steps))
+    state, all_steps = LevelState(*(v.cpu() for v in state)), torch.stack(steps).cpu()
+    return Pilot(state, log_weight.cpu(), total, tuple(times), tuple(spreads), all_steps)
 
 
 def _moved(
@@ -352,6 +362,7 @@ def adapt(
     share: float = 0.02,
     max_rounds: int = 4,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[InternalCoordinatePrior, Pilot, tuple[Round, ...]]:
     """Adaptive rounds: carry points, refit, again; returns the best prior and its pilot.
@@ -374,6 +385,8 @@ def adapt(
         Refits at most.
     seed
         Of all random streams, which are children of it by name.
+    device
+        Where the points are carried; fits are made on the CPU.
     progress
         Called with a share that grows towards 1 and a line, after every population.
     """
@@ -381,7 +394,9 @@ def adapt(
 
     def run(candidate: InternalCoordinatePrior, k: int) -> Pilot:
         stream = child(seed, "adaptation", k)
-        return carry(candidate, target, n, n_leapfrog=n_leapfrog, generator=stream)
+        return carry(
+            candidate, target, n, n_leapfrog=n_leapfrog, generator=stream, device=device
+        )
 
     def note(candidate: InternalCoordinatePrior, pilot: Pilot, k: int, kept: bool) -> None:
         stream = child(seed, "adapted prior", k)
@@ -533,6 +548,7 @@ def path_from_chemistry(
     floor: float | None = None,
     max_rounds: int = 4,
     max_levels: int = 640,
+    device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Adaptation:
     """Make a path to a molecule's Boltzmann distribution from its bonds alone.
@@ -557,6 +573,8 @@ def path_from_chemistry(
         for lets go, at most 0.02.
     max_rounds, max_levels
         Bounds of the work.
+    device
+        Where points are carried, and where the path computes.
     progress
         Called with a share that grows towards 1 and a line.
 
@@ -580,6 +598,7 @@ def path_from_chemistry(
         share=floor,
         max_rounds=max_rounds,
         seed=seed,
+        device=device,
         progress=lambda share, text: tell(0.5 * share, text),
     )
     wanted = -math.log(ess)
@@ -588,10 +607,10 @@ def path_from_chemistry(
     while True:
         tell(1 - 0.5 ** (1 + len(trials)), f"trying {n_levels} levels")
         times, steps = spread_levels(pilot, n_levels, prior.n_soft)
-        path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps))
+        path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps), device)
         stream, n = child(seed, "trial of levels", len(trials)), min(n_points, _TRIED)
         x, log_q = path.sample_and_log_prob(n, generator=stream)
-        log_w = -target.reduced_potential(x) - log_q
+        log_w = (-target.reduced_potential(x) - log_q).cpu()
         found, error = (float(v) for v in relative_ess_with_error(log_w.numpy()))
         trials.append((n_levels, n, found, float(log_z(log_w.numpy()).value)))
         logger.info("%d levels: ESS %.3f, log Z %.3f", n_levels, found, trials[-1][3])
@@ -611,13 +630,18 @@ def path_from_chemistry(
         )
     shares = {}
     if start.torsions is not None or prior.mixture is not None:
-        y = prior.from_cartesian(x)[0]
+        y = prior.from_cartesian(x.cpu())[0]
         keep = torch.isfinite(log_w)
         ground = _even(start.torsions) or TorsionDensity([], [])
         shares = floor_weight(prior, ground, floor, y[keep], log_w[keep])
     # Another population from the first prior: what the rounds have lost, it may find.
     second = carry(
-        start, target, n_points, n_leapfrog=n_leapfrog, generator=child(seed, "second start")
+        start,
+        target,
+        n_points,
+        n_leapfrog=n_leapfrog,
+        generator=child(seed, "second start"),
+        device=device,
     )
     audit(path, n=32, generator=child(seed, "audit"))
     seconds = time.monotonic() - started

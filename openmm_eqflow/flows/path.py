@@ -271,7 +271,7 @@ class Path:
         return f"{len(self.layers)} layers"
 
 
-def rows_that_fit(pilot: Callable[[int], None], device: torch.device) -> int:
+def rows_that_fit(pilot: Callable[[int], object], device: torch.device) -> int:
     """Rows that a GPU's free memory holds, from what ``pilot(n)`` takes for a few."""
     with torch.no_grad():
         pilot(_PILOT)  # what is made once, however many the rows

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.kernels import Bridge, latent_target, rows_where, trajectory, tuned
-from openmm_eqflow.flows.path import Path
+from openmm_eqflow.flows.path import Path, rows_that_fit
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.parallel import available_threads, map_chunks
 from openmm_eqflow.priors.internal import InternalCoordinatePrior
@@ -181,9 +181,9 @@ def _tuned_step(flow: Path, at: Any, n_leapfrog: int, seed: int) -> Tensor:
     """Leapfrog steps (d,) from samples that are used for nothing else."""
     generator = child(seed, "tuning of temperatures")
     x, _ = flow.sample_and_log_prob(_TUNING, generator=generator)
-    state = at(flow.prior.from_cartesian(x.cpu())[0])
+    state = at(flow.prior.from_cartesian(x)[0])
     scales = Bridge.median_scales(state.score(1.0))
-    streams = RowStreams.drawn(_TUNING, generator)
+    streams = RowStreams.drawn(_TUNING, generator, x.device)
 
     def move(size: Tensor) -> Tensor:
         nonlocal state
@@ -196,7 +196,7 @@ def _tuned_step(flow: Path, at: Any, n_leapfrog: int, seed: int) -> Tensor:
             velocity=streams.normal(*state.y.shape[1:]),
             uniform=streams.uniform(),
         )
-        return acceptance.mean()[None]
+        return acceptance.mean().cpu()[None]
 
     with torch.no_grad():
         size = tuned(move, torch.tensor([0.4], dtype=torch.float64), n_rounds=8, gain=1.0)
@@ -216,13 +216,16 @@ def _carried(
     generator: torch.Generator,
 ) -> dict[float, AtTemperature]:
     """One side of the target's temperature, from the nearest station on."""
-    keys = RowStreams.drawn(len(x), generator).keys
+    keys, device = RowStreams.drawn(len(x), generator).keys, step.device
     size = min(_CHUNK, -(-len(x) // available_threads()))
+    if step.is_cuda:
+        some = prior.from_cartesian(x[:1].double().to(device))[0]
+        size = rows_that_fit(lambda n: at(some.expand(n, -1)), device)
 
     def run(rows: slice) -> list[tuple[Tensor, Tensor, Tensor]]:
-        streams = RowStreams(keys[rows])
-        state = at(prior.from_cartesian(x[rows].double())[0])
-        log_w, s, ends = log_weight[rows].clone(), 1.0, []
+        streams = RowStreams(keys[rows].to(device))
+        state = at(prior.from_cartesian(x[rows].double().to(device))[0])
+        log_w, s, ends = log_weight[rows].to(device, copy=True), 1.0, []
         for kelvin in stations:
             goal = own / kelvin
             n_levels = math.ceil(math.sqrt(degrees / 2) * abs(math.log(goal / s)) / _STRIDE)
@@ -240,7 +243,7 @@ def _carried(
                     velocity=streams.normal(*state.y.shape[1:]),
                     uniform=streams.uniform(),
                 )
-            ends.append((prior.to_cartesian(state.y)[0], state.u, log_w))
+            ends.append((prior.to_cartesian(state.y)[0].cpu(), state.u.cpu(), log_w.cpu()))
         return ends
 
     parts = map_chunks(run, [slice(k, k + size) for k in range(0, len(x), size)])

@@ -45,6 +45,7 @@ def path_and_samples(
     n_points: int,
     seed: int,
     draw_seed: int,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[AnnealedPath, FlowSamples]:
     """Path from chemistry and weighted samples of it, or what an earlier call has left of both.
@@ -61,6 +62,8 @@ def path_and_samples(
         Of :func:`~openmm_eqflow.flows.adapt.path_from_chemistry`.
     draw_seed
         Of the samples.
+    device
+        Where points are carried.
     progress
         Called with the share done and a line.
 
@@ -73,7 +76,13 @@ def path_and_samples(
     """
     tell = progress or (lambda share, text: None)
     path = _annealed_path(
-        target, file, ess, n_points, seed, lambda share, text: tell(0.4 * share, text)
+        target,
+        file,
+        ess,
+        n_points,
+        seed,
+        device,
+        lambda share, text: tell(0.4 * share, text),
     )
     samples = draw_weighted(
         path,
@@ -87,7 +96,13 @@ def path_and_samples(
 
 
 def _annealed_path(
-    target: BoltzmannTarget, file: Path, ess: float, n_points: int, seed: int, progress: Progress
+    target: BoltzmannTarget,
+    file: Path,
+    ess: float,
+    n_points: int,
+    seed: int,
+    device: str,
+    progress: Progress,
 ) -> AnnealedPath:
     """Path that ``file`` holds, or a new one, which it then holds."""
     asked = {
@@ -98,7 +113,7 @@ def _annealed_path(
         "seed": int(seed),
     }
     if file.with_name(f"{file.name}.json").is_file():
-        path = load_flow(file)
+        path = load_flow(file, device=device)
         if not isinstance(path, AnnealedPath) or path.metadata.get("asked") != asked:
             raise ConfigurationError(
                 f"{file.parent} holds a flow made with other settings or for another System: "
@@ -106,7 +121,7 @@ def _annealed_path(
             )
         return path
     path = path_from_chemistry(
-        target, ess=ess, seed=seed, n_points=n_points, progress=progress
+        target, ess=ess, seed=seed, n_points=n_points, device=device, progress=progress
     ).path
     file.parent.mkdir(parents=True, exist_ok=True)
     path.metadata |= {"asked": asked, "system_hash": target.system_hash}
@@ -123,6 +138,7 @@ def run_annealed(
     n_points: int,
     n_frames: int,
     seed: int,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[AnnealedPath, ReferenceData]:
     """Make a path and frames, or continue where an earlier call stopped.
@@ -139,6 +155,8 @@ def run_annealed(
         Weighted points to draw.
     seed
         Of all random streams, which are children of it by name.
+    device
+        Where points are carried.
     progress
         Called with the fraction done and a short text.
     """
@@ -152,6 +170,7 @@ def run_annealed(
         n_points=n_points,
         seed=seed,
         draw_seed=child_seed(seed, "annealed frames"),
+        device=device,
         progress=report,
     )
     write_npz(

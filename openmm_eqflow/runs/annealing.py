@@ -73,6 +73,7 @@ def anneal_system(
     n_samples: int = 10_000,
     n_points: int = 1000,
     seed: int = 0,
+    device: str = "cpu",
     compare_with: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def anneal_system(
         Points of an adaptive round.
     seed
         Of all random streams, children of it by name.
+    device
+        Where points are carried: ``cpu`` or ``cuda``.
     compare_with
         Run directory of the same System whose reference dynamics are an independent check.
     progress
@@ -130,6 +133,7 @@ def anneal_system(
         n_points=n_points,
         seed=seed,
         draw_seed=seed,
+        device=device,
         progress=progress,
     )
     log_w = samples.log_weight.numpy()
@@ -256,7 +260,7 @@ def backwards(
     dict
         ``n``, ``relative_ess``, ``log_z`` and the error of each.
     """
-    back = (-target.reduced_potential(x) - path.log_prob(x)).numpy()
+    back = (-target.reduced_potential(x) - path.log_prob(x).cpu()).numpy()
     least = float(log_z(log_w).value) + math.log(_TINY)
     share = float((log_w > least).mean())
     inverse = log_z(np.where(back > least, -back, -np.inf))

@@ -78,7 +78,8 @@ def draw_weighted(
     starts = list(range(0, n, block))
 
     def path(k: int) -> Path | None:
-        return None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
+        # On another device blocks have another size.
+        return None if folder is None else folder / f"{seed}-{n}-{block}-{k:05d}.safetensors"
 
     def work(k: int) -> dict[str, Tensor]:
         stored = _stored(path(k))
@@ -150,7 +151,7 @@ def at_other_temperatures(
     seed
         Of the levels' random streams.
     """
-    if isinstance(flow.prior, InternalCoordinatePrior) and flow.device.type == "cpu":
+    if isinstance(flow.prior, InternalCoordinatePrior):
         return continued(flow, target, samples.x, samples.log_weight, kelvins, seed=seed)
     own, log_w, u = in_kelvin(target.temperature), samples.log_weight.numpy(), samples.u.numpy()
     return [
@@ -169,11 +170,13 @@ def prior_log_weights(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Log weights of the prior alone, (n,): what the flow has to beat."""
+    # A prior of one's own need not know of devices.
+    prior = flow.prior if flow.device.type == "cpu" else flow.prior.to("cpu")
     latents = [
-        flow.prior.sample_latent(min(4096, n - start), generator=generator)
+        prior.sample_latent(min(4096, n - start), generator=generator)
         for start in range(0, n, 4096)
     ]
-    weigh = partial(latent_log_weights, flow.prior, target)
+    weigh = partial(latent_log_weights, prior, target)
     return torch.cat([part["log_w"] for part in in_rounds(lambda y: {"log_w": weigh(y)}, latents)])
 
 

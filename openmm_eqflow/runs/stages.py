@@ -263,6 +263,7 @@ def _annealed(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             n_points=recipe.n_points,
             n_frames=min(recipe.max_frames, recipe.n_samples),
             seed=config.seed,
+            device=config.device,
             progress=lambda fraction, text: progress(share * fraction, text),
         )
     facts = {
@@ -323,7 +324,9 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     system = run.load_system()
     data = load_reference(run.path)
     with build_target(system) as target:
-        levels = load_flow(run.path / "reference" / "path") if data.method == "annealing" else None
+        levels = None
+        if data.method == "annealing":
+            levels = load_flow(run.path / "reference" / "path", device=run.config.device)
         flow, result = train_flow(
             run.config.recipe,
             target,
@@ -333,7 +336,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             device=run.config.device,
             log=run.path / "history.csv",
             progress=progress,
-            prior=None if levels is None else levels.prior,
+            prior=None if levels is None else levels.prior.to("cpu"),
         )
         metadata = {
             "system": system.name,
@@ -405,7 +408,7 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
     recipe, seed = run.config.recipe, run.config.root
     system = run.load_system()
     with build_target(system) as target:
-        flow = own_flow(run.path / "flow", target.system_hash)
+        flow = own_flow(run.path / "flow", target.system_hash, run.config.device)
         test, reference_u = None, None
         if run.is_complete("reference"):
             data = load_reference(run.path)
@@ -442,8 +445,9 @@ def _sample(run: RunDirectory, progress: Progress) -> dict[str, Any]:
         n_chains = max(1, min(recipe.n_chains, recipe.n_samples // 4))
         first = _starting_points(n_chains, samples.log_weight[:k], generator)
         rest = Proposals(samples.x[k:], samples.log_q[k:], samples.u[k:] * target.kT)
+        # Chains take their steps on the CPU.
         chains = run_chains(
-            flow,
+            flow if flow.device.type == "cpu" else own_flow(run.path / "flow", target.system_hash),
             target,
             samples.x[first],
             run.path / "samples",

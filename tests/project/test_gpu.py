@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ from torch import Tensor
 from openmm_eqflow import FlowMove, load_flow, load_system
 from openmm_eqflow.analysis.weights import log_z
 from openmm_eqflow.errors import EqFlowError
-from openmm_eqflow.flows.relaxed import anneal, relax
+from openmm_eqflow.flows.adapt import path_from_chemistry
+from openmm_eqflow.flows.relaxed import AnnealedPath, anneal, relax
 from openmm_eqflow.flows.streams import RowStreams
-from openmm_eqflow.runs.stages import build_target
+from openmm_eqflow.runs.annealing import backwards
+from openmm_eqflow.runs.evaluation import at_other_temperatures, draw_weighted
+from openmm_eqflow.runs.stages import build_target, run
 from openmm_eqflow.training.liouville import LiouvilleLoss
 from openmm_eqflow.training.pool import build_pool
 
@@ -94,6 +99,38 @@ def test_paths_of_molecules(name: str) -> None:
                 else:
                     error = (found.error**2 + expected.error**2) ** 0.5
                     assert abs(found.value - expected.value) < 5 * error
+
+
+def test_a_path_from_chemistry() -> None:
+    """Rounds and trials on the GPU: the log Z that the CPU finds, -195.594 +- 0.002 (benchmarks)."""
+    with build_target(load_system("alanine-dipeptide")) as target:
+        made = path_from_chemistry(target, ess=0.8, seed=1, device="cuda")
+        assert made.path.device.type == "cuda"
+        samples = draw_weighted(made.path, target, 8000, seed=2)
+        found = log_z(samples.log_weight.numpy())
+        assert found.error < 0.02
+        assert abs(found.value + 195.594) < 5 * found.error
+        # Power: without log q the weights say something else.
+        wrong = log_z((samples.log_weight + samples.log_q).numpy())
+        assert not abs(wrong.value + 195.594) < 5 * wrong.error
+        back = backwards(made.path, target, samples.x[:300], samples.log_weight.numpy())
+        assert abs(back["log_z"] - found.value) < max(5 * back["log_z_error"], 0.1)
+        warm = at_other_temperatures(made.path, target, samples, [300.0, 330.0], seed=3)
+        assert torch.equal(warm[0].log_weight, samples.log_weight)
+        on_cpu = copy.copy(target)
+        here = AnnealedPath(made.path.prior.to("cpu"), on_cpu, made.path.levels)
+        cold = at_other_temperatures(here, on_cpu, samples, [330.0], seed=3)
+        one, two = (log_z(v[-1].log_weight.numpy()) for v in (warm, cold))
+        assert abs(one.value - two.value) < 5 * max(one.error, 0.01)
+
+
+def test_a_quick_run(tmp_path: FilePath) -> None:
+    """All stages, the network and the levels on the GPU."""
+    folder = run("alanine-dipeptide", tmp_path / "run", budget="quick", seed=0, device="cuda")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["device"].startswith("cuda"), folder
+    assert metrics["relative_ess"] > 0.7
+    assert abs(metrics["log_z"] + 195.594) < 5 * max(metrics["log_z_error"], 0.004)
 
 
 def test_paths_of_a_cluster() -> None:
