@@ -63,7 +63,6 @@ def run_bench(
     seconds: float = 400.0,
     run: str | None = None,
     n: int | None = None,
-    fuse: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure every shipped flow.
@@ -82,8 +81,6 @@ def run_bench(
         Also time the stages of ``openmm-eqflow run`` of this system at the budget ``quick``.
     n
         Samples per repeat on ``device``; by default as many as are carried at once.
-    fuse
-        Also measure paths of molecules compiled (a minute more for each).
     report
         Called with one line per measurement; logged by default.
 
@@ -91,8 +88,9 @@ def run_bench(
     -------
     dict
         ``device_name``, ``cpu``, versions; ``systems`` by name: ``exact``, ``relaxed``,
-        ``annealed``, ``from chemistry``, ``stochastic`` with samples per second on device and CPU, relative ESS of the
-        device's samples and peak memory; ``energies`` per second; ``training`` steps per second;
+        ``annealed``, ``from chemistry``, ``stochastic`` with samples per second (on device and
+        CPU), relative ESS of the device's samples and peak memory; ``energies`` per second;
+        ``training`` steps per second;
         ``fields``: ms per configuration; ``run``: seconds of every stage.
     """
     say = report or logger.info
@@ -120,7 +118,7 @@ def run_bench(
         entry: dict[str, Any] = {}
         result["systems"][name] = entry
         try:
-            for what, figures in _measured(name, device, n, fuse):
+            for what, figures in _measured(name, device, n):
                 entry[what] = figures
                 say(f"{time.monotonic() - started:5.0f} s  {name} {what}: {figures}")
                 keep()
@@ -138,9 +136,7 @@ def run_bench(
     return result
 
 
-def _measured(
-    name: str, device: str, n: int | None, fuse: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measured(name: str, device: str, n: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
     flow, twin = load_flow(name, device=device), load_flow(name)
     with build_target(load_system(name)) as target, build_target(load_system(name)) as other:
         molecule = len(flow.prior.event_shape) == 1
@@ -151,14 +147,6 @@ def _measured(
             yield "relaxed", _samples(relaxed, target, n) | _on_cpu(relax(twin, other), other)
             on_cpu = _on_cpu(_annealed(twin, other, "cpu"), other)
             yield "annealed", _samples(annealed, target, n) | on_cpu
-            if fuse:
-                # The energies are compiled once for both.
-                for what, path in (("annealed", annealed), ("relaxed", relaxed)):
-                    path.bridge.compile()
-                    begun = time.perf_counter()
-                    figures = _samples(path, target, n)
-                    figures["with_compilation_s"] = time.perf_counter() - begun
-                    yield f"{what}, compiled", figures
             yield "from chemistry", _from_chemistry(target, device, n)
             yield "training", _training(flow, target)
         yield "energies", _energies(target, device)
@@ -169,7 +157,7 @@ def _annealed(flow: Any, target: BoltzmannTarget, device: str) -> AnnealedPath:
 
 
 def _from_chemistry(target: BoltzmannTarget, device: str, n: int | None) -> dict[str, Any]:
-    """A path from bonds alone: seconds until it is there, and its samples."""
+    """Time a path from bonds alone, and its samples."""
     begun = time.perf_counter()
     made = path_from_chemistry(target, device=device)
     found = {"seconds_to_path": time.perf_counter() - begun}

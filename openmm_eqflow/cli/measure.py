@@ -307,7 +307,6 @@ _bench_command(
     click.option("--seconds", type=float, help="Begin nothing later than this (default 400)."),
     click.option("--run", help="Also time the stages of a quick run of this system."),
     click.option("--n", type=click.IntRange(2), help="Samples per repeat (default: what fits)."),
-    click.option("--fuse", is_flag=True, help="Also measure compiled paths of molecules."),
 )
 _bench_command(
     "matching",

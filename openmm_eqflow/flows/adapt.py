@@ -433,7 +433,7 @@ def adapt(
         # A short path: as many more points for the next refit cost what the first round did.
         more = max(more, min(_RICHER, first // len(best.times)) * n_points // n)
         if more > 1 and k < max_rounds:
-            n *= more
+            n = min(n * more, _RICHER * n_points)
             again = run(prior, 100 + k)
             note(prior, again, 100 + k, True)
             best = again if again.log_z > highest - _FALL else best

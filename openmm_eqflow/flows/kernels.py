@@ -352,12 +352,6 @@ class _OneAtATime:
         with self.lock:
             return self.target.reduced_potential_and_gradient(x)
 
-    def compile(self) -> None:
-        """Fuse the energies, if the target can."""
-        fuse = getattr(self.target, "compile", None)
-        if fuse is not None:
-            fuse()
-
 
 class Bridge:
     """The levels between a prior and a target in the prior's chart; see the module docstring.
@@ -373,12 +367,6 @@ class Bridge:
         self.prior = prior
         self.target = target if getattr(target, "concurrent", False) else _OneAtATime(target)
         self._last = threading.local()
-
-    def compile(self) -> None:
-        """Fuse the energies with ``torch.compile``, if the target can: a minute, for a GPU."""
-        fuse = getattr(self.target, "compile", None)
-        if fuse is not None:
-            fuse()
 
     def at(self, y: Tensor) -> LevelState:
         """Evaluate both ends at points (n, d), known where a trajectory has just ended."""

@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "place",
     "pull_back",
+    "table_sums",
 ]
 
 _LANES = 64
@@ -191,6 +192,98 @@ def _pull_back(
             q += tl.load(ga + leader * n + at, there, 0.0)
             tl.store(ga + leader * n + at, q, there)
             tl.debug_barrier()
+
+
+@triton.jit
+def _cell(angle, shift, SIZE: tl.constexpr):
+    """Cell ``shift`` further than that of an angle in [0, 2 pi), and the way from its centre."""
+    cell = tl.floor(angle * (SIZE / (2.0 * _PI))) + shift
+    way = angle - (cell + 0.5) * (2.0 * _PI / SIZE)
+    return (cell - SIZE * tl.floor(cell / SIZE)).to(tl.int32), way
+
+
+@triton.jit
+def _table_sums(
+    angles, table, label, total, slope, n,
+    WIDTH: tl.constexpr, REACH: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    there, basin = at < n, tl.program_id(1)
+    angle = tl.load(angles + at, there, 0.0)
+    sum_ = tl.zeros(at.shape, tl.float64)
+    by = sum_
+    for k in range(-REACH, REACH + 1):
+        row, d = _cell(angle, k, SIZE)
+        d = d / WIDTH
+        own = tl.load(label + row, there, 0) == basin
+        value = tl.where(own, tl.load(table + row, there, 0.0), 0.0) * tl.exp(-0.5 * d * d)
+        sum_ += value
+        by -= value * d
+    tl.store(total + basin * n + at, sum_, there)
+    tl.store(slope + basin * n + at, by / WIDTH, there)
+
+
+@triton.jit
+def _table_sums_of_two(
+    angles, table, label, total, slope, n,
+    WIDTH: tl.constexpr, REACH: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    there, basin = at < n, tl.program_id(1)
+    first, second = tl.load(angles + at, there, 0.0), tl.load(angles + n + at, there, 0.0)
+    sum_ = tl.zeros(at.shape, tl.float64)
+    by_first, by_second = sum_, sum_
+    for k in range(-REACH, REACH + 1):
+        row, d = _cell(first, k, SIZE)
+        d = d / WIDTH
+        height = tl.exp(-0.5 * d * d)
+        for m in range(-REACH, REACH + 1):
+            column, c = _cell(second, m, SIZE)
+            c = c / WIDTH
+            cell = SIZE * row + column
+            own = tl.load(label + cell, there, 0) == basin
+            value = tl.where(own, tl.load(table + cell, there, 0.0), 0.0)
+            value *= height * tl.exp(-0.5 * c * c)
+            sum_ += value
+            by_first -= value * d
+            by_second -= value * c
+    tl.store(total + basin * n + at, sum_, there)
+    here = slope + 2 * basin * n + at
+    tl.store(here, by_first / WIDTH, there)
+    tl.store(here + n, by_second / WIDTH, there)
+
+
+def table_sums(
+    angles: Tensor, table: Tensor, label: Tensor, n_basins: int, width: float, reach: int
+) -> tuple[Tensor, Tensor]:
+    """Sum table entries times wrapped Gaussians, by label, and their slopes by the angles.
+
+    Parameters
+    ----------
+    angles
+        (k, n), of the folded torsions of one group in [-pi, pi), k 1 or 2.
+    table, label
+        Entries and labels below ``n_basins`` of cells, (size,) or (size, size).
+    width, reach
+        Of the kernels, rad; cells on each side that are counted.
+
+    Returns
+    -------
+    Tensor, Tensor
+        Sums (n_basins, n), slopes (n_basins, k, n).
+    """
+    k, n = angles.shape
+    total, slope = angles.new_empty(n_basins, n), angles.new_empty(n_basins, k, n)
+    if not n:
+        return total, slope
+    kernel, size = (_table_sums, _table_sums_of_two)[k - 1], len(table)
+    height = (width * math.sqrt(2.0 * math.pi)) ** -k
+    with torch.cuda.device_of(angles):
+        kernel[(triton.cdiv(n, _LANES), n_basins)](
+            angles + math.pi, table, label, total, slope, n,
+            WIDTH=width, REACH=reach, SIZE=size, LANES=_LANES, num_warps=_WARPS,
+        )  # fmt: skip
+    return height * total, height * slope
 
 
 def place(

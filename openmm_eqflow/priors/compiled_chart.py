@@ -5,9 +5,8 @@ r"""Value and score of both ends of a path in the internal-coordinate chart, wit
 
 with s = F(tau) C + L z. Placement and reverse pass are compiled
 (:mod:`openmm_eqflow.priors.chart_kernels`, on a GPU :mod:`openmm_eqflow.priors.chart_triton`),
-whitening and mean are matrix products, torsion tables are summed where their kernels reach (on a
-GPU by matrix products). Equal to the same by autograd to rounding; for what is not covered (a GPU
-without Triton, other floats, nearly linear angles, two atoms) :func:`covers` says no.
+whitening and mean are matrix products, torsion tables are summed where their kernels reach. Equal
+to the same by autograd to rounding; for what is not covered (a GPU without Triton, other floats, nearly linear angles, two atoms) :func:`covers` says no.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ def _torsions(density: TorsionDensity, tau: Tensor) -> tuple[Tensor, Tensor]:
     for g, (group, table) in enumerate(zip(density.groups, density.tables, strict=True)):
         label = density.basin_of_cell(g)
         if tau.is_cuda:
-            total, slope = _sums_by_products(group, table, label, density.n_basins(g), tau)
+            total, slope = _sums_on_gpu(group, table, label, density.n_basins(g), tau)
         else:
             total, slope = _sums(group, table, label, tau)
         uniform = group.floor * (2 * math.pi) ** -len(group.members)
@@ -247,33 +246,16 @@ def _put(gradient: Tensor, members: Sequence[int], by: Tensor) -> None:
         gradient[:, member].copy_(by[:, k])
 
 
-def _sums_by_products(
+def _sums_on_gpu(
     group: Any, table: Tensor, label: Tensor | None, n_basins: int, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`_sums`, with the kernels of all cells as matrices: for a GPU."""
-    size, n = len(table), len(tau)
-    step = 2 * math.pi / size
-    cells = torch.arange(size, dtype=tau.dtype, device=tau.device)
-    images = torch.arange(-2, 3, dtype=tau.dtype, device=tau.device)
-    height = 1 / (group.width * math.sqrt(2 * math.pi))
-    values, slopes = [], []
-    for member, fold in zip(group.members, group.fold, strict=True):
-        angle = torch.remainder(fold * tau[:, member] + math.pi, 2 * math.pi)
-        d = angle[:, None, None] - (cells + 0.5)[:, None] * step + 2 * math.pi * images
-        d = d / group.width
-        e = height * torch.exp(-0.5 * d.square())
-        values.append(e.sum(2))
-        slopes.append((-fold / group.width) * (e * d).sum(2))
-    if label is None:
-        own = table[None]
-    else:
-        which = torch.arange(n_basins, device=tau.device).reshape(-1, *[1] * table.ndim)
-        own = torch.where(which == label, table, 0.0)
-    if table.ndim == 1:
-        return values[0] @ own.T, (slopes[0] @ own.T)[..., None]
-    flat = own.permute(1, 0, 2).reshape(size, -1)
-    along, by_first = ((v @ flat).reshape(n, len(own), size) for v in (values[0], slopes[0]))
-    total = (along @ values[1][..., None])[..., 0]
-    first = (by_first @ values[1][..., None])[..., 0]
-    second = (along @ slopes[1][..., None])[..., 0]
-    return total, torch.stack([first, second], -1)
+    """As :func:`_sums`."""
+    angles = torch.stack([
+        torch.remainder(fold * tau[:, k] + math.pi, 2 * math.pi) - math.pi
+        for k, fold in zip(group.members, group.fold, strict=True)
+    ])
+    cells = torch.zeros_like(table, dtype=torch.int64) if label is None else label
+    reach = kernels.n_cells(group.width, len(table)) // 2
+    total, slope = _triton().table_sums(angles, table, cells, n_basins, group.width, reach)
+    by = torch.stack([fold * slope[:, k] for k, fold in enumerate(group.fold)], 2)
+    return total.T, by.transpose(0, 1)

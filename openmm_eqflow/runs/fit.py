@@ -517,6 +517,6 @@ def _monitor(
         with torch.no_grad():
             parts = [flow.transform(z) for z in latents.to(flow.device).split(128)]
         x, log_q = (torch.cat(column) for column in zip(*parts, strict=True))
-        return {"relative_ess": relative_ess((-target.reduced_potential(x) - log_q).numpy())}
+        return {"relative_ess": relative_ess((-target.reduced_potential(x) - log_q).cpu().numpy())}
 
     return evaluate

@@ -201,11 +201,6 @@ class BoltzmannTarget:
             self._signs = self._signs.to(signs)
         return (signs == self._signs).all(dim=-1)
 
-    def compile(self) -> None:
-        """Fuse the energies on a GPU with ``torch.compile``: half a minute once, faster after."""
-        if isinstance(self.evaluator, TorchEnergy):
-            self.evaluator.compile(dynamic=True)
-
     def at_temperature(self, temperature: unit.Quantity) -> BoltzmannTarget:
         """Return the same target at another temperature, sharing the evaluator."""
         other = copy.copy(self)

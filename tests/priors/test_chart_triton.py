@@ -49,7 +49,7 @@ def test_target_in_the_chart(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", PRIORS[2:])
-def test_torsion_tables_by_products(name: str) -> None:
+def test_torsion_tables(name: str) -> None:
     prior = prior_of(name)
     tau = prior.split(points(prior))[1]
     for g, (group, table) in enumerate(
@@ -57,12 +57,12 @@ def test_torsion_tables_by_products(name: str) -> None:
     ):
         label = prior.torsions.basin_of_cell(g)
         total, slope = compiled_chart._sums(group, table, label, tau)
-        ours, by = compiled_chart._sums_by_products(
+        ours, by = compiled_chart._sums_on_gpu(
             group, table, label, prior.torsions.n_basins(g), tau
         )
         assert agree(ours, total)
         assert agree(by, slope)
-        none = compiled_chart._sums_by_products(
+        none = compiled_chart._sums_on_gpu(
             group, table, label, prior.torsions.n_basins(g), tau[:0]
         )
         assert [v.shape for v in none] == [(0, *total.shape[1:]), (0, *slope.shape[1:])]

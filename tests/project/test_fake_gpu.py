@@ -46,6 +46,25 @@ def test_a_flow_stays_on_its_device(name: str) -> None:
             assert tensor.is_cuda
 
 
+@pytest.fixture
+def chart_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the chart's kernels return, without the kernels, which want real numbers."""
+
+    def place(rows: Any, lead: Any, b: Any, th: Any, ta: Any) -> Any:
+        return b.new_empty(len(rows), 3, b.shape[1]), b.new_empty(b.shape[1])
+
+    def pull_back(rows: Any, lead: Any, b: Any, th: Any, ta: Any, x: Any, g: Any) -> Any:
+        return torch.empty_like(b), torch.empty_like(th), torch.empty_like(ta)
+
+    def table_sums(angles: Any, table: Any, label: Any, m: int, width: float, reach: int) -> Any:
+        assert angles.device == table.device == label.device
+        return angles.new_empty(m, angles.shape[1]), angles.new_empty(m, *angles.shape)
+
+    kernels = SimpleNamespace(place=place, pull_back=pull_back, table_sums=table_sums)
+    monkeypatch.setattr(compiled_chart, "_triton", lambda: kernels)
+
+
+@pytest.mark.usefixtures("chart_kernels")
 @pytest.mark.parametrize("name", MAPS[1:])
 def test_closed_forms_of_a_prior_stay_on_their_device(name: str) -> None:
     prior = load_flow(name).prior
@@ -60,20 +79,10 @@ def test_closed_forms_of_a_prior_stay_on_their_device(name: str) -> None:
         assert score.shape == y.shape
 
 
+@pytest.mark.usefixtures("chart_kernels")
 @pytest.mark.parametrize("name", [*MAPS[1:], "held water"])
-def test_the_target_in_the_chart_stays_on_its_device(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Constrained bonds too; the kernels themselves want real numbers."""
-
-    def place(rows: Any, lead: Any, b: Any, th: Any, ta: Any) -> Any:
-        return b.new_empty(len(rows), 3, b.shape[1]), b.new_empty(b.shape[1])
-
-    def pull_back(rows: Any, lead: Any, b: Any, th: Any, ta: Any, x: Any, g: Any) -> Any:
-        return torch.empty_like(b), torch.empty_like(th), torch.empty_like(ta)
-
-    kernels = SimpleNamespace(place=place, pull_back=pull_back)
-    monkeypatch.setattr(compiled_chart, "_triton", lambda: kernels)
+def test_the_target_in_the_chart_stays_on_its_device(name: str) -> None:
+    """Constrained bonds too."""
     prior = prior_of(name)
     with fake_cuda(), torch.no_grad():
         there = on_fake_cuda(prior)

@@ -76,7 +76,8 @@ def _indexed(x: Tensor, index: Any) -> Tensor:
 def fake_cuda() -> Iterator[None]:
     """Fake tensors, also on device cuda, inside the block; kernels in Triton want real ones."""
     without = mock.patch("openmm_eqflow.flows.softcore_torch._fused", return_value=None)
-    with without, FakeTensorMode(allow_non_fake_inputs=True), _Indexing():
+    nor = mock.patch("openmm_eqflow.targets.energies.torch_energy._fused", return_value=None)
+    with without, nor, FakeTensorMode(allow_non_fake_inputs=True), _Indexing():
         yield
 
 

@@ -4,7 +4,8 @@ Energy terms as torch modules: differentiable, any dtype and device, vectorised 
 
 Every module maps positions ``(n, n_particles, 3)`` in nm to energies ``(n,)`` in kJ/mol.
 
-A System's forces in batches: torch modules everywhere, compiled kernels for float64 on the CPU.
+A System's forces in batches: torch modules everywhere, compiled kernels for float64 on the CPU
+and, where there is Triton, on a GPU.
 
 OpenMM evaluates one configuration at a time; here every term is vectorised over the batch. The
 torch modules are differentiable in any precision and on any device. Where numba is installed, the
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import openmm
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from openmm_eqflow.errors import UnsupportedSystemError
+from openmm_eqflow.parallel import triton_kernels
 from openmm_eqflow.targets.energies.base import ENERGY_LIMIT, FloatArray, check_batch, mask_invalid
 from openmm_eqflow.targets.energies.compiled import Kernel, compile_term, run_kernels
 from openmm_eqflow.targets.energies.contexts import probe_positions
@@ -292,12 +295,25 @@ _MAX_GROUPS = 32
 _GUARD = threading.Lock()  # of counts and of the executor, where several threads call
 
 
+def _fused() -> Any:
+    return triton_kernels("openmm_eqflow.targets.energies.terms_triton")
+
+
 class _Part(NamedTuple):
     """One force of the System."""
 
     name: str
     position: int
+    term: AnyTerm
     kernel: Kernel | None
+
+
+class _OnGPU(NamedTuple):
+    """What a GPU computes by kernels of its own, and the modules of the rest."""
+
+    device: torch.device
+    fused: list[Callable[[Tensor, Tensor, Tensor], None]]
+    rest: list[nn.Module]
 
 
 class TorchEnergy(nn.Module):
@@ -343,6 +359,7 @@ class TorchEnergy(nn.Module):
         self._device = torch.device("cpu")  # of the torch modules
         self.n_threads = n_threads or os.cpu_count() or 1
         self._executor: ThreadPoolExecutor | None = None
+        self._on_gpu: _OnGPU | None = None
         self._parts: list[_Part] = []
         self.terms = nn.ModuleList()
         for index, force in enumerate(system.getForces()):
@@ -377,9 +394,16 @@ class TorchEnergy(nn.Module):
     def energies_and_forces_tensor(
         self, x: Tensor, *, forces: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Masked energies and forces by torch, on the device and in the precision of ``x``."""
+        """Masked energies and forces on the device and in the precision of ``x``.
+
+        On a GPU in float64 by kernels of Triton, where they are and for what they cover; the rest
+        by torch.
+        """
         self._move(x.device)
-        energy, force = _differentiate([self], x.detach(), forces=forces)
+        if x.is_cuda and x.dtype == torch.float64 and _fused() is not None:
+            energy, force = self._by_kernels(x.detach(), forces)
+        else:
+            energy, force = _differentiate([self], x.detach(), forces=forces)
         valid = (energy.abs() < ENERGY_LIMIT) & torch.isfinite(x.detach()).all(-1).all(-1)
         if force is not None:
             valid = valid & torch.isfinite(force).all(-1).all(-1)
@@ -387,6 +411,21 @@ class TorchEnergy(nn.Module):
         # On a GPU the count stays there until it is asked for: no synchronisation.
         self._n_invalid = self._n_invalid + (~valid).sum()
         return torch.where(valid, energy, torch.inf), force
+
+    def _by_kernels(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor | None]:
+        if self._on_gpu is None or self._on_gpu.device != x.device:
+            fused = [_fused().fuse(p.term, self.n_particles, x.device) for p in self._parts]
+            rest = [m for m, f in zip(self.terms, fused, strict=True) if f is None]
+            self._on_gpu = _OnGPU(x.device, [f for f in fused if f is not None], rest)
+        here = x.permute(1, 2, 0).contiguous()  # as the chart's kernels have it
+        share, force = torch.zeros_like(here[:, 0]), torch.zeros_like(here)
+        for add in self._on_gpu.fused:
+            add(here, share, force)
+        energy, whole = share.sum(0), force.permute(2, 0, 1)
+        if self._on_gpu.rest:
+            more, by = _differentiate(self._on_gpu.rest, x, forces=forces)
+            energy, whole = energy + more, whole if by is None else whole + by
+        return energy, whole if forces else None
 
     def energies(self, x: FloatArray) -> FloatArray:
         """Energies ``(n,)`` in kJ/mol; +inf where invalid."""
@@ -426,7 +465,7 @@ class TorchEnergy(nn.Module):
             raise UnsupportedSystemError(msg)
         if not len(getattr(term, "index", (0,))):
             return  # no pairs are left
-        self._parts.append(_Part(name, index, compile_term(term) if compiled else None))
+        self._parts.append(_Part(name, index, term, compile_term(term) if compiled else None))
         self.terms.append(torch_term(term))
 
     def _evaluate(self, x: FloatArray, *, forces: bool) -> tuple[FloatArray, FloatArray | None]:
