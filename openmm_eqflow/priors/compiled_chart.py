@@ -6,7 +6,8 @@ r"""Value and score of both ends of a path in the internal-coordinate chart, wit
 with s = F(tau) C + L z. Placement and reverse pass are compiled
 (:mod:`openmm_eqflow.priors.chart_kernels`, on a GPU :mod:`openmm_eqflow.priors.chart_triton`),
 whitening and mean are matrix products, torsion tables are summed where their kernels reach. Equal
-to the same by autograd to rounding; for what is not covered (a GPU without Triton, other floats, nearly linear angles, two atoms) :func:`covers` says no.
+to the same by autograd to rounding; for what is not covered (a GPU without Triton, other floats,
+nearly linear angles, two atoms) :func:`covers` says no.
 """
 
 from __future__ import annotations
