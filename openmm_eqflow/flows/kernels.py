@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from openmm_eqflow.errors import ConfigurationError
+from openmm_eqflow.flows.recorded import Recorded
 from openmm_eqflow.flows.streams import RowStreams
 from openmm_eqflow.geometry import align_rotations, remove_mean, rotate
 from openmm_eqflow.priors.base import Prior, check_space
@@ -367,17 +368,21 @@ class Bridge:
         self.prior = prior
         self.target = target if getattr(target, "concurrent", False) else _OneAtATime(target)
         self._last = threading.local()
+        self._recorded = Recorded(self._evaluated)
 
     def at(self, y: Tensor) -> LevelState:
         """Evaluate both ends at points (n, d), known where a trajectory has just ended."""
         known: LevelState | None = getattr(self._last, "state", None)
         if known is not None and known.y is y:
             return known
+        again = y.is_cuda and getattr(self.target, "replayable", False)
+        return LevelState(y, *(self._recorded if again else self._evaluated)(y))
+
+    def _evaluated(self, y: Tensor) -> tuple[Tensor, ...]:
         log_target, score_target = latent_target(self.prior, self.target, y)
         log_prior, score_prior = prior_score(self.prior, y)
         valid = torch.isfinite(log_target) & torch.isfinite(score_target).all(1)
-        return LevelState(
-            y,
+        return (
             log_prior,
             torch.where(valid, log_target, -torch.inf),
             score_prior,

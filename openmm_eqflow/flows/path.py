@@ -41,7 +41,7 @@ __all__ = [
 _CARRIED = 1024  # rows
 _LARGEST_CHUNK = 65_536
 _PILOT = 256
-_SHARE_OF_MEMORY = 0.6
+_SHARE_OF_MEMORY = 0.3  # a recording takes as much again
 
 
 class Layer(Protocol):

@@ -27,7 +27,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise, permutations
 from typing import NamedTuple
 
@@ -351,7 +351,7 @@ def force_terms_of_bonds(system: openmm.System) -> dict[tuple[object, tuple[int,
     }
 
 
-@lru_cache(maxsize=64)
+@cache
 def _neighbours(stereocentres: tuple[Stereocentre, ...], device: torch.device) -> Tensor:
     """Neighbours of every centre, made once on each device."""
     return torch.tensor([s.neighbours for s in stereocentres], device=device)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.targets.constraints import Constraints
-from openmm_eqflow.targets.energies.base import EnergyEvaluator, FloatArray
+from openmm_eqflow.targets.energies.base import EnergyEvaluator, FloatArray, count
 from openmm_eqflow.targets.energies.choose import choose_evaluator
 from openmm_eqflow.targets.energies.contexts import probe_positions
 from openmm_eqflow.targets.energies.torch_energy import TorchEnergy
@@ -144,6 +144,7 @@ class BoltzmannTarget:
         self.positions = self._reference(positions)
         self.symmetry: Symmetry = find_symmetry(system, topology, self.positions)
         self._signs = self._reference_signs(check_chirality)
+        self._signs_on: dict[torch.device, Tensor] = {}
         probe = self._probe()
         check_invariance(system, probe, n_dims)
         if isinstance(evaluator, str):
@@ -151,13 +152,24 @@ class BoltzmannTarget:
                 system, platform=platform, n_workers=n_workers, positions=probe
             )
         self.evaluator: EnergyEvaluator = evaluator
-        self.n_evaluated = 0
-        self._n_invalid: int | Tensor = 0
+        self._evaluated: dict[torch.device, Tensor] = {}
+        self._invalid: dict[torch.device, Tensor] = {}
+
+    @property
+    def n_evaluated(self) -> int:
+        """Configurations evaluated since construction."""
+        return sum(int(total) for total in self._evaluated.values())
 
     @property
     def n_invalid(self) -> int:
         """Configurations of infinite reduced potential since construction."""
-        return int(self._n_invalid)
+        return sum(int(total) for total in self._invalid.values())
+
+    @property
+    def replayable(self) -> bool:
+        """Whether an evaluation on a GPU may be recorded and replayed."""
+        own = isinstance(self.evaluator, TorchEnergy) and self.evaluator.replayable
+        return own and self.constraints is None  # which are checked, and that asks for a number
 
     @property
     def concurrent(self) -> bool:
@@ -197,15 +209,15 @@ class BoltzmannTarget:
         if self._signs is None:
             return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
         signs = chirality_signs(x.detach(), self.symmetry.stereocentres)
-        if self._signs.device != signs.device:
-            self._signs = self._signs.to(signs)
-        return (signs == self._signs).all(dim=-1)
+        if signs.device not in self._signs_on:
+            self._signs_on[signs.device] = self._signs.to(signs)
+        return (signs == self._signs_on[signs.device]).all(dim=-1)
 
     def at_temperature(self, temperature: unit.Quantity) -> BoltzmannTarget:
         """Return the same target at another temperature, sharing the evaluator."""
         other = copy.copy(self)
         other._set_temperature(temperature)
-        other.n_evaluated = other._n_invalid = 0
+        other._evaluated, other._invalid = {}, {}
         return other
 
     def record(self) -> dict[str, Any]:
@@ -313,9 +325,8 @@ class BoltzmannTarget:
         right = self.in_sector(x)
         u = torch.where(right, u, torch.inf)
         with _COUNTING:
-            self.n_evaluated += len(u)
-            # On a GPU the count stays there until it is asked for: no synchronisation.
-            self._n_invalid = self._n_invalid + torch.isinf(u).sum()
+            count(self._evaluated, u.device, len(u))
+            count(self._invalid, u.device, torch.isinf(u).sum())
         if forces is None:
             return u, None
         du_dx = forces[..., : self.n_dims] / -self.kT

@@ -79,7 +79,9 @@ class LiouvilleLoss:
         fresh = self.feeder.take(due, self.capacity)
         self.n_grown = due
         if fresh:
-            joined = join_pools(self.pool, *fresh)
+            device = self.pool.y.device
+            here = [Pool(*(v.to(device) for v in pool)) for pool in fresh]
+            joined = join_pools(self.pool, *here)
             self.set_pool(Pool(*(v[-self.capacity :] for v in joined)))
 
     def set_pool(self, pool: Pool) -> None:

@@ -84,6 +84,28 @@ def test_both_ends_of_a_path(name: str) -> None:
         assert torch.equal(torch.isfinite(one), torch.isfinite(on_gpu[k].cpu()))
 
 
+def test_an_evaluation_that_is_replayed() -> None:
+    """The same bits, also of points that came later and of sizes in turn; counts go on."""
+    prior = load_flow("alanine-dipeptide").prior
+    with build_target(load_system("alanine-dipeptide")) as target:
+        bridge = Bridge(prior.to("cuda"), target)
+        sizes = (300, 70, 500, 40, 9)
+        points = [prior.sample_latent(n, generator=stream(n)).cuda() for n in sizes]
+        before = [bridge._evaluated(y) for y in points]
+        n = target.n_evaluated
+        for _ in range(2):
+            for y, expected in zip(points, before, strict=True):
+                for _ in range(4):
+                    state = bridge.at(y.clone())
+                    assert all(map(torch.equal, state[1:], expected))
+                target.reduced_potential(prior.to_cartesian(y.cpu())[0])  # the CPU between
+        assert len(bridge._recorded._graphs) == 3  # of five sizes
+        assert target.n_evaluated - n >= 2 * 5 * sum(map(len, points))
+        moved = points[0] + 1e-3
+        assert all(map(torch.equal, bridge.at(moved)[1:], bridge._evaluated(moved)))
+        assert not torch.equal(bridge.at(moved).log_target, before[0][1])
+
+
 @pytest.mark.parametrize("name", MOLECULES)
 def test_paths_of_molecules(name: str) -> None:
     """The same latents and streams: the same paths, but for decisions on a knife's edge."""

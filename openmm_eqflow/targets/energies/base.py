@@ -16,13 +16,16 @@ from __future__ import annotations
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 __all__ = [
     "ENERGY_LIMIT",
     "EnergyEvaluator",
     "FloatArray",
     "check_batch",
+    "count",
     "mask_invalid",
 ]
 
@@ -80,6 +83,17 @@ def check_batch(x: FloatArray, n_particles: int) -> FloatArray:
         )
         raise ValueError(msg)
     return array
+
+
+def count(totals: dict[torch.device, Tensor], device: torch.device, n: Tensor | int) -> None:
+    """Add ``n`` to the total of a device.
+
+    On a GPU it stays there until it is asked for: no synchronisation, and always the same tensor,
+    as a recording of the evaluation needs it.
+    """
+    if device not in totals:
+        totals[device] = torch.zeros((), dtype=torch.int64, device=device)
+    totals[device].add_(n)
 
 
 def mask_invalid(

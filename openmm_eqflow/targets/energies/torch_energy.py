@@ -32,7 +32,13 @@ from torch import Tensor, nn
 
 from openmm_eqflow.errors import UnsupportedSystemError
 from openmm_eqflow.parallel import triton_kernels
-from openmm_eqflow.targets.energies.base import ENERGY_LIMIT, FloatArray, check_batch, mask_invalid
+from openmm_eqflow.targets.energies.base import (
+    ENERGY_LIMIT,
+    FloatArray,
+    check_batch,
+    count,
+    mask_invalid,
+)
 from openmm_eqflow.targets.energies.compiled import Kernel, compile_term, run_kernels
 from openmm_eqflow.targets.energies.contexts import probe_positions
 from openmm_eqflow.targets.energies.custom_terms import GBStage, GeneralGBTerm, read_custom
@@ -355,7 +361,8 @@ class TorchEnergy(nn.Module):
     ) -> None:
         super().__init__()
         self.n_particles: int = system.getNumParticles()
-        self._n_invalid: int | Tensor = 0
+        self._n_invalid = 0
+        self._invalid_there: dict[torch.device, Tensor] = {}
         self._device = torch.device("cpu")  # of the torch modules
         self.n_threads = n_threads or os.cpu_count() or 1
         self._executor: ThreadPoolExecutor | None = None
@@ -372,12 +379,17 @@ class TorchEnergy(nn.Module):
     @property
     def n_invalid(self) -> int:
         """Invalid energies since construction."""
-        return int(self._n_invalid)
+        return self._n_invalid + sum(int(total) for total in self._invalid_there.values())
 
     @property
     def compiled_forces(self) -> tuple[str, ...]:
         """Names of the forces the compiled path covers."""
         return tuple(p.name for p in self._parts if p.kernel is not None)
+
+    @property
+    def replayable(self) -> bool:
+        """Whether an evaluation on a GPU may be recorded: it reads tensors that stay there."""
+        return self._on_gpu is not None and not self._on_gpu.rest
 
     @property
     def concurrent(self) -> bool:
@@ -408,8 +420,7 @@ class TorchEnergy(nn.Module):
         if force is not None:
             valid = valid & torch.isfinite(force).all(-1).all(-1)
             force = torch.where(valid[:, None, None], force, 0.0)
-        # On a GPU the count stays there until it is asked for: no synchronisation.
-        self._n_invalid = self._n_invalid + (~valid).sum()
+        count(self._invalid_there, x.device, (~valid).sum())
         return torch.where(valid, energy, torch.inf), force
 
     def _by_kernels(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor | None]:
