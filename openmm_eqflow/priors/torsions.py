@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _MOST = 256
-_LEAST_INDEPENDENT = 0.05
+_LEAST_INDEPENDENT = 0.1
 
 
 @dataclass(frozen=True)
