@@ -51,7 +51,8 @@ __all__ = [
 ]
 
 _MOST = 256
-_LEAST_INDEPENDENT = 0.1
+_SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)  # of independent groups
+_UNIFORM = 0.004  # of the basins, among those that half of the frames has
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,14 @@ class Conformers:
         basins: tuple[Tensor, ...],
         cells: np.ndarray,
         mass: np.ndarray,
+        n_extra: int = 0,
     ) -> Conformers:
-        """Count conformers.
+        r"""Count conformers.
+
+        The share a of independent groups is that at which conformers c of one half of the frames
+        propose those of the other half best, by what weights of samples would spread,
+        :math:`\sum_c p(c)^2 / q_a(c)`: a combination that is not counted is proposed by that share
+        alone, and carries much weight where it is small.
 
         Parameters
         ----------
@@ -97,6 +104,8 @@ class Conformers:
             ``(n_frames, len(groups))``.
         mass
             Weight of every frame.
+        n_extra
+            Of them, at the end, are in both halves.
         """
         label = np.stack(
             [b.reshape(-1).numpy()[cells[:, k]] for k, b in enumerate(basins)], axis=1
@@ -114,7 +123,7 @@ class Conformers:
             basins,
             torch.from_numpy(members[order]),
             torch.from_numpy(weights / weights.sum()),
-            float(max(unseen, _LEAST_INDEPENDENT)),
+            float(max(unseen, _independent(label, mass, len(label) - n_extra))),
         )
 
     def to(self, device: torch.device | str) -> Conformers:
@@ -491,7 +500,33 @@ def _conformers(
         hot_mass = np.full(len(hot), hot_share / len(hot))
         weight = np.concatenate([(1 - hot_share) * weight / weight.sum(), hot_mass])
     cells = np.stack([_cells(frames[:, groups[g].members]) for g, _ in found], axis=1)
-    return Conformers.count(tuple(g for g, _ in found), tuple(b for _, b in found), cells, weight)
+    coupled, cut = tuple(g for g, _ in found), tuple(b for _, b in found)
+    return Conformers.count(coupled, cut, cells, weight, 0 if hot is None else len(hot))
+
+
+def _independent(label: np.ndarray, mass: np.ndarray, n: int) -> float:
+    """Share of independent groups at which halves of the first ``n`` frames propose each other."""
+    seen, index = np.unique(label, axis=0, return_inverse=True)
+    every = np.bincount(index.reshape(-1), weights=mass) / mass.sum()
+    place, spread = np.arange(len(label)), np.zeros(len(_SHARES))
+    # Frames that follow one another are much the same: halves are not taken by turns.
+    for own in (place < n // 2, place >= n // 2):
+        other = ~own & (place < n)
+        own = own | (place >= n)
+        if mass[own].sum() <= 0.0 or mass[other].sum() <= 0.0:
+            return _SHARES[0]
+        given, wanted = (
+            np.bincount(index.reshape(-1)[half], weights=mass[half], minlength=len(seen))
+            / mass[half].sum()
+            for half in (own, other)
+        )
+        free = np.ones(len(seen))
+        for k, basin in enumerate(label.T):
+            share = np.bincount(basin[own], weights=mass[own], minlength=basin.max() + 1)
+            share = (1 - _UNIFORM) * share / share.sum() + _UNIFORM / len(share)
+            free *= share[seen[:, k]]
+        spread += [float(wanted @ (every / ((1 - a) * given + a * free))) for a in _SHARES]
+    return _SHARES[int(np.argmin(spread))]
 
 
 def _mutual_information(tau: np.ndarray, weights: np.ndarray | None) -> float:

@@ -78,8 +78,9 @@ def draw_weighted(
     starts = list(range(0, n, block))
 
     def path(k: int) -> Path | None:
-        # On another device blocks have another size.
-        return None if folder is None else folder / f"{seed}-{n}-{block}-{k:05d}.safetensors"
+        # Blocks have another size on a GPU.
+        kind = "" if flow.device.type == "cpu" else f"{flow.device.type}-"
+        return None if folder is None else folder / f"{seed}-{n}-{kind}{k:05d}.safetensors"
 
     def work(k: int) -> dict[str, Tensor]:
         stored = _stored(path(k))

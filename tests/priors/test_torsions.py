@@ -11,7 +11,12 @@ import torch
 from scipy import stats
 from stand_ins.flows import coupled_torsions, stream, table
 
-from openmm_eqflow.priors.torsions import Conformers, TorsionDensity, find_basins
+from openmm_eqflow.priors.torsions import (
+    Conformers,
+    TorsionDensity,
+    _independent,
+    find_basins,
+)
 
 
 def _product(density: TorsionDensity) -> TorsionDensity:
@@ -126,6 +131,22 @@ def test_conformers_never_seen_keep_the_independent_share():
     few = TorsionDensity.fit(density.sample(30, generator=stream(5)), fold=[1, 1])
     assert few.conformers is not None
     assert few.conformers.independent > 0.05
+
+
+def test_the_independent_share_follows_from_halves():
+    """Little where every combination is counted, more where many are met once or never."""
+    generator = np.random.default_rng(0)
+    basin = generator.integers(0, 4, 4000)
+    tied = np.stack([basin, basin, basin], 1)
+    assert _independent(tied, np.ones(4000), 4000) == 0.05
+    many = generator.integers(0, 6, (4000, 5))
+    loose = np.where(generator.random((4000, 1)) < 0.5, tied[:, [0, 0, 0, 0, 0]], many)
+    found = _independent(loose, np.ones(4000), 4000)
+    assert 0.2 <= found <= 0.7
+    # Power: frames that both halves have hide what is missing.
+    assert _independent(np.tile(loose, (2, 1)), np.ones(8000), 8000) < found
+    # Weights that leave one half without any say nothing.
+    assert _independent(loose, np.repeat([1.0, 0.0], 2000), 4000) == 0.05
 
 
 def test_rotors_and_single_groups_are_notcoupled_torsions():
