@@ -72,7 +72,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[float, str], None]
-_AIM = 0.8  # acceptance
+#: Acceptance. Chains take less; a point that is refused goes through the levels as it is.
+_AIM = 0.9
 _CHUNK = 1024  # points carried at once
 _FALL = 0.3  # of log Z, in kT, below the highest seen: more than chance
 _MOST_FLOOR = 0.02
@@ -80,7 +81,6 @@ _LEAST_POWER = 0.6  # of levels by which a spread falls; what trials measure is 
 _CHANCE = 0.25  # of what the ESS asked for lets go: that much may be missing by chance
 _LITTLE = 0.25  # of what more levels should gain
 _ORDER = 4
-_PERIOD, _STIFF_STEPS, _SOFT_STEPS = 4, 0.4, 0.2  # every fourth level takes shorter steps
 _RICHER = 4  # times the points of the first round, at most
 _SAME = 1.1  # lengths of paths that differ less are the same
 _TRIED = 2000  # points of a trial of a number of levels, at most
@@ -283,16 +283,8 @@ def _next(log_ratio: Tensor, log_weight: Tensor, rest: float, share: float) -> f
     return math.exp(low)
 
 
-def spread_levels(
-    pilot: Pilot, n_levels: int, n_soft: int
-) -> tuple[tuple[float, ...], Tensor]:
-    """Levels (K,) evenly spread over a pilot's thermodynamic length, and steps (K, d) on them.
-
-    Every fourth level takes shorter steps, of the last ``n_soft`` coordinates above all. A point
-    where the potential is so narrow that the usual ones are always refused, as where turning about
-    a bond brings a hydrogen close to an oxygen, would stay there through all levels that follow,
-    and gather weight.
-    """
+def spread_levels(pilot: Pilot, n_levels: int) -> tuple[tuple[float, ...], Tensor]:
+    """Levels (K,) evenly spread over a pilot's thermodynamic length, and steps (K, d) on them."""
     known = np.concatenate([[0.0], np.cumsum(pilot.spreads)])
     at = np.concatenate([[0.0], pilot.times])
     # Between the pilot's levels log t is closer to linear than t, but for the first.
@@ -304,10 +296,6 @@ def spread_levels(
     steps = np.stack(
         [np.interp(place, known[1:], log_steps[:, k]) for k in range(log_steps.shape[1])], 1
     )
-    n_stiff = steps.shape[1] - n_soft
-    short = steps[_PERIOD - 1 :: _PERIOD]
-    short[:, :n_stiff] += math.log(_STIFF_STEPS)
-    short[:, n_stiff:] += math.log(_SOFT_STEPS)
     return tuple(float(t) for t in times), torch.from_numpy(np.exp(steps))
 
 
@@ -606,7 +594,7 @@ def path_from_chemistry(
     trials: list[tuple[int, int, float, float]] = []
     while True:
         tell(1 - 0.5 ** (1 + len(trials)), f"trying {n_levels} levels")
-        times, steps = spread_levels(pilot, n_levels, prior.n_soft)
+        times, steps = spread_levels(pilot, n_levels)
         path = AnnealedPath(prior, target, Levels(n_leapfrog, times, steps), device)
         stream, n = child(seed, "trial of levels", len(trials)), min(n_points, _TRIED)
         x, log_q = path.sample_and_log_prob(n, generator=stream)
