@@ -94,10 +94,15 @@ def available_threads(*, together: bool = False) -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def map_chunks(function: Callable[[A], B], chunks: Iterable[A]) -> list[B]:
-    """Apply ``function`` to every chunk, in order, on all cores, without gradients."""
+def map_chunks(
+    function: Callable[[A], B], chunks: Iterable[A], *, threads: int | None = None
+) -> list[B]:
+    """Apply ``function`` to every chunk, in order, without gradients.
+
+    On all cores; with ``threads=1`` one after the other, as a GPU wants them.
+    """
     items = list(chunks)
-    n = min(available_threads(), len(items))
+    n = min(threads or available_threads(), len(items))
     if n <= 1:
         # A chunk is too little work for torch's own threads, which wait for each other spinning.
         with torch.no_grad(), one_torch_thread():

@@ -33,8 +33,9 @@ def isomer_populations(
 ) -> list[dict[str, Any]]:
     """Give populations and free energies of the states of every torsion that tells isomers apart.
 
-    Amides and double bonds are cis or trans, single bonds gauche+, anti or gauche-, bonds of rings
-    plus or minus. Torsions whose turns look alike, and bonds of rings whose states differ in
+    Amides and double bonds are cis or trans, esters and acids Z or E (Z: what the oxygen carries
+    is on the side of the carbonyl), single bonds gauche+, anti or gauche-, bonds of rings plus or
+    minus. Torsions whose turns look alike, and bonds of rings whose states differ in
     labels only, have no states.
 
     Parameters
@@ -86,6 +87,8 @@ def isomer_populations(
 def _states(torsion: Torsion, angle: NDArray[np.float64]) -> dict[str, NDArray[np.bool_]]:
     if torsion.kind in ("amide", "double"):
         return {"cis": np.cos(angle) > 0.0, "trans": np.cos(angle) <= 0.0}
+    if torsion.kind == "ester":  # measured from the carbon's other substituent
+        return {"Z": np.cos(angle) <= 0.0, "E": np.cos(angle) > 0.0}
     if torsion.kind == "ring":
         return {"plus": angle > 0.0, "minus": angle <= 0.0}
     third = 2 * math.pi / 3

@@ -42,7 +42,8 @@ class Torsion(NamedTuple):
     fold
         How many of its turns look alike (methyl: 3).
     kind
-        ``single``, ``amide`` or ``double`` bond, or ``ring`` for a bond of a flexible ring.
+        ``single``, ``amide``, ``ester`` (acids, too) or ``double`` bond, or ``ring`` for a bond of
+        a flexible ring.
     ring
         The ring it belongs to, -1 for none.
     even
@@ -173,8 +174,8 @@ def seen_once(torsions: Sequence[Torsion], angles: FloatArray) -> list[list[Tors
     Returns
     -------
     list
-        Amides and double bonds have the states cis and trans, phi of a peptide its two signs; what
-        else the states of a torsion are, only frames can tell: two peaks with a barrier between.
+        Amides, esters and double bonds have two sides, phi of a peptide its two signs; what else
+        the states of a torsion are, only frames can tell: two peaks with a barrier between.
     """
     found: dict[tuple[int, int], list[Torsion]] = {}
     several: set[tuple[int, int]] = set()
@@ -184,7 +185,7 @@ def seen_once(torsions: Sequence[Torsion], angles: FloatArray) -> list[list[Tors
         angle = angles[:, column]
         if torsion.fold > 1 or torsion.even:
             several.add(key)
-        elif torsion.kind in ("amide", "double") or torsion.name.startswith("φ"):
+        elif torsion.kind in ("amide", "ester", "double") or torsion.name.startswith("φ"):
             side = np.sin(angle) if torsion.name.startswith("φ") else np.cos(angle)
             if min((side > 0.0).sum(), (side <= 0.0).sum()) >= _FEW_FRAMES:
                 several.add(key)

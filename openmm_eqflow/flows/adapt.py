@@ -45,7 +45,7 @@ from openmm_eqflow.analysis.weights import (
     relative_ess_with_error,
     systematic,
 )
-from openmm_eqflow.errors import TrainingError
+from openmm_eqflow.errors import ConfigurationError, TrainingError
 from openmm_eqflow.flows.audit import audit
 from openmm_eqflow.flows.kernels import Bridge, LevelState
 from openmm_eqflow.flows.path import rows_that_fit
@@ -198,7 +198,8 @@ def carry(
     size = min(_CHUNK, -(-n // available_threads()))
     if starts.is_cuda:
         size = rows_that_fit(lambda few: bridge.at(starts[:1].expand(few, -1)), starts.device)
-    state = _joined(map_chunks(bridge.at, starts.split(size)))
+    threads = 1 if starts.is_cuda else None
+    state = _joined(map_chunks(bridge.at, starts.split(size), threads=threads))
     if not bool(torch.isfinite(state.log_target).any()):
         raise TrainingError(
             f"none of {n} points of the prior has a finite energy: check the structure, or take "
@@ -232,7 +233,7 @@ def carry(
             for rows in torch.arange(n, device=device).split(size)
         ]
         move = partial(_moved, bridge, t, step_sizes, n_leapfrog)
-        moved, accepted = zip(*map_chunks(move, parts), strict=True)
+        moved, accepted = zip(*map_chunks(move, parts, threads=threads), strict=True)
         state = _joined(moved)
         log_size += 0.5 * (float(torch.cat(accepted).mean()) - _AIM)
     total += float(torch.logsumexp(log_weight, 0)) - math.log(n)
@@ -566,6 +567,15 @@ def path_from_chemistry(
     progress
         Called with a share that grows towards 1 and a line.
 
+    Raises
+    ------
+    ConfigurationError
+        ``ess`` is not between 0 and 1.
+    UnsupportedSystemError
+        No prior can be made of the molecule.
+    TrainingError
+        No point of the prior has an energy.
+
     Examples
     --------
     >>> from openmm_eqflow import load_system
@@ -573,6 +583,8 @@ def path_from_chemistry(
     >>> with build_target(load_system("toluene")) as target:  # doctest: +SKIP
     ...     path = path_from_chemistry(target, ess=0.9).path
     """
+    if not 0.0 < ess < 1.0:
+        raise ConfigurationError(f"ess is {ess:g}, expected a number above 0 and below 1")
     started = time.monotonic()
     floor = min(_MOST_FLOOR, 0.1 * (1 - ess)) if floor is None else floor
     tell = progress or (lambda share, text: None)

@@ -368,15 +368,16 @@ class Bridge:
         self.prior = prior
         self.target = target if getattr(target, "concurrent", False) else _OneAtATime(target)
         self._last = threading.local()
-        self._recorded = Recorded(self._evaluated)
+        self._recorded = Recorded()
 
     def at(self, y: Tensor) -> LevelState:
         """Evaluate both ends at points (n, d), known where a trajectory has just ended."""
         known: LevelState | None = getattr(self._last, "state", None)
         if known is not None and known.y is y:
             return known
-        again = y.is_cuda and getattr(self.target, "replayable", False)
-        return LevelState(y, *(self._recorded if again else self._evaluated)(y))
+        if y.is_cuda and getattr(self.target, "replayable", False) and covers(self.prior, y):
+            return LevelState(y, *self._recorded(self._evaluated, y))
+        return LevelState(y, *self._evaluated(y))
 
     def _evaluated(self, y: Tensor) -> tuple[Tensor, ...]:
         log_target, score_target = latent_target(self.prior, self.target, y)

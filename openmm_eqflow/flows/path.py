@@ -41,7 +41,7 @@ __all__ = [
 _CARRIED = 1024  # rows
 _LARGEST_CHUNK = 65_536
 _PILOT = 256
-_SHARE_OF_MEMORY = 0.3  # a recording takes as much again
+_SHARE_OF_MEMORY = 0.6
 
 
 class Layer(Protocol):
@@ -170,6 +170,9 @@ class Path:
         Float64, on :attr:`device`. Drawn where ``generator`` lives, so that a seed of the CPU
         means the same everywhere. A sample that leaves the chart has log q = +inf: weight zero.
         """
+        if n < 1:
+            x = torch.zeros(0, self.n_particles, self.n_dims).to(self.device, torch.float64)
+            return x, x[:, 0, 0]
         draws, size = [], self._chunk()
         for start in range(0, n, size):
             m = min(size, n - start)
@@ -277,8 +280,9 @@ def rows_that_fit(pilot: Callable[[int], object], device: torch.device) -> int:
         pilot(_PILOT)  # what is made once, however many the rows
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        pilot(_PILOT)
-    per_row = (torch.cuda.max_memory_allocated(device) - before) / _PILOT
+        # More than before, so that what replays a recording is recorded, and that counted, too.
+        pilot(2 * _PILOT)
+    per_row = (torch.cuda.max_memory_allocated(device) - before) / (2 * _PILOT)
     free, _ = torch.cuda.mem_get_info(device)
     rows = int(_SHARE_OF_MEMORY * free / max(per_row, 1.0))
     return max(1, min(_LARGEST_CHUNK, rows))

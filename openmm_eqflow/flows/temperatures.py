@@ -246,7 +246,8 @@ def _carried(
             ends.append((prior.to_cartesian(state.y)[0].cpu(), state.u.cpu(), log_w.cpu()))
         return ends
 
-    parts = map_chunks(run, [slice(k, k + size) for k in range(0, len(x), size)])
+    chunks = [slice(k, k + size) for k in range(0, len(x), size)]
+    parts = map_chunks(run, chunks, threads=1 if step.is_cuda else None)
     return {
         kelvin: AtTemperature(kelvin, *(torch.cat(column) for column in zip(*ends, strict=True)))
         for kelvin, ends in zip(stations, zip(*parts, strict=True), strict=True)

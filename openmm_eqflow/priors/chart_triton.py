@@ -210,8 +210,10 @@ def _table_sums(
     at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     there, basin = at < n, tl.program_id(1)
     angle = tl.load(angles + at, there, 0.0)
-    sum_ = tl.zeros(at.shape, tl.float64)
+    # Not a number has no cell: any will do, what comes of it is none either.
+    sum_ = angle - angle
     by = sum_
+    angle = tl.where(angle == angle, angle, 0.0)
     for k in range(-REACH, REACH + 1):
         row, d = _cell(angle, k, SIZE)
         d = d / WIDTH
@@ -231,8 +233,10 @@ def _table_sums_of_two(
     at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     there, basin = at < n, tl.program_id(1)
     first, second = tl.load(angles + at, there, 0.0), tl.load(angles + n + at, there, 0.0)
-    sum_ = tl.zeros(at.shape, tl.float64)
+    sum_ = (first - first) + (second - second)
     by_first, by_second = sum_, sum_
+    first = tl.where(first == first, first, 0.0)
+    second = tl.where(second == second, second, 0.0)
     for k in range(-REACH, REACH + 1):
         row, d = _cell(first, k, SIZE)
         d = d / WIDTH

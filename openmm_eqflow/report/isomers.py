@@ -75,12 +75,17 @@ def coverage(metrics: dict[str, Any]) -> list[str]:
         words = "; ".join(f"{row['of']} {row['share']:.2g}" for row in components)
         found.append(f"Weight of ring conformers over their share in the prior: {words}.")
     seen: list[str] = []
+    hardly: list[str] = []
     never: list[str] = []
     for row in metrics.get("isomers", []):
-        (seen if row["population"] > 0.0 else never).append(f"{row['torsion']} {row['state']}")
+        share = row["population"]
+        kind = never if share <= 0.0 else hardly if share < row["population_error"] else seen
+        kind.append(f"{row['torsion']} {row['state']}")
+    if hardly:
+        found.append(f"Hardly seen, a population below its error: {', '.join(hardly)}.")
     if never:
         found.append(f"Never seen among {metrics['n_samples']:,} samples: {', '.join(never)}.")
-    elif seen:
+    elif seen and not hardly:
         found.append("Every state in the table was seen.")
     found += _backwards(metrics)
     dynamics = metrics.get("dynamics")

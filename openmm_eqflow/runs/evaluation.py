@@ -83,8 +83,11 @@ def draw_weighted(
         return None if folder is None else folder / f"{seed}-{n}-{kind}{k:05d}.safetensors"
 
     def work(k: int) -> dict[str, Tensor]:
+        size = min(block, n - starts[k])
         stored = _stored(path(k))
-        samples = stored or _drawn(flow, target, min(block, n - starts[k]), seed, k)
+        if stored is None or len(stored.u) != size:
+            stored = _drawn(flow, target, size, seed, k)
+        samples = stored
         seconds = torch.tensor(samples.seconds, dtype=torch.float64)
         return samples._replace(seconds=seconds)._asdict()  # type: ignore[arg-type]
 

@@ -135,7 +135,7 @@ def _annealed(
 ) -> Forecast:
     """Predict a run whose frames come from a path."""
     n, threads = system.n_particles, available_threads()
-    turning = sum(t.kind in ("single", "amide") and t.fold == 1 for t in isomers.torsions)
+    turning = sum(t.kind in ("single", "ester", "amide") and t.fold == 1 for t in isomers.torsions)
     levels = _LEVELS_A_TORSION * turning + _LEVELS_A_RING * len(isomers.rings)
     levels = max(2.0, levels / -math.log(recipe.ess))
     energy = costs[0] + _COMPILED * costs[1]
@@ -175,7 +175,7 @@ def describe_system(system: MolecularSystem) -> tuple[list[str], list[str]]:
         f"Expected on this machine as busy as it is: {text} (within a factor of "
         f"{'three' if annealed else 'two'})."
     )
-    turning = sum(t.kind == "single" and t.fold == 1 for t in found.torsions)
+    turning = sum(t.kind in ("single", "ester") and t.fold == 1 for t in found.torsions)
     turns = "1 torsion that turns" if turning == 1 else f"{turning} torsions that turn"
     size = "small" if n <= _MEDIUM else "medium" if n <= _LARGE else "large"
     means = {

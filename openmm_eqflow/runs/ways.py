@@ -61,6 +61,8 @@ def measure_ways(
     rows.append(_row(PRIOR, log_w, time.perf_counter() - started))
     for name, flow in ways.items():
         tell(name)
+        if flow.device.type == "cuda":  # compile and record what is needed
+            flow.sample(n, generator=child(seed, "warming up"))
         started = time.perf_counter()
         samples = draw_weighted(flow, target, n, seed=child_seed(seed, "ways"))
         rows.append(_row(name, samples.log_weight, time.perf_counter() - started))

@@ -72,7 +72,7 @@ class Isomers:
         for torsion, angle in zip(
             self.torsions, torsion_angles(x[None], self.torsions)[0], strict=True
         ):
-            if torsion.kind == "single":
+            if torsion.kind in ("single", "ester"):
                 states["single"] += [torsion.name] if torsion.fold == 1 else []
             elif torsion.kind != "ring" and torsion.fold == 1:
                 side = "cis" if math.cos(angle) > 0.0 else "trans"
@@ -166,7 +166,7 @@ def _bond_torsions(
         # About a triple bond, or beside one, there is nothing to turn.
         if any(graph.degree[k] < 2 or (kinds[k], graph.degree[k]) == (6, 2) for k in (b, c)):
             continue
-        amide = _is_amide(graph, kinds, b, c)
+        amide, ester = (_joins(graph, kinds, b, c, hetero) for hetero in (7, 8))
         if (b, c) in backbone:
             name, quad = backbone[b, c]
         else:
@@ -175,17 +175,23 @@ def _bond_torsions(
 
             # IUPAC's omega runs from alpha carbon to alpha carbon: not over the carbonyl oxygen,
             # nor over proline's delta carbon, which would show a trans amide at 0 degrees.
-            def rank(k: int, amide: bool = amide) -> tuple[bool, bool, bool, int]:
-                return kinds[k] == 1, amide and kinds[k] != 6, amide and names[k] != "CA", k
+            # Z of an ester is told from what is not the carbonyl oxygen, be it a hydrogen.
+            def rank(
+                k: int, amide: bool = amide, ester: bool = ester
+            ) -> tuple[bool, bool, bool, bool, int]:
+                carbonyl = ester and (kinds[k], graph.degree[k]) == (8, 1)
+                other = amide and kinds[k] != 6
+                return carbonyl, kinds[k] == 1, other, amide and names[k] != "CA", k
 
             first = min((k for k in graph[b] if k != c), key=rank)
             last = min((k for k in graph[c] if k != b), key=rank)
             name, quad = "ω" if omega else f"{names[b]}-{names[c]}", (first, b, c, last)
         kind = "amide" if amide else "double" if (b, c) in double else "single"
+        kind = "ester" if ester and kind == "single" else kind
         fold = math.lcm(_end_fold(graph, kinds, b, c), _end_fold(graph, kinds, c, b))
         found.append(Torsion(name, (quad[0], quad[1], quad[2], quad[3]), fold, kind))
     order = {"φ": 0, "ψ": 1}
-    slow = {"single": 0, "amide": 1, "double": 2}
+    slow = {"single": 0, "ester": 0, "amide": 1, "double": 2}
     return sorted(found, key=lambda t: (t.fold, slow[t.kind], order.get(t.name[0], 2)))
 
 
@@ -212,12 +218,12 @@ def _backbone(topology: app.Topology) -> dict[tuple[int, int], tuple[str, tuple[
     return named
 
 
-def _is_amide(graph: nx.Graph, kinds: list[int], b: int, c: int) -> bool:
-    """Whether one end is a carbonyl carbon and the other a nitrogen."""
+def _joins(graph: nx.Graph, kinds: list[int], b: int, c: int, hetero: int) -> bool:
+    """Whether one end is a carbonyl carbon and the other a nitrogen (7) or an oxygen (8)."""
     return any(
-        (kinds[carbon], kinds[nitrogen]) == (6, 7)
-        and any(kinds[k] == 8 and graph.degree[k] == 1 for k in graph[carbon])
-        for carbon, nitrogen in ((b, c), (c, b))
+        (kinds[carbon], kinds[other]) == (6, hetero)
+        and any(kinds[k] == 8 and graph.degree[k] == 1 for k in graph[carbon] if k != other)
+        for carbon, other in ((b, c), (c, b))
     )
 
 

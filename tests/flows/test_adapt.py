@@ -12,6 +12,7 @@ from stand_ins.flows import stream
 
 from openmm_eqflow import BoltzmannTarget, load_flow, save_flow
 from openmm_eqflow.analysis.weights import log_z
+from openmm_eqflow.errors import ConfigurationError
 from openmm_eqflow.flows.adapt import (
     Adaptation,
     Pilot,
@@ -51,6 +52,12 @@ def pilot(prior: InternalCoordinatePrior, target: BoltzmannTarget) -> Pilot:
 @pytest.fixture(scope="module")
 def made(target: BoltzmannTarget) -> Adaptation:
     return path_from_chemistry(target, ess=0.95, seed=3, n_points=500, max_rounds=2)
+
+
+def test_an_ess_that_is_none(target: BoltzmannTarget) -> None:
+    for ess in (0.0, 1.0, 1.5, float("nan")):
+        with pytest.raises(ConfigurationError, match="above 0 and below 1"):
+            path_from_chemistry(target, ess=ess)
 
 
 @pytest.mark.parametrize("n_levels", [20, 80, pytest.param(320, marks=pytest.mark.slow)])

@@ -102,6 +102,13 @@ def test_weights_forwards_and_backwards_give_log_z(case: Case) -> None:
         assert off(log_z(lie.numpy()), case.log_z) > 4
 
 
+def test_no_samples(case: Case) -> None:
+    x, log_q = case.path.sample_and_log_prob(0)
+    assert x.shape == (0, case.path.n_particles, case.path.n_dims)
+    assert log_q.shape == (0,)
+    assert x.dtype == log_q.dtype == torch.float64
+
+
 class Silent:
     """A layer that does not say what it did."""
 

@@ -62,6 +62,15 @@ def test_torsion_tables(name: str) -> None:
         )
         assert agree(ours, total)
         assert agree(by, slope)
+        lost = tau.clone()
+        lost[3] = torch.nan  # no cell: nothing is read where there is none
+        for whole, one in zip(
+            (ours, by),
+            compiled_chart._sums_on_gpu(group, table, label, prior.torsions.n_basins(g), lost),
+            strict=True,
+        ):
+            assert torch.isnan(one[3]).all()
+            assert torch.equal(one[4:], whole[4:])
         none = compiled_chart._sums_on_gpu(
             group, table, label, prior.torsions.n_basins(g), tau[:0]
         )

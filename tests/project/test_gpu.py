@@ -101,6 +101,7 @@ def test_an_evaluation_that_is_replayed() -> None:
                 target.reduced_potential(prior.to_cartesian(y.cpu())[0])  # the CPU between
         assert len(bridge._recorded._graphs) == 3  # of five sizes
         assert target.n_evaluated - n >= 2 * 5 * sum(map(len, points))
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
         moved = points[0] + 1e-3
         assert all(map(torch.equal, bridge.at(moved)[1:], bridge._evaluated(moved)))
         assert not torch.equal(bridge.at(moved).log_target, before[0][1])

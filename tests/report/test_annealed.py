@@ -74,12 +74,15 @@ def test_page_of_a_path_alone(folders: tuple[Path, Path, Path], tmp_path: Path) 
     del m["dynamics"]
     m["warnings"] = ["a state is probably missing"]
     m["isomers"][0] |= {"population": 0.0, "free_energy_kj_mol": None}
+    m["isomers"][1] |= {"population": 1e-4, "population_error": 1e-3}
     (tmp_path / "out" / "metrics.json").write_text(json.dumps(m), encoding="utf-8")
     html = write_annealed_report(tmp_path / "out", load_system(mol)).read_text(encoding="utf-8")
     check_page(html, least=5)
     assert "reference MD" not in html
     assert "a state is probably missing" in html
     assert f"Never seen among 1,500 samples: {m['isomers'][0]['torsion']}" in html
+    assert f"a population below its error: {m['isomers'][1]['torsion']}" in html
+    assert "Every state in the table was seen" not in html
 
 
 def test_dynamics_of_another_system_are_refused(

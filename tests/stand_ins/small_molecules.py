@@ -89,6 +89,16 @@ BUTENE = molecule(
 ISOBUTENE = molecule(
     "CCCC", [(0, 1), (0, 2), (0, 3)], hydrogens=(0, 2, 3, 3), double=[(0, 1)], flat=(0, 1)
 )
+METHYL_ACETATE = molecule(
+    "CCOOC",
+    [(0, 1), (1, 2), (1, 3), (3, 4)],
+    hydrogens=(3, 0, 0, 0, 3),
+    double=[(1, 2)],
+    flat=(1,),
+)
+FORMIC_ACID = molecule(
+    "COO", [(0, 1), (0, 2)], hydrogens=(1, 0, 1), double=[(0, 1)], flat=(0,)
+)
 CYCLOHEXANE = molecule("CCCCCC", [(k, (k + 1) % 6) for k in range(6)], hydrogens=(2,) * 6)
 METHYLCYCLOHEXANE = molecule(
     "CCCCCCC", [(k, (k + 1) % 6) for k in range(6)] + [(0, 6)], hydrogens=(1, 2, 2, 2, 2, 2, 3)
@@ -143,3 +153,21 @@ def written(folder, name):
     with (folder / "in.pdb").open("w") as handle:
         app.PDBFile.writeFile(topology, x, handle)
     return init_system(folder / "system", pdb=folder / "in.pdb", system_xml=folder / "in.xml")
+
+
+def turned(x, system, atoms, angle):
+    """Positions (N, 3) with the torsion of four atoms at an angle, rad."""
+    force = next(f for f in system.getForces() if isinstance(f, openmm.HarmonicBondForce))
+    graph = nx.Graph(tuple(force.getBondParameters(k)[:2]) for k in range(force.getNumBonds()))
+    a, b, c, d = atoms
+    graph.remove_edge(b, c)
+    moving = sorted(nx.node_connected_component(graph, c))
+    axis = (x[c] - x[b]) / np.linalg.norm(x[c] - x[b])
+    n, m = np.cross(x[b] - x[a], axis), np.cross(axis, x[d] - x[c])
+    now = np.arctan2(np.dot(np.cross(n, m), axis), np.dot(n, m))
+    cos, sin = np.cos(angle - now), np.sin(angle - now)
+    arms = x[moving] - x[c]
+    along = np.outer(arms @ axis, axis)
+    out = np.array(x, dtype=float)
+    out[moving] = x[c] + along + cos * (arms - along) + sin * np.cross(axis, arms)
+    return out

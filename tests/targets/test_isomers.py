@@ -9,6 +9,7 @@ from stand_ins.runs import write_run
 from stand_ins.small_molecules import written
 
 from openmm_eqflow.analysis.convergence import assess, features
+from openmm_eqflow.analysis.isomers import isomer_populations
 from openmm_eqflow.analysis.observables import Torsion, seen_once, slow_coordinates, torsion_angles
 from openmm_eqflow.report.data import load_run
 from openmm_eqflow.report.populations import compare_ensembles
@@ -35,6 +36,13 @@ def proline(isomer):
         ("ETHENE", {(0, 1): ("double", 2)}, [], 0),
         ("TERT_BUTANOL", {(0, 4): ("single", 3)}, [], 0),
         ("TOLUENE", {(0, 6): ("single", 6)}, [], 0),
+        (
+            "METHYL_ACETATE",
+            {(0, 1): ("single", 3), (1, 3): ("ester", 1), (3, 4): ("single", 3)},
+            [],
+            0,
+        ),
+        ("FORMIC_ACID", {(0, 2): ("ester", 1)}, [], 0),
         ("CYCLOHEXANE", {}, [True], 0),
         ("METHYLCYCLOHEXANE", {(0, 6): ("single", 3)}, [False], 0),
         ("DIMETHYLCYCLOHEXANE", {(0, 6): ("single", 3)}, [False], 2),
@@ -72,6 +80,24 @@ def test_isomers_of_proline_are_named_as_in_iupac_and_counted_from_one(isomer, w
     named = slow_coordinates(x[None], torsion_angles(x[None], found.torsions), found.torsions)
     assert {f"{f} {t.name}" for t in ring for f in ("cos", "sin")} <= set(named)
     assert {n for n in named if "ring" in n} < set(features(x[None], np.zeros(1), found.torsions))
+
+
+@pytest.mark.parametrize("name", ["METHYL_ACETATE", "FORMIC_ACID"])
+def test_sides_of_an_ester(name: str) -> None:
+    """Z has what the oxygen carries beside the carbonyl oxygen, whatever else the carbon has."""
+    topology, system = getattr(small_molecules, name)
+    x = small_molecules.embed(system)
+    (torsion,) = (t for t in find_isomers(system, topology, x).torsions if t.kind == "ester")
+    carried = torsion.atoms[3]
+    gap = {}
+    for state in ("Z", "E"):
+        angle = np.pi if state == "Z" else 0.0
+        turned = small_molecules.turned(x, system, torsion.atoms, angle)
+        rows = isomer_populations((torsion,), turned[None], None, 2.5)
+        assert [r["state"] for r in rows if r["population"] == 1.0] == [state]
+        carbonyl = 2 if name == "METHYL_ACETATE" else 1
+        gap[state] = np.linalg.norm(turned[carried] - turned[carbonyl])
+    assert gap["Z"] < gap["E"] - 0.05
 
 
 def test_the_chairs_of_cyclohexane_are_one_state():

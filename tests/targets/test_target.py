@@ -68,6 +68,14 @@ def test_gradient(target, x):
     assert single.dtype == torch.float64
 
 
+def test_counts_go_on_after_inference_mode(x):
+    with make("alanine-dipeptide") as target:
+        with torch.inference_mode():
+            target.reduced_potential(x)
+        target.reduced_potential(x)
+        assert target.n_evaluated == 2 * len(x)
+
+
 def test_wrong_hand_and_failures_are_infinite_and_counted(x):
     with make("alanine-dipeptide") as target:
         batch = torch.stack([x[0], -x[1], x[2], x[3]])

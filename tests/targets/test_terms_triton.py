@@ -103,7 +103,7 @@ def test_a_whole_system(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.from_numpy(start + 0.01 * np.random.default_rng(1).normal(size=(3, *start.shape)))
     u, force = energy.energies_and_forces_tensor(x)
     ours, by = energy._by_kernels(x, True)
-    assert len(energy._on_gpu.rest) == 1  # type: ignore[union-attr]
+    assert len(energy._on_gpu[x.device].rest) == 1
     assert close(ours.numpy(), u.numpy())
     assert close(by.numpy(), force.numpy())  # type: ignore[union-attr]
     assert energy._by_kernels(x, False)[1] is None

@@ -92,7 +92,8 @@ def count(totals: dict[torch.device, Tensor], device: torch.device, n: Tensor | 
     as a recording of the evaluation needs it.
     """
     if device not in totals:
-        totals[device] = torch.zeros((), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            totals[device] = torch.zeros((), dtype=torch.int64, device=device)
     totals[device].add_(n)
 
 

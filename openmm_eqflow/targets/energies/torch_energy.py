@@ -317,7 +317,6 @@ class _Part(NamedTuple):
 class _OnGPU(NamedTuple):
     """What a GPU computes by kernels of its own, and the modules of the rest."""
 
-    device: torch.device
     fused: list[Callable[[Tensor, Tensor, Tensor], None]]
     rest: list[nn.Module]
 
@@ -366,7 +365,7 @@ class TorchEnergy(nn.Module):
         self._device = torch.device("cpu")  # of the torch modules
         self.n_threads = n_threads or os.cpu_count() or 1
         self._executor: ThreadPoolExecutor | None = None
-        self._on_gpu: _OnGPU | None = None
+        self._on_gpu: dict[torch.device, _OnGPU] = {}
         self._parts: list[_Part] = []
         self.terms = nn.ModuleList()
         for index, force in enumerate(system.getForces()):
@@ -389,7 +388,7 @@ class TorchEnergy(nn.Module):
     @property
     def replayable(self) -> bool:
         """Whether an evaluation on a GPU may be recorded: it reads tensors that stay there."""
-        return self._on_gpu is not None and not self._on_gpu.rest
+        return bool(self._on_gpu) and not any(own.rest for own in self._on_gpu.values())
 
     @property
     def concurrent(self) -> bool:
@@ -424,17 +423,18 @@ class TorchEnergy(nn.Module):
         return torch.where(valid, energy, torch.inf), force
 
     def _by_kernels(self, x: Tensor, forces: bool) -> tuple[Tensor, Tensor | None]:
-        if self._on_gpu is None or self._on_gpu.device != x.device:
+        if x.device not in self._on_gpu:
             fused = [_fused().fuse(p.term, self.n_particles, x.device) for p in self._parts]
             rest = [m for m, f in zip(self.terms, fused, strict=True) if f is None]
-            self._on_gpu = _OnGPU(x.device, [f for f in fused if f is not None], rest)
+            self._on_gpu[x.device] = _OnGPU([f for f in fused if f is not None], rest)
+        own = self._on_gpu[x.device]
         here = x.permute(1, 2, 0).contiguous()  # as the chart's kernels have it
         share, force = torch.zeros_like(here[:, 0]), torch.zeros_like(here)
-        for add in self._on_gpu.fused:
+        for add in own.fused:
             add(here, share, force)
         energy, whole = share.sum(0), force.permute(2, 0, 1)
-        if self._on_gpu.rest:
-            more, by = _differentiate(self._on_gpu.rest, x, forces=forces)
+        if own.rest:
+            more, by = _differentiate(own.rest, x, forces=forces)
             energy, whole = energy + more, whole if by is None else whole + by
         return energy, whole if forces else None
 
