@@ -154,6 +154,11 @@ def flow_of(
         test = split_frames(load_reference(path))[1] if run.is_complete("reference") else None
         system = run.load_system()
         return system, own_flow(path / "flow", system_sha256(system.system), where), test
+    if (path / "flow.json").is_file() and not (path / "system.yaml").is_file():
+        raise ConfigurationError(
+            f"{path} holds what anneal made, which tells its figures by: openmm-eqflow isomers "
+            f"{quote(str(path))}; for other temperatures and chains make a run of the system"
+        )
     system = load_system(name_or_run)
     source = _shipped(system, name_or_run)
     return system, own_flow(source, system_sha256(system.system), where), None

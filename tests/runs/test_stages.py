@@ -352,6 +352,12 @@ def test_evaluate_relaxed_has_the_same_log_z(shell, finished: Path, tmp_path: Pa
     assert "take --card or --relax" in shell("evaluate", "toluene", "--card", "--relax").err
 
 
+def test_evaluate_says_what_a_folder_of_anneal_is(tmp_path: Path) -> None:
+    (tmp_path / "flow.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"what anneal made.*openmm-eqflow isomers"):
+        flow_of(str(tmp_path))
+
+
 def test_evaluate_at_other_temperatures(shell, finished: Path, tmp_path: Path) -> None:
     done = shell(
         *("evaluate", finished, "--n-samples", 3000, "--temperatures", "280,300,330"),
