@@ -51,8 +51,7 @@ _out = click.option("--out", type=click.Path(path_type=Path), help="Run director
 _budget = click.option(
     "--budget",
     type=click.Choice(BUDGETS),
-    help="quick and standard take about 1.5 and 4 minutes for alanine dipeptide on 2 cores "
-    "(default standard).",
+    help="About 4, 15 or 60 minutes for alanine dipeptide on 2 cores (default standard).",
 )
 
 
