@@ -90,8 +90,8 @@ def run_bench(
         ``device_name``, ``cpu``, versions; ``systems`` by name: ``exact``, ``relaxed``,
         ``annealed``, ``from chemistry``, ``stochastic`` with samples per second (on device and
         CPU), relative ESS of the device's samples and peak memory; ``energies`` per second;
-        ``training`` steps per second;
-        ``fields``: ms per configuration; ``run``: seconds of every stage.
+        ``training`` steps per second; ``fields``: ms per configuration; ``run``: seconds of every
+        stage.
     """
     say = report or logger.info
     started = time.monotonic()

@@ -125,6 +125,11 @@ class Path:
         """Where the layers compute."""
         return torch.device("cpu")
 
+    @property
+    def prior_on_cpu(self) -> Prior:
+        """Return the prior, on the CPU; one of one's own need not know of devices."""
+        return self.prior if self.device.type == "cpu" else self.prior.to("cpu")
+
     # -- in the chart, one chunk ------------------------------------------------------------------
 
     def forward(self, y: Tensor, streams: RowStreams) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openmm_eqflow.targets.energies.vector_math_triton import cross, load
+
 __all__ = [
     "place",
     "pull_back",
@@ -26,24 +28,11 @@ _PI: tl.constexpr = tl.constexpr(math.pi)
 
 
 @triton.jit
-def _load(x, k, at, n, there):
-    """Components of atom ``k``."""
-    here = x + 3 * k * n + at
-    a, b = tl.load(here, there, 0.0), tl.load(here + n, there, 0.0)
-    return a, b, tl.load(here + 2 * n, there, 0.0)
-
-
-@triton.jit
 def _store(x, k, at, n, there, a, b, c):
     here = x + 3 * k * n + at
     tl.store(here, a, there)
     tl.store(here + n, b, there)
     tl.store(here + 2 * n, c, there)
-
-
-@triton.jit
-def _cross(ax, ay, az, bx, by, bz):
-    return ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
 
 
 @triton.jit
@@ -53,10 +42,10 @@ def _frame(px, py, pz, gx, gy, gz, rx, ry, rz):
     u = 1.0 / tl.sqrt(dx * dx + dy * dy + dz * dz)
     ex, ey, ez = dx * u, dy * u, dz * u
     rx, ry, rz = rx - gx, ry - gy, rz - gz
-    mx, my, mz = _cross(ex, ey, ez, rx, ry, rz)
+    mx, my, mz = cross(ex, ey, ez, rx, ry, rz)
     im = 1.0 / tl.sqrt(mx * mx + my * my + mz * mz)
     nx, ny, nz = mx * im, my * im, mz * im
-    fx, fy, fz = _cross(nx, ny, nz, ex, ey, ez)
+    fx, fy, fz = cross(nx, ny, nz, ex, ey, ez)
     return ex, ey, ez, nx, ny, nz, fx, fy, fz, u, rx, ry, rz, im
 
 
@@ -66,11 +55,11 @@ def _centre(x, at, n, there, COUNT: tl.constexpr):
     sx = tl.zeros(at.shape, tl.float64)
     sy, sz = sx, sx
     for k in range(COUNT):
-        a, b, c = _load(x, k, at, n, there)
+        a, b, c = load(x, k, at, n, there)
         sx, sy, sz = sx + a, sy + b, sz + c
     sx, sy, sz = sx / COUNT, sy / COUNT, sz / COUNT
     for k in range(COUNT):
-        a, b, c = _load(x, k, at, n, there)
+        a, b, c = load(x, k, at, n, there)
         _store(x, k, at, n, there, a - sx, b - sy, c - sz)
 
 
@@ -103,9 +92,9 @@ def _place(rows, lead, b, th, ta, x, log_volume, n, COUNT: tl.constexpr, LANES: 
     _store(x, tl.load(rows + 8), at, n, there, b1 * tl.cos(t0), b1 * tl.sin(t0), zero)
     for k in range(3, COUNT):
         tl.debug_barrier()
-        px, py, pz = _load(x, tl.load(rows + 4 * k + 1), at, n, there)
-        gx, gy, gz = _load(x, tl.load(rows + 4 * k + 2), at, n, there)
-        rx, ry, rz = _load(x, tl.load(rows + 4 * k + 3), at, n, there)
+        px, py, pz = load(x, tl.load(rows + 4 * k + 1), at, n, there)
+        gx, gy, gz = load(x, tl.load(rows + 4 * k + 2), at, n, there)
+        rx, ry, rz = load(x, tl.load(rows + 4 * k + 3), at, n, there)
         ex, ey, ez, nx, ny, nz, fx, fy, fz, u, rx, ry, rz, im = _frame(
             px, py, pz, gx, gy, gz, rx, ry, rz
         )
@@ -126,7 +115,7 @@ def _place(rows, lead, b, th, ta, x, log_volume, n, COUNT: tl.constexpr, LANES: 
 
 @triton.jit
 def _add(g, k, at, n, there, a, b, c):
-    x, y, z = _load(g, k, at, n, there)
+    x, y, z = load(g, k, at, n, there)
     _store(g, k, at, n, there, x + a, y + b, z + c)
     tl.debug_barrier()
 
@@ -143,9 +132,9 @@ def _pull_back(
         k = COUNT - 1 - back
         atom, p = tl.load(rows + 4 * k), tl.load(rows + 4 * k + 1)
         gr, r = tl.load(rows + 4 * k + 2), tl.load(rows + 4 * k + 3)
-        px, py, pz = _load(x, p, at, n, there)
-        qx, qy, qz = _load(x, gr, at, n, there)
-        rx, ry, rz = _load(x, r, at, n, there)
+        px, py, pz = load(x, p, at, n, there)
+        qx, qy, qz = load(x, gr, at, n, there)
+        rx, ry, rz = load(x, r, at, n, there)
         ex, ey, ez, nx, ny, nz, fx, fy, fz, u, rx, ry, rz, im = _frame(
             px, py, pz, qx, qy, qz, rx, ry, rz
         )
@@ -154,7 +143,7 @@ def _pull_back(
         q = tl.load(b + (k - 1) * n + at, there, 1.0)
         ct, st, ca, sa = tl.cos(angle), tl.sin(angle), tl.cos(turn), tl.sin(turn)
         wx, wy, wz = ca * fx - sa * nx, ca * fy - sa * ny, ca * fz - sa * nz
-        gx, gy, gz = _load(g, atom, at, n, there)
+        gx, gy, gz = load(g, atom, at, n, there)
         on_e, on_w = gx * ex + gy * ey + gz * ez, gx * wx + gy * wy + gz * wz
         on_f, on_n = gx * fx + gy * fy + gz * fz, gx * nx + gy * ny + gz * nz
         tl.store(gb + (k - 1) * n + at, 2.0 / q - (ct * on_e + st * on_w), there)
@@ -163,22 +152,22 @@ def _pull_back(
         # By the frame: x = p + q (ct e + st (ca f - sa n)), f = n x e, n = m / |m|, m = e x r.
         hx, hy, hz = q * gx, q * gy, q * gz
         vx, vy, vz = st * ca * hx, st * ca * hy, st * ca * hz
-        tnx, tny, tnz = _cross(ex, ey, ez, vx, vy, vz)
+        tnx, tny, tnz = cross(ex, ey, ez, vx, vy, vz)
         tnx, tny, tnz = tnx - st * sa * hx, tny - st * sa * hy, tnz - st * sa * hz
-        tex, tey, tez = _cross(vx, vy, vz, nx, ny, nz)
+        tex, tey, tez = cross(vx, vy, vz, nx, ny, nz)
         tex, tey, tez = tex + ct * hx, tey + ct * hy, tez + ct * hz
         d = nx * tnx + ny * tny + nz * tnz
         mx, my, mz = (tnx - nx * d) * im, (tny - ny * d) * im, (tnz - nz * d) * im
-        sx, sy, sz = _cross(rx, ry, rz, mx, my, mz)
+        sx, sy, sz = cross(rx, ry, rz, mx, my, mz)
         tex, tey, tez = tex + sx, tey + sy, tez + sz
-        cx, cy, cz = _cross(mx, my, mz, ex, ey, ez)
+        cx, cy, cz = cross(mx, my, mz, ex, ey, ez)
         d = ex * tex + ey * tey + ez * tez
         dx, dy, dz = (tex - ex * d) * u, (tey - ey * d) * u, (tez - ez * d) * u
         _add(g, p, at, n, there, gx - dx, gy - dy, gz - dz)
         _add(g, gr, at, n, there, dx - cx, dy - cy, dz - cz)
         _add(g, r, at, n, there, cx, cy, cz)
-    g1x, g1y, g1z = _load(g, tl.load(rows + 4), at, n, there)
-    g2x, g2y, g2z = _load(g, tl.load(rows + 8), at, n, there)
+    g1x, g1y, g1z = load(g, tl.load(rows + 4), at, n, there)
+    g2x, g2y, g2z = load(g, tl.load(rows + 8), at, n, there)
     b0, b1 = tl.load(b + at, there, 1.0), tl.load(b + n + at, there, 1.0)
     t0 = tl.load(th + at, there, 1.0)
     ct, st = tl.cos(t0), tl.sin(t0)

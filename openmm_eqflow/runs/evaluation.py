@@ -78,16 +78,13 @@ def draw_weighted(
     starts = list(range(0, n, block))
 
     def path(k: int) -> Path | None:
-        # Blocks have another size on a GPU.
-        kind = "" if flow.device.type == "cpu" else f"{flow.device.type}-"
-        return None if folder is None else folder / f"{seed}-{n}-{kind}{k:05d}.safetensors"
+        return None if folder is None else folder / f"{seed}-{n}-{k:05d}.safetensors"
 
     def work(k: int) -> dict[str, Tensor]:
         size = min(block, n - starts[k])
-        stored = _stored(path(k))
-        if stored is None or len(stored.u) != size:
-            stored = _drawn(flow, target, size, seed, k)
-        samples = stored
+        samples = _stored(path(k))
+        if samples is None or len(samples.u) != size:  # on another device blocks are others
+            samples = _drawn(flow, target, size, seed, k)
         seconds = torch.tensor(samples.seconds, dtype=torch.float64)
         return samples._replace(seconds=seconds)._asdict()  # type: ignore[arg-type]
 
@@ -174,8 +171,7 @@ def prior_log_weights(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Log weights of the prior alone, (n,): what the flow has to beat."""
-    # A prior of one's own need not know of devices.
-    prior = flow.prior if flow.device.type == "cpu" else flow.prior.to("cpu")
+    prior = flow.prior_on_cpu
     latents = [
         prior.sample_latent(min(4096, n - start), generator=generator)
         for start in range(0, n, 4096)

@@ -437,7 +437,7 @@ def keep_prior(
         log_f = torch.cat([fine.log_prob(part).cpu() for part in frames.split(flow.chunk_size)])
     log_f = torch.where(torch.isnan(log_f), -torch.inf, log_f)  # a field that runs away
     u = target.reduced_potential(frames)
-    here = flow.prior if flow.device.type == "cpu" else flow.prior.to("cpu")
+    here: Any = flow.prior_on_cpu
     drawn = -target.reduced_potential(x) - log_q, latent_log_weights(here, target, z)
     seen = -u - log_f, -u - here.log_prob(frames)
     known = [

@@ -341,7 +341,7 @@ def _train(run: RunDirectory, progress: Progress) -> dict[str, Any]:
             device=run.config.device,
             log=run.path / "history.csv",
             progress=progress,
-            prior=None if levels is None else levels.prior.to("cpu"),
+            prior=None if levels is None else levels.prior_on_cpu,
         )
         metadata = {
             "system": system.name,

@@ -186,8 +186,8 @@ def _bond_torsions(
             first = min((k for k in graph[b] if k != c), key=rank)
             last = min((k for k in graph[c] if k != b), key=rank)
             name, quad = "ω" if omega else f"{names[b]}-{names[c]}", (first, b, c, last)
-        kind = "amide" if amide else "double" if (b, c) in double else "single"
-        kind = "ester" if ester and kind == "single" else kind
+        stiff = "double" if (b, c) in double else "ester" if ester else "single"
+        kind = "amide" if amide else stiff
         fold = math.lcm(_end_fold(graph, kinds, b, c), _end_fold(graph, kinds, c, b))
         found.append(Torsion(name, (quad[0], quad[1], quad[2], quad[3]), fold, kind))
     order = {"φ": 0, "ψ": 1}

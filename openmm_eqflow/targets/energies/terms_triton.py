@@ -10,7 +10,6 @@ accumulated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from openmm_eqflow.targets.energies.terms import (
     IndexArray,
     PairTerm,
 )
+from openmm_eqflow.targets.energies.vector_math_triton import angle, cross, dot, load
 
 __all__ = [
     "Fused",
@@ -40,15 +40,6 @@ Fused = Callable[[Tensor, Tensor, Tensor], None]
 
 _LANES = 64
 _WARPS = 2
-_PI: tl.constexpr = tl.constexpr(math.pi)
-
-
-@triton.jit
-def _load(x, k, at, n, there):
-    """Components of atom ``k``."""
-    here = x + 3 * k * n + at
-    a, b = tl.load(here, there, 0.0), tl.load(here + n, there, 0.0)
-    return a, b, tl.load(here + 2 * n, there, 0.0)
 
 
 @triton.jit
@@ -67,48 +58,16 @@ def _lanes(LANES: tl.constexpr):
 
 
 @triton.jit
-def _cross(ax, ay, az, bx, by, bz):
-    return ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx
-
-
-@triton.jit
-def _dot(ax, ay, az, bx, by, bz):
-    return ax * bx + ay * by + az * bz
-
-
-@triton.jit
-def _angle(s, c):
-    """Angle in [0, pi] of a point (c, s), s > 0: three halvings, then the series of atan."""
-    t = s / (tl.sqrt(s * s + c * c) + tl.abs(c))
-    t = t / (1.0 + tl.sqrt(1.0 + t * t))
-    t = t / (1.0 + tl.sqrt(1.0 + t * t))
-    z = t * t
-    p = -1.0 / 23.0
-    p = p * z + 1.0 / 21.0
-    p = p * z - 1.0 / 19.0
-    p = p * z + 1.0 / 17.0
-    p = p * z - 1.0 / 15.0
-    p = p * z + 1.0 / 13.0
-    p = p * z - 1.0 / 11.0
-    p = p * z + 1.0 / 9.0
-    p = p * z - 1.0 / 7.0
-    p = p * z + 1.0 / 5.0
-    p = p * z - 1.0 / 3.0
-    angle = 8.0 * (t + t * p * z)
-    return tl.where(c >= 0.0, angle, _PI - angle)
-
-
-@triton.jit
 def _bonds(x, e, f, n, start, entry, index, values, LANES: tl.constexpr):
     at, i = _lanes(LANES)
     there = at < n
-    ax, ay, az = _load(x, i, at, n, there)
+    ax, ay, az = load(x, i, at, n, there)
     energy = tl.zeros(at.shape, tl.float64)
     fx, fy, fz = energy, energy, energy
     for m in range(tl.load(start + i), tl.load(start + i + 1)):
         t, slot = tl.load(entry + 2 * m), tl.load(entry + 2 * m + 1)
         length, k = tl.load(values + 2 * t), tl.load(values + 2 * t + 1)
-        bx, by, bz = _load(x, tl.load(index + 2 * t + 1 - slot), at, n, there)
+        bx, by, bz = load(x, tl.load(index + 2 * t + 1 - slot), at, n, there)
         dx, dy, dz = ax - bx, ay - by, az - bz
         r = tl.sqrt(dx * dx + dy * dy + dz * dz)
         energy += 0.25 * k * (r - length) * (r - length)
@@ -126,18 +85,18 @@ def _angles(x, e, f, n, start, entry, index, values, LANES: tl.constexpr):
     fx, fy, fz = energy, energy, energy
     for m in range(tl.load(start + i), tl.load(start + i + 1)):
         t, slot = tl.load(entry + 2 * m), tl.load(entry + 2 * m + 1)
-        px, py, pz = _load(x, tl.load(index + 3 * t), at, n, there)
-        qx, qy, qz = _load(x, tl.load(index + 3 * t + 1), at, n, there)
-        ox, oy, oz = _load(x, tl.load(index + 3 * t + 2), at, n, there)
+        px, py, pz = load(x, tl.load(index + 3 * t), at, n, there)
+        qx, qy, qz = load(x, tl.load(index + 3 * t + 1), at, n, there)
+        ox, oy, oz = load(x, tl.load(index + 3 * t + 2), at, n, there)
         ux, uy, uz = px - qx, py - qy, pz - qz
         vx, vy, vz = ox - qx, oy - qy, oz - qz
-        wx, wy, wz = _cross(ux, uy, uz, vx, vy, vz)
-        uv = _dot(ux, uy, uz, vx, vy, vz)
-        a = uv / _dot(ux, uy, uz, ux, uy, uz)
-        b = uv / _dot(vx, vy, vz, vx, vy, vz)
+        wx, wy, wz = cross(ux, uy, uz, vx, vy, vz)
+        uv = dot(ux, uy, uz, vx, vy, vz)
+        a = uv / dot(ux, uy, uz, ux, uy, uz)
+        b = uv / dot(vx, vy, vz, vx, vy, vz)
         # Finite where the three are exactly collinear, as OpenMM's.
-        sine = tl.sqrt(tl.maximum(_dot(wx, wy, wz, wx, wy, wz), 1e-30))
-        bend = _angle(sine, uv) - tl.load(values + 2 * t)
+        sine = tl.sqrt(tl.maximum(dot(wx, wy, wz, wx, wy, wz), 1e-30))
+        bend = angle(sine, uv) - tl.load(values + 2 * t)
         k = tl.load(values + 2 * t + 1)
         energy += k * bend * bend / 6.0
         slope = k * bend / sine
@@ -160,18 +119,18 @@ def _torsions(
     fx, fy, fz = energy, energy, energy
     for m in range(tl.load(start + i), tl.load(start + i + 1)):
         t, slot = tl.load(entry + 2 * m), tl.load(entry + 2 * m + 1)
-        px, py, pz = _load(x, tl.load(index + 4 * t), at, n, there)
-        qx, qy, qz = _load(x, tl.load(index + 4 * t + 1), at, n, there)
-        ox, oy, oz = _load(x, tl.load(index + 4 * t + 2), at, n, there)
-        hx, hy, hz = _load(x, tl.load(index + 4 * t + 3), at, n, there)
+        px, py, pz = load(x, tl.load(index + 4 * t), at, n, there)
+        qx, qy, qz = load(x, tl.load(index + 4 * t + 1), at, n, there)
+        ox, oy, oz = load(x, tl.load(index + 4 * t + 2), at, n, there)
+        hx, hy, hz = load(x, tl.load(index + 4 * t + 3), at, n, there)
         ax, ay, az = qx - px, qy - py, qz - pz
         bx, by, bz = ox - qx, oy - qy, oz - qz
         cx, cy, cz = hx - ox, hy - oy, hz - oz
-        ux, uy, uz = _cross(ax, ay, az, bx, by, bz)
-        vx, vy, vz = _cross(bx, by, bz, cx, cy, cz)
-        square = _dot(bx, by, bz, bx, by, bz)
+        ux, uy, uz = cross(ax, ay, az, bx, by, bz)
+        vx, vy, vz = cross(bx, by, bz, cx, cy, cz)
+        square = dot(bx, by, bz, bx, by, bz)
         length = tl.sqrt(square)
-        c1, s1 = _dot(ux, uy, uz, vx, vy, vz), length * _dot(ax, ay, az, vx, vy, vz)
+        c1, s1 = dot(ux, uy, uz, vx, vy, vz), length * dot(ax, ay, az, vx, vy, vz)
         scale = 1.0 / tl.sqrt(c1 * c1 + s1 * s1)
         c1, s1 = c1 * scale, s1 * scale
         c, s = c1, s1
@@ -183,10 +142,10 @@ def _torsions(
             c, s = c * c1 - s * s1, s * c1 + c * s1
         energy += 0.25 * total
         # Blondel and Karplus 1996, J. Comput. Chem. 17, 1132.
-        first = -slope * length / _dot(ux, uy, uz, ux, uy, uz)
-        last = slope * length / _dot(vx, vy, vz, vx, vy, vz)
-        one = _dot(ax, ay, az, bx, by, bz) / square
-        two = _dot(cx, cy, cz, bx, by, bz) / square
+        first = -slope * length / dot(ux, uy, uz, ux, uy, uz)
+        last = slope * length / dot(vx, vy, vz, vx, vy, vz)
+        one = dot(ax, ay, az, bx, by, bz) / square
+        two = dot(cx, cy, cz, bx, by, bz) / square
         zero = tl.zeros(at.shape, tl.float64)
         on_first = tl.where(slot == 1, 1.0 + one, tl.where(slot == 2, -one, zero))
         on_first = first * tl.where(slot == 0, zero - 1.0, on_first)
@@ -202,13 +161,13 @@ def _torsions(
 def _pairs(x, e, f, n, table, COUNT: tl.constexpr, LANES: tl.constexpr):
     at, i = _lanes(LANES)
     there = at < n
-    ax, ay, az = _load(x, i, at, n, there)
+    ax, ay, az = load(x, i, at, n, there)
     energy = tl.zeros(at.shape, tl.float64)
     fx, fy, fz = energy, energy, energy
     for j in range(COUNT):
         row = table + 3 * (COUNT * i + j)
         q, a, b = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-        bx, by, bz = _load(x, j, at, n, there)
+        bx, by, bz = load(x, j, at, n, there)
         dx, dy, dz = ax - bx, ay - by, az - bz
         # Of pairs without a term, the atom and itself, all three are zero.
         none = (q == 0.0) & (a == 0.0) & (b == 0.0)
@@ -251,11 +210,11 @@ def _born(x, e, n, own, born, chain, pull, COUNT: tl.constexpr, LANES: tl.conste
     """Radius B, dB/dH and the slope of the particle's own energy by B."""
     at, i = _lanes(LANES)
     there = at < n
-    ax, ay, az = _load(x, i, at, n, there)
+    ax, ay, az = load(x, i, at, n, there)
     near, radius = tl.load(own + 6 * i), tl.load(own + 6 * i + 2)
     psi = tl.zeros(at.shape, tl.float64)
     for j in range(COUNT):
-        bx, by, bz = _load(x, j, at, n, there)
+        bx, by, bz = load(x, j, at, n, there)
         dx, dy, dz, square = _distance(ax, ay, az, bx, by, bz, i == j)
         term, slope = _integral(tl.sqrt(square), near, tl.load(own + 6 * j + 1))
         psi += tl.where(i == j, 0.0, term)
@@ -281,12 +240,12 @@ def _still(x, e, f, n, own, charge, born, chain, pull, COUNT: tl.constexpr, LANE
     """Polarisation of pairs; leaves the slope of all by H in ``pull``."""
     at, i = _lanes(LANES)
     there = at < n
-    ax, ay, az = _load(x, i, at, n, there)
+    ax, ay, az = load(x, i, at, n, there)
     mine, q = tl.load(born + i * n + at, there, 1.0), tl.load(own + 6 * i + 5)
     energy = tl.zeros(at.shape, tl.float64)
     fx, fy, fz, by_born = energy, energy, energy, energy
     for j in range(COUNT):
-        bx, by, bz = _load(x, j, at, n, there)
+        bx, by, bz = load(x, j, at, n, there)
         dx, dy, dz, square = _distance(ax, ay, az, bx, by, bz, i == j)
         other = tl.load(born + j * n + at, there, 1.0)
         product = mine * other
@@ -310,13 +269,13 @@ def _chain(x, e, f, n, own, pull, COUNT: tl.constexpr, LANES: tl.constexpr):
     """Forces by way of the radii."""
     at, i = _lanes(LANES)
     there = at < n
-    ax, ay, az = _load(x, i, at, n, there)
+    ax, ay, az = load(x, i, at, n, there)
     near, reach = tl.load(own + 6 * i), tl.load(own + 6 * i + 1)
     mine = tl.load(pull + i * n + at, there, 0.0)
     zero = tl.zeros(at.shape, tl.float64)
     fx, fy, fz = zero, zero, zero
     for j in range(COUNT):
-        bx, by, bz = _load(x, j, at, n, there)
+        bx, by, bz = load(x, j, at, n, there)
         dx, dy, dz, square = _distance(ax, ay, az, bx, by, bz, i == j)
         r = tl.sqrt(square)
         term, one = _integral(r, near, tl.load(own + 6 * j + 1))
