@@ -35,13 +35,14 @@ def isomer_populations(
 
     Amides and double bonds are cis or trans, esters and acids Z or E (Z: what the oxygen carries
     is on the side of the carbonyl), single bonds gauche+, anti or gauche-, bonds of rings plus or
-    minus. Torsions whose turns look alike, and bonds of rings whose states differ in
-    labels only, have no states.
+    minus, substituents of saturated six-membered rings equatorial (anti to the ring) or axial.
+    Torsions whose turns look alike, and bonds of rings whose states differ in labels only, have no
+    states.
 
     Parameters
     ----------
     torsions
-        Of :func:`~openmm_eqflow.targets.isomers.find_isomers`.
+        ``tabled`` of :func:`~openmm_eqflow.targets.isomers.find_isomers`.
     x, log_weights
         Independent samples (n, N, 3) in nm and their log weights (n,), or frames of a chain.
     kt
@@ -92,6 +93,8 @@ def _states(torsion: Torsion, angle: NDArray[np.float64]) -> dict[str, NDArray[n
     if torsion.kind == "ring":
         return {"plus": angle > 0.0, "minus": angle <= 0.0}
     third = 2 * math.pi / 3
+    if torsion.kind == "side":
+        return {"equatorial": np.abs(angle) >= third, "axial": np.abs(angle) < third}
     return {
         "gauche+": (angle >= 0.0) & (angle < third),
         "anti": np.abs(angle) >= third,

@@ -43,7 +43,7 @@ class Torsion(NamedTuple):
         How many of its turns look alike (methyl: 3).
     kind
         ``single``, ``amide``, ``ester`` (acids, too) or ``double`` bond, or ``ring`` for a bond of
-        a flexible ring.
+        a flexible ring, or ``side`` for a substituent of one.
     ring
         The ring it belongs to, -1 for none.
     even

@@ -194,7 +194,7 @@ def describe_path(
     log_w, x = samples.log_weight.numpy(), samples.x.numpy()
     adaptation = path.metadata["adaptation"]
     isomers = find_isomers(target.system, system.topology, target.positions)
-    rows = isomer_populations(isomers.torsions, x, log_w, target.kT)
+    rows = isomer_populations(isomers.tabled, x, log_w, target.kT)
     effective = float(relative_ess(log_w)) * len(log_w)
     # A heavy tail of weights that are all nearly equal decides nothing.
     tame = len(log_w) * max_weight_share(log_w) < TAME
@@ -221,7 +221,7 @@ def describe_path(
     if dynamics is not None:
         run, data = dynamics
         by_md = isomer_populations(
-            isomers.torsions, data.positions, None, target.kT, chain=data.walker
+            isomers.tabled, data.positions, None, target.kT, chain=data.walker
         )
         about = {"run": run, "n_frames": data.n_frames, "isomers": by_md}
         found["dynamics"] = about | compare_isomers(rows, by_md)

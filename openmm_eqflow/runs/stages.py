@@ -488,7 +488,7 @@ def _isomers(
             flow, system, target, samples, dynamics=dynamics, seed=run.config.root
         )
         return found | {"ess_asked": run.config.recipe.ess}
-    torsions = find_isomers(system.system, system.topology, target.positions).torsions
+    torsions = find_isomers(system.system, system.topology, target.positions).tabled
     x, log_w = samples.x.numpy(), samples.log_weight.numpy()
     if not np.isfinite(log_w).any():
         return {}

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+_SATURATED = {(6, 4), (7, 3), (7, 4), (8, 2), (14, 4), (16, 2)}  # element, neighbours
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,20 @@ class Isomers:
     centres
         Atoms whose hand distinguishes isomers: stereocentres, and substituted ring atoms that can
         be cis or trans to each other.
+    sides
+        One per substituent of a saturated six-membered ring: ring, ring, ring atom, substituent.
+        It is equatorial where the torsion is anti, else axial.
     """
 
     torsions: tuple[Torsion, ...]
     rings: tuple[str, ...]
     centres: tuple[int, ...]
+    sides: tuple[Torsion, ...] = ()
+
+    @property
+    def tabled(self) -> tuple[Torsion, ...]:
+        """Torsions whose states have populations: those of bonds and rings, then the sides."""
+        return self.torsions + self.sides
 
     def label(self, members: list[Torsion]) -> str:
         """Name of a torsion, or of the ring that several make up."""
@@ -137,18 +147,25 @@ def find_isomers(
             a, b, c, d = (ring[(i + j) % len(ring)] for j in range(4))
             name = f"ring {names[b]}-{names[c]}"
             torsions.append(Torsion(name, (a, b, c, d), 1, "ring", k, even))
-    count = Counter(t.name for t in torsions)
-    numbered = tuple(
-        t
-        if count[t.name] == 1
-        else t._replace(name=f"{t.name} ({t.atoms[1] + 1}-{t.atoms[2] + 1})")
-        for t in torsions
-    )
+    sides = [side for ring in flexible for side in _sides(graph, kinds, names, ring, symmetry)]
     labels = tuple(
         f"ring {'-'.join(names[k] for k in ring)} ({'-'.join(str(k + 1) for k in ring)})"
         for ring in flexible
     )
-    return Isomers(numbered, labels, _centres(graph, rings, symmetry))
+    centres = _centres(graph, rings, symmetry)
+    return Isomers(_numbered(torsions, (1, 2)), labels, centres, _numbered(sides, (3, 2)))
+
+
+def _numbered(torsions: list[Torsion], about: tuple[int, int]) -> tuple[Torsion, ...]:
+    """Give those of like names the numbers of two of their atoms."""
+    count = Counter(t.name for t in torsions)
+    a, b = about
+    return tuple(
+        t
+        if count[t.name] == 1
+        else t._replace(name=f"{t.name} ({t.atoms[a] + 1}-{t.atoms[b] + 1})")
+        for t in torsions
+    )
 
 
 def _bond_torsions(
@@ -273,6 +290,40 @@ def _chairs_alike(ring: tuple[int, ...], symmetry: Symmetry) -> bool:
         if all(j is not None and (j - k) % 2 for k, j in enumerate(images)):
             return True
     return False
+
+
+def _sides(
+    graph: nx.Graph,
+    kinds: list[int],
+    names: list[str],
+    ring: tuple[int, ...],
+    symmetry: Symmetry,
+) -> list[Torsion]:
+    """Substituents of a saturated six-membered ring that are axial or equatorial.
+
+    Not those of carbon where the chairs differ in labels only: its sides do, too (cis-1,4). A
+    nitrogen turns inside out, so its side is a state in any case.
+    """
+    saturated = all((kinds[k], graph.degree[k]) in _SATURATED for k in ring)
+    if len(ring) != 6 or not saturated:
+        return []
+    alike = _chairs_alike(ring, symmetry)
+    bridges = {frozenset(pair) for pair in nx.bridges(graph)}
+    found = []
+    for i, a in enumerate(ring):
+        outside = [k for k in graph[a] if k not in ring]
+        heavy = [k for k in outside if kinds[k] != 1]
+        # A nitrogen beside a planar atom is planar itself; of its own two sides one may be an H.
+        one = heavy or (outside if len(outside) == 1 else [])
+        if len(one) != 1 or frozenset((a, one[0])) not in bridges:
+            continue
+        (s,) = one
+        inverts = graph.degree[a] == 3
+        if (alike and not inverts) or (inverts and kinds[s] == 6 and graph.degree[s] < 4):
+            continue
+        atoms = (ring[i - 2], ring[i - 1], a, s)
+        found.append(Torsion(f"{names[s]} on {names[a]}", atoms, 1, "side"))
+    return found
 
 
 def _centres(graph: nx.Graph, rings: list[tuple[int, ...]], symmetry: Symmetry) -> tuple[int, ...]:

@@ -103,6 +103,16 @@ CYCLOHEXANE = molecule("CCCCCC", [(k, (k + 1) % 6) for k in range(6)], hydrogens
 METHYLCYCLOHEXANE = molecule(
     "CCCCCCC", [(k, (k + 1) % 6) for k in range(6)] + [(0, 6)], hydrogens=(1, 2, 2, 2, 2, 2, 3)
 )
+METHYLPIPERIDINE = molecule(
+    "NCCCCCC", [(k, (k + 1) % 6) for k in range(6)] + [(0, 6)], hydrogens=(0, 2, 2, 2, 2, 2, 3)
+)
+FORMYLPIPERIDINE = molecule(
+    "NCCCCCCO",
+    [(k, (k + 1) % 6) for k in range(6)] + [(0, 6), (6, 7)],
+    hydrogens=(0, 2, 2, 2, 2, 2, 1, 0),
+    double=[(6, 7)],
+    flat=(0, 6),
+)
 DIMETHYLCYCLOHEXANE = molecule(
     "CCCCCCCC",
     [(k, (k + 1) % 6) for k in range(6)] + [(0, 6), (3, 7)],

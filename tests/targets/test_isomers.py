@@ -114,6 +114,52 @@ def test_the_chairs_of_cyclohexane_are_one_state():
     assert not seen_once(found.torsions, np.repeat(angles, 50, axis=0))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("METHYLCYCLOHEXANE", ["C7 on C1"]),
+        ("METHYLPIPERIDINE", ["C7 on N1"]),
+        ("CYCLOHEXANE", []),
+        ("FORMYLPIPERIDINE", []),
+        ("TOLUENE", []),
+    ],
+)
+def test_substituents_of_rings(name: str, expected: list[str]) -> None:
+    topology, system = getattr(small_molecules, name)
+    assert [t.name for t in find_isomers(system, topology).sides] == expected
+
+
+def test_sides_of_trans_and_cis() -> None:
+    """The chairs of the trans isomer differ; those of the cis one only in labels."""
+    topology, system = small_molecules.DIMETHYLCYCLOHEXANE
+    counts = {
+        seed: len(find_isomers(system, topology, small_molecules.embed(system, seed)).sides)
+        for seed in (0, 1)
+    }
+    assert counts == {0: 2, 1: 0}
+
+
+@pytest.mark.parametrize("name", ["METHYLCYCLOHEXANE", "METHYLPIPERIDINE"])
+def test_axial_and_equatorial(name: str) -> None:
+    """Axial bonds stand on the ring's mean plane; a chair's flip exchanges them."""
+    topology, system = getattr(small_molecules, name)
+    (side,) = find_isomers(system, topology).sides
+    seen = set()
+    for seed in range(40):
+        x = small_molecules.embed(system, seed)
+        ring = x[:6] - x[:6].mean(axis=0)
+        normal = np.linalg.svd(ring)[2][2]
+        heights = ring @ normal
+        if not (heights * heights[0] * (-1.0) ** np.arange(6) > 1e-4).all():
+            continue  # no chair
+        arm = x[6] - x[0]
+        upright = abs(arm @ normal) / np.linalg.norm(arm) > 0.6
+        rows = {r["state"]: r["population"] for r in isomer_populations((side,), x[None], None, 1)}
+        assert rows == {"equatorial": 1.0 - upright, "axial": float(upright)}
+        seen.add(bool(upright))
+    assert seen == {False, True}
+
+
 def test_torsions_seen_in_one_state():
     rng = np.random.default_rng(0)
     torsions = [
